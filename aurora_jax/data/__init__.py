@@ -1,0 +1,1 @@
+"""Schema, tfrecord files and their index, sources, loader, tokenizer."""

@@ -1,0 +1,1 @@
+"""Features, metrics, protocols, and the pictures and pages a person looks at."""

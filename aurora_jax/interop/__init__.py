@@ -1,0 +1,1 @@
+"""Other people's checkpoints: released Aurora (PyTorch), CLIP (Hugging Face)."""

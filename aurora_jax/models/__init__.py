@@ -1,0 +1,1 @@
+"""Flax modules: CLIP, generator, discriminator."""

@@ -1,0 +1,1 @@
+"""State, losses, step, schedule, checkpoint, loop."""
