@@ -1,0 +1,388 @@
+"""Typed configuration: frozen dataclasses, their validation, and the one place where a ConfigDict becomes typed.
+
+An experiment is a file in `configs/` that returns an `ml_collections.ConfigDict` of plain values. `load` reads it with
+the command line's overrides, `from_config_dict` turns it into an `Experiment`; nothing below this file sees a
+ConfigDict. Sources of defaults are named beside the values: "released" is the released generator's code, "GigaGAN A2"
+is Table A2 of arXiv 2303.05511, "StyleGAN2" is arXiv 1912.04958.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import typing
+from collections.abc import Mapping
+
+from aurora_jax.errors import UserError
+
+
+class PerResolution(dict):
+  """A mapping {resolution: value} that hashes, so that configurations can be static arguments. Not to be changed."""
+
+  def __hash__(self):
+    return hash(tuple(sorted(self.items())))
+
+
+def _per_resolution(**values):
+  """`_per_resolution(r4=3, r8=3)`: a dataclass field with that default."""
+  return dataclasses.field(default_factory=lambda: PerResolution({int(k[1:]): v for k, v in values.items()}))
+
+
+def _require(condition, message):
+  if not condition:
+    raise UserError(f"config: {message}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+  """The generator's architecture. Defaults are the released 64-pixel model's (its `g_config`), 1,166.33 M parameters.
+
+  Per-resolution values are mappings {resolution: value}; resolutions double from 4 to `resolution`.
+  """
+
+  resolution: int = 64
+  z_dim: int = 128
+  w_dim: int = 1024
+  mapping_layers: int = 4
+  mapping_width: int = 1024
+  mapping_lr_multiplier: float = 0.01
+  text_feature_dim: int = 768  # CLIP ViT-L/14 hidden width
+  text_dim: int = 1024  # width of the text head
+  text_layers: int = 4
+  text_heads: int = 8
+  text_lr_multiplier: float = 0.01
+  text_residual_gain: float = 1.0
+  # `uniform`: the released code multiplies the text head's logits by False, so attention is an average over all
+  # tokens; `scaled`: 1/sqrt(head width), what was meant.
+  text_attention: str = "uniform"
+  channels_base: int = 16384  # channels at resolution r: min(base / r, max)
+  channels_max: int = 1600
+  blocks: Mapping[int, int] = _per_resolution(r4=3, r8=3, r16=3, r32=2, r64=2)
+  adaptive_kernels: Mapping[int, int] = _per_resolution(r4=1, r8=1, r16=2, r32=4, r64=8)
+  attention_depth: Mapping[int, int] = _per_resolution(r8=2, r16=2, r32=2, r64=1)
+  experts: Mapping[int, int] = _per_resolution(r8=4, r16=8, r32=16, r64=16)
+  heads: int = 8
+  head_dim: int = 64
+  feed_forward_ratio: int = 4
+  conv_residual_gain: float = 0.4
+  attention_residual_gain: float = 0.3
+  zero_init_attention: bool = True
+  deformable_max_resolution: int = 16  # modulated transformation module (MTM) up to here; 0 turns it off
+  output_resolutions: tuple[int, ...] = (4, 8, 16, 32, 64)
+  # How the experts of a layer are evaluated (ops/moe.py): "bucket" computes each token once, "dense" computes every
+  # expert on every token (the oracle).
+  moe_backend: str = "bucket"
+  router_z_weight: float = 0.001  # released
+  router_balance_weight: float = 0.001  # released
+  # Attention over more than this many query positions is computed in chunks of this size with rematerialisation.
+  attention_chunk: int = 1024
+  remat: bool = False
+  compute_dtype: str = "float32"
+
+  def __post_init__(self):
+    resolutions = self.resolutions
+    _require(self.resolution in (4, 8, 16, 32, 64, 128, 256, 512),
+             f"generator.resolution must be a power of two from 4 to 512, got {self.resolution}")
+    for name in ("blocks", "adaptive_kernels"):
+      missing = [r for r in resolutions if r not in getattr(self, name)]
+      _require(not missing, f"generator.{name} has no value for resolution {missing}")
+    for r in self.attention_depth:
+      _require(r in resolutions, f"generator.attention_depth names resolution {r}, the generator has {resolutions}")
+      _require(r in self.experts, f"generator.experts has no value for attention resolution {r}")
+      _require(self.channels(r) % 32 == 0, f"generator: {self.channels(r)} channels at {r} pixels; attention needs a "
+               "multiple of 32 (group norm)")
+    _require(set(self.output_resolutions) <= set(resolutions) and self.output_resolutions,
+             f"generator.output_resolutions {self.output_resolutions} must be some of {resolutions}")
+    _require(tuple(sorted(self.output_resolutions)) == tuple(resolutions[:len(self.output_resolutions)]),
+             f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap")
+    _require(self.text_attention in ("uniform", "scaled"),
+             f"generator.text_attention must be 'uniform' or 'scaled', got {self.text_attention!r}")
+    _require(self.moe_backend in ("dense", "bucket"),
+             f"generator.moe_backend must be 'dense' or 'bucket', got {self.moe_backend!r}")
+    _require(self.text_dim % self.text_heads == 0,
+             f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
+    _require(self.compute_dtype in ("float32", "bfloat16"),
+             f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
+
+  @property
+  def resolutions(self):
+    """All resolutions of the synthesis network, ascending: (4, 8, ...)."""
+    return tuple(2**k for k in range(2, self.resolution.bit_length()))
+
+  def channels(self, resolution):
+    """Feature channels at a resolution."""
+    return min(self.channels_base // resolution, self.channels_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Discriminator:
+  """GigaGAN's multi-scale-input, multi-scale-output discriminator (arXiv 2303.05511, section 3.4 and Table A2).
+
+  Each pyramid level enters at its own resolution and is judged at every later exit. Defaults count 380 M parameters.
+  """
+
+  resolution: int = 64
+  channels_base: int = 16384
+  channels_max: int = 1536
+  blocks: Mapping[int, int] = _per_resolution(r64=2, r32=2, r16=2, r8=2, r4=1)
+  attention_depth: Mapping[int, int] = _per_resolution(r32=1, r16=2, r8=2)
+  heads: int = 8
+  head_dim: int = 64
+  feed_forward_ratio: int = 4
+  input_resolutions: tuple[int, ...] = (64, 32, 16, 8, 4)
+  exit_resolutions: tuple[int, ...] = (32, 16, 8, 4, 1)
+  head_layers: int = 4  # modulated 1x1 convolutions of a conditional head
+  text_feature_dim: int = 768
+  text_dim: int = 1024
+  text_layers: int = 4
+  text_heads: int = 8
+  text_lr_multiplier: float = 0.01
+  residual_gain: float = 0.7071067811865476  # StyleGAN2's residual discriminator: 1/sqrt(2)
+  minibatch_std: int = 0  # group size of the minibatch standard deviation; 0 turns it off (GigaGAN A2, T2I-64)
+  remat: bool = False
+  attention_chunk: int = 1024
+  compute_dtype: str = "float32"
+
+  def __post_init__(self):
+    resolutions = self.resolutions
+    missing = [r for r in resolutions if r not in self.blocks]
+    _require(not missing, f"discriminator.blocks has no value for resolution {missing}")
+    _require(set(self.input_resolutions) <= set(resolutions) and self.resolution in self.input_resolutions,
+             f"discriminator.input_resolutions {self.input_resolutions} must be some of {resolutions} with "
+             f"{self.resolution} among them")
+    _require(set(self.exit_resolutions) <= set(resolutions[1:]) | {1} and 1 in self.exit_resolutions,
+             f"discriminator.exit_resolutions {self.exit_resolutions} must be some of {resolutions[1:] + (1,)} with 1 "
+             "among them")
+    for r in self.attention_depth:
+      _require(r in resolutions, f"discriminator.attention_depth names resolution {r}, there are {resolutions}")
+
+  @property
+  def resolutions(self):
+    """All resolutions of the trunk, descending: (64, ..., 4)."""
+    return tuple(2**k for k in range(self.resolution.bit_length() - 1, 1, -1))
+
+  def channels(self, resolution):
+    """Feature channels at a resolution."""
+    return min(self.channels_base // resolution, self.channels_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """Weights of the losses (aurora.md, sections 3 and 10: the four losses are the paper's, the weights are choices)."""
+
+  # Relative weight of a pyramid level in the adversarial and matching losses, {resolution: weight}; levels that are
+  # not named weigh `level_weight_default`. GigaGAN A2 (recalled): 0.33 for the highest level, 0.17 for the others.
+  level_weights: Mapping[int, float] = _per_resolution()
+  level_weight_default: float = 0.17
+  early_exit_adversarial: float = 0.01  # GigaGAN A2 (recalled); the last exit weighs 1
+  early_exit_matching: float = 0.05
+  matching_weight: float = 1.0  # mismatched pairs in the discriminator's step, GigaGAN eq. 8
+  generator_matching_weight: float = 0.0  # the paper does not say; 0 is the safe reading
+  r1_gamma: float = 0.2048  # GigaGAN A2, start of its range
+  r1_interval: int = 16
+  clip_weight: float = 0.2  # GigaGAN A2 (recalled 0.2-1.0), StyleGAN-T 0.2
+  clip_min_resolution: int = 16  # smaller pyramid levels carry hardly any signal for CLIP
+  clip_logit_scale: float = 0.0  # 0 takes CLIP's own temperature (released)
+  clip_bank: int = 0  # further negatives: this many training captions beside the batch's own (0: batch only)
+  clip_augment: bool = False  # shift, noise and colour shift before the image tower
+  moe_weight: float = 1.0  # on the sum over layers that the generator returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """Adam without a first moment (beta1 = 0): GigaGAN A2 and StyleGAN2 agree on betas (0, 0.99)."""
+
+  generator_lr: float = 0.0025
+  discriminator_lr: float = 0.0025
+  beta2: float = 0.99
+  eps: float = 1e-8
+  attention_weight_decay: float = 0.01  # GigaGAN A2: on attention matrices only, decoupled
+  final_lr_fraction: float = 1.0  # cosine from the full rate to this fraction of it at total_steps; 1: constant
+  warmup_steps: int = 0
+  ema_half_life_images: float = 10_000.0  # StyleGAN2 / Hammer default
+  ema_ramp_up: float = 0.05  # StyleGAN2-ADA: half-life at most this fraction of the images seen
+  w_average_decay: float = 0.998  # Hammer default
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The training data and what is done to a picture before it is shown."""
+
+  path: str = ""
+  split: str = "train"
+  primary_caption_probability: float = 1.0  # else one of the picture's other captions
+  shift: float = 0.0  # augmentation: up to this fraction of the width
+  scale: float = 0.0  # up to this fraction larger or smaller
+  rotate: float = 0.0  # degrees
+  flip: bool = False
+  workers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The frozen text encoder."""
+
+  clip: str = ""  # a run of `train-clip` or a Hugging Face CLIP folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices by axis; their product must be the number of devices."""
+
+  data: int = 1
+  expert: int = 1
+  fsdp: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """Length, batch and what is written when."""
+
+  total_steps: int = 1_350_000
+  batch_size: int = 1024
+  seed: int = 0
+  max_seconds: float = 0.0  # stop (and save) after this much wall time in this process; 0: no limit
+  checkpoint_every: int = 1000
+  keep_checkpoints: int = 3
+  log_every: int = 50
+  sample_every: int = 1000
+  sample_prompts: tuple[str, ...] = ()
+  sample_latents: int = 2
+  sample_psi: float = 1.0  # truncation of the sample grids toward the per-prompt mean; 1: none
+  init_from: str = ""  # a converted checkpoint to start from
+
+  def __post_init__(self):
+    for name in ("total_steps", "batch_size", "checkpoint_every", "log_every", "sample_every"):
+      _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """One experiment: everything that `train` needs to know."""
+
+  name: str = "aurora"
+  generator: Generator = Generator()
+  discriminator: Discriminator = Discriminator()
+  loss: Loss = Loss()
+  optimizer: Optimizer = Optimizer()
+  data: Data = Data()
+  text: Text = Text()
+  mesh: Mesh = Mesh()
+  train: Train = Train()
+
+  def __post_init__(self):
+    _require(self.generator.resolution == self.discriminator.resolution,
+             f"generator.resolution {self.generator.resolution} and discriminator.resolution "
+             f"{self.discriminator.resolution} differ")
+    missing = set(self.discriminator.input_resolutions) - set(self.generator.output_resolutions)
+    _require(not missing, f"discriminator.input_resolutions names {sorted(missing)}, which the generator does not give")
+
+
+def _typed(cls, values, where):
+  """Builds the dataclass `cls` from a mapping, naming what does not fit."""
+  hints = typing.get_type_hints(cls)
+  fields = {field.name for field in dataclasses.fields(cls)}
+  for name in values:
+    if name not in fields:
+      close = difflib.get_close_matches(name, fields, n=1)
+      hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(fields))}"
+      raise UserError(f"config: no field '{where}{name}'{hint}")
+  return cls(**{name: _coerce(hints[name], value, f"{where}{name}") for name, value in values.items()})
+
+
+def _coerce(hint, value, where):
+  if dataclasses.is_dataclass(hint):
+    _require(isinstance(value, Mapping), f"{where} must be a group of fields, got {value!r}")
+    return _typed(hint, value, f"{where}.")
+  origin = typing.get_origin(hint)
+  if origin is Mapping:
+    key_type, value_type = typing.get_args(hint)
+    _require(isinstance(value, Mapping), f"{where} must be a mapping, got {value!r}")
+    return PerResolution({_coerce(key_type, k, where): _coerce(value_type, v, where) for k, v in value.items()})
+  if origin is tuple:
+    _require(isinstance(value, (tuple, list)), f"{where} must be a list, got {value!r}")
+    return tuple(_coerce(typing.get_args(hint)[0], item, where) for item in value)
+  if hint is int and isinstance(value, str) and value.isdigit():
+    return int(value)  # JSON turns the keys of a mapping into strings
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+           f"{where} must be {hint.__name__}, got {value!r}")
+  return value
+
+
+def from_mapping(values):
+  """A nested mapping of plain values (a ConfigDict, parsed JSON) as an `Experiment`.
+
+  Raises:
+    UserError: a field that does not exist, a value of the wrong type, values that do not fit together.
+  """
+  return _typed(Experiment, values, "")
+
+
+def to_mapping(experiment):
+  """The inverse of `from_mapping`: nested dicts of plain values."""
+  return dataclasses.asdict(experiment)
+
+
+def to_json(experiment):
+  """The text of a run's `config.json`."""
+  return json.dumps(to_mapping(experiment), indent=2) + "\n"
+
+
+def from_json(text):
+  """Reads what `to_json` wrote."""
+  return from_mapping(json.loads(text))
+
+
+def defaults():
+  """A ConfigDict with every field at its default, for the files in `configs/` to start from."""
+  import ml_collections  # pylint: disable=g-import-not-at-top
+
+  return ml_collections.ConfigDict(to_mapping(Experiment()))
+
+
+def load(config_argv):
+  """Reads a config file with the command line's overrides.
+
+  Args:
+    config_argv: list of str: `--config=configs/NAME.py[:VARIANT]` and any `--config.a.b=V`.
+
+  Returns:
+    An `Experiment`.
+
+  Raises:
+    UserError: no such file, no such field, a value of the wrong type.
+  """
+  from absl import flags  # pylint: disable=g-import-not-at-top
+  from ml_collections import config_flags  # pylint: disable=g-import-not-at-top
+
+  paths = [a.removeprefix("--config=").split(":")[0] for a in config_argv if a.startswith("--config=")]
+  if not paths:
+    raise UserError("which config? --config configs/NAME.py[:VARIANT]")
+  if not os.path.isfile(paths[-1]):
+    raise UserError(f"config file not found: {paths[-1]}")
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["aurora_jax", *config_argv])
+  try:
+    values(["aurora_jax", *config_argv])
+    config = values.config.to_dict()
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+    raise UserError(_config_flag_message(error, config_argv)) from error
+  return from_mapping(config)
+
+
+def _config_flag_message(error, config_argv):
+  """One line for what ml_collections says in many."""
+  for argument in config_argv:
+    if argument.startswith("--config.") and argument[len("--config."):].split("=")[0] in str(error):
+      path = argument[len("--config."):].split("=")[0]
+      known = defaults()
+      for part in path.split("."):
+        if not (isinstance(known, Mapping) or hasattr(known, "keys")) or part not in known:
+          names = list(known.keys()) if hasattr(known, "keys") else []
+          close = difflib.get_close_matches(part, [str(n) for n in names], n=1)
+          hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(map(str, names))}"
+          return f"config: no field '{path}'{hint}"
+        known = known[part]
+  return "config: " + str(error).strip().splitlines()[0]
