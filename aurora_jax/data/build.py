@@ -1,0 +1,242 @@
+"""From a source to a data set folder: held-out split, tfrecord shards, index and manifest, all of it or nothing."""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import numpy as np
+
+from aurora_jax.data import dataset
+from aurora_jax.data import images
+from aurora_jax.data import schema
+from aurora_jax.data import tfrecords
+from aurora_jax.errors import UserError
+
+# Plain colours can be checked by eye and by number in what a generator makes of them: keep them for training.
+KEEP_FOR_TRAINING = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
+_REJECTED_LISTED = 1000
+
+
+def words(caption):
+  """The lower-cased alphanumeric words of a caption, in order."""
+  return tuple(re.findall(r"[^\W_]+", caption.lower()))
+
+
+def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
+  """Chooses items to hold out, by primary caption, so that they ask for new combinations of known words.
+
+  Every word of a held-out caption occurs in the caption of a training item, the combination (the same words in
+  whatever order) in none. Items of one group, or of the same words, stay together. Captions of one word are no
+  combination and stay in training.
+
+  Args:
+    items: sequence of `sources.Item`.
+    fraction: of the items to hold out, in [0, 1).
+    seed: int.
+    keep: captions that are never held out.
+
+  Returns:
+    set of positions in `items`: at most `fraction` of them, fewer where the captions share too few words.
+  """
+  target = round(fraction * len(items))
+  bags = [frozenset(words(item.captions[0])) for item in items]
+  kept_bags = {frozenset(words(caption)) for caption in keep}
+  uses = collections.Counter(word for bag in bags for word in bag)
+  held = set()
+  clusters = _clusters(items, bags)
+  for number in np.random.default_rng(seed).permutation(len(clusters)):
+    cluster = clusters[number]
+    if len(held) + len(cluster) > target:
+      continue
+    if any(len(bags[member]) < 2 or bags[member] in kept_bags for member in cluster):
+      continue
+    lost = collections.Counter(word for member in cluster for word in bags[member])
+    if all(uses[word] > count for word, count in lost.items()):
+      uses -= lost
+      held.update(cluster)
+  return held
+
+
+def _clusters(items, bags):
+  """Positions of items, joined where they share a group or a bag of words: a list of lists, in a fixed order."""
+  parent = list(range(len(items)))
+
+  def root(member):
+    while parent[member] != member:
+      parent[member] = parent[parent[member]]
+      member = parent[member]
+    return member
+
+  first = {}
+  for member, (item, bag) in enumerate(zip(items, bags)):
+    for name in (item.group, bag):
+      parent[root(member)] = root(first.setdefault(name, member))
+  clusters = collections.defaultdict(list)
+  for member in range(len(items)):
+    clusters[root(member)].append(member)
+  return list(clusters.values())
+
+
+def build(source, out, *, resolution, shards, heldout_fraction=0.08, seed=0, name=None, keep=KEEP_FOR_TRAINING,
+          overwrite=False, on_progress=lambda done, total: None):
+  """Writes a data set folder.
+
+  Everything is written to a temporary folder beside `out` and renamed at the end: `out` is whole or not there.
+
+  Args:
+    source: a `sources.Source`.
+    out: the folder to make.
+    resolution: side of the stored pictures, in pixels.
+    shards: number of training shards (fewer where there are fewer pictures).
+    heldout_fraction: of the pictures for the split "heldout"; 0 writes no such split. See `choose_heldout`.
+    seed: of the held-out choice and of the order of the records.
+    name: of the data set; the source's by default.
+    keep: captions that are never held out.
+    overwrite: replace a data set at `out`.
+    on_progress: called with (pictures done, pictures in all).
+
+  Returns:
+    The manifest, a dict, as written to `manifest.json`: `schema_version`, `name`, `source`, `licence`, `resolution`,
+    `seed`, `heldout_fraction`, `splits` {split: {`examples`, `captions`, `shards` [{`file`, `examples`, `bytes`,
+    `sha256`}]}}, `rejected` {`count`, `listed` [{`key`, `reason`}]}.
+
+  Raises:
+    UserError: a value out of range, `out` exists or cannot be written, or no picture could be read.
+  """
+  if resolution < 1:
+    raise UserError(f"resolution must be 1 or more, not {resolution}")
+  if shards < 1:
+    raise UserError(f"shards must be 1 or more, not {shards}")
+  if not 0 <= heldout_fraction < 1:
+    raise UserError(f"heldout fraction must be in [0, 1), not {heldout_fraction}")
+  name = source.name if name is None else name
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    raise UserError(f"data set name {name!r} may only have letters, digits, '_', '-' and '.'")
+  out = pathlib.Path(out)
+  check_out(out, overwrite)
+  held = choose_heldout(source.items, heldout_fraction, seed, keep)
+  # Shuffled once here, so that a program that reads the shards from front to back also sees a mixed order.
+  order = np.random.default_rng(seed).permutation(len(source.items)).tolist()
+  members = {
+      "train": [source.items[position] for position in order if position not in held],
+      "heldout": [source.items[position] for position in order if position in held],
+  }
+  with _whole_folder(out, overwrite) as folder:
+    rejected = [{"key": key, "reason": reason} for key, reason in source.rejected]
+    splits = {}
+    done = 0
+    for split, items in members.items():
+      if not items:
+        continue
+      count = min(len(items), max(1, round(shards * len(items) / len(members["train"]))))
+      entry = {"examples": 0, "captions": 0, "shards": []}
+      for shard in range(count):
+        part = items[shard * len(items) // count:(shard + 1) * len(items) // count]
+        path = folder / tfrecords.shard_name(name, split, shard, count)
+        with tfrecords.ShardWriter(path) as writer:
+          for item, picture in _render_all(source, part, resolution):
+            done += 1
+            on_progress(done, len(source.items))
+            if isinstance(picture, images.ImageError):
+              rejected.append({"key": item.key, "reason": str(picture)})
+              continue
+            writer.write(schema.encode(schema.Example(picture, item.captions, resolution, resolution, item.key)))
+            entry["examples"] += 1
+            entry["captions"] += len(item.captions)
+        entry["shards"].append({
+            "file": path.name,
+            "examples": writer.records,
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        })
+      splits[split] = entry
+    if not splits["train"]["examples"]:
+      raise UserError(
+          f"source {source.description} has no readable picture: {len(rejected)} rejected, "
+          f"the first is {rejected[0]['key']} ({rejected[0]['reason']})")
+    manifest = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "name": name,
+        "source": source.description,
+        "licence": source.licence,
+        "resolution": resolution,
+        "seed": seed,
+        "heldout_fraction": heldout_fraction,
+        "splits": splits,
+        "rejected": {"count": len(rejected), "listed": rejected[:_REJECTED_LISTED]},
+    }
+    (folder / dataset.MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  return manifest
+
+
+def check_out(out, overwrite):
+  """Raises `UserError` where `build` may not write its folder: what is there is not lightly replaced."""
+  out = pathlib.Path(out)
+  if not out.exists():
+    return
+  if not out.is_dir():
+    raise UserError(f"out {out} exists and is not a folder")
+  if not any(out.iterdir()):
+    return
+  if not (out / dataset.MANIFEST).is_file():
+    raise UserError(f"out {out} exists and is not a data set: choose another folder")
+  if not overwrite:
+    raise UserError(f"out {out} exists: choose another folder or give --overwrite")
+
+
+@contextlib.contextmanager
+def _whole_folder(out, overwrite):
+  """Yields a temporary folder beside `out` that takes its place at the end, or vanishes on any failure."""
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+  except OSError as error:
+    raise UserError(f"out {out} cannot be written: {error.strerror}") from None
+  try:
+    yield partial
+    partial.chmod(0o777 & ~_umask())
+    check_out(out, overwrite)  # It may have come up in the meantime.
+    if out.exists():
+      retired = partial.with_suffix(".retired")
+      os.rename(out, retired)
+      os.rename(partial, out)
+      shutil.rmtree(retired, ignore_errors=True)
+    else:
+      os.rename(partial, out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _umask():
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def _render_all(source, items, resolution):
+  """Yields (item, PNG bytes or the `ImageError`), in order; threads work a little ahead."""
+
+  def render(item):
+    try:
+      return images.encode_png(source.render(item, resolution))
+    except images.ImageError as error:
+      return error
+
+  threads = min(16, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    waiting = collections.deque()
+    for item in items:
+      waiting.append((item, pool.submit(render, item)))
+      if len(waiting) > 4 * threads:
+        first, future = waiting.popleft()
+        yield first, future.result()
+    for first, future in waiting:
+      yield first, future.result()

@@ -1,0 +1,166 @@
+"""A data set on disk: a folder with sharded tfrecords, an index per shard and `manifest.json`."""
+
+import json
+import os
+import pathlib
+import threading
+
+import numpy as np
+
+from aurora_jax.data import schema
+from aurora_jax.data import tfrecords
+from aurora_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+class Dataset:
+  """Random access to one split of a data set folder.
+
+  Threads may share it, and it may be sent to another process: files are opened on first use.
+
+  Attributes:
+    path: the folder.
+    split: the split's name.
+    manifest: the folder's `manifest.json`, a dict.
+    name: the data set's name.
+    resolution: side of the stored (square) pictures, in pixels.
+  """
+
+  def __init__(self, path, split, manifest, shards, indices):
+    """Use `Dataset.open`.
+
+    Args:
+      path: the folder.
+      split: the split's name.
+      manifest: dict.
+      shards: list of shard paths.
+      indices: list of int64 [records, 2], one per shard.
+    """
+    self.path = pathlib.Path(path)
+    self.split = split
+    self.manifest = manifest
+    self.name = manifest["name"]
+    self.resolution = manifest["resolution"]
+    self._shards = shards
+    self._indices = indices
+    self._starts = np.concatenate([[0], np.cumsum([len(index) for index in indices])]).astype(np.int64)
+    self._captions = None
+    self._reset()
+
+  def _reset(self):
+    self._descriptors = {}
+    self._lock = threading.Lock()
+
+  @classmethod
+  def open(cls, path, split="train"):
+    """Opens a split.
+
+    Args:
+      path: a folder written by `build-data`.
+      split: name of a split in its manifest, "train" or "heldout".
+
+    Returns:
+      A `Dataset`.
+
+    Raises:
+      UserError: no such folder, no (or no readable) manifest, no such split, or a shard that is missing or does not
+        have the size that its index says.
+    """
+    path = pathlib.Path(path)
+    manifest = read_manifest(path)
+    if split not in manifest["splits"]:
+      raise UserError(f"data set {path} has no split {split!r} (it has {', '.join(manifest['splits'])})")
+    shards = [path / shard["file"] for shard in manifest["splits"][split]["shards"]]
+    indices = [tfrecords.load_index(shard) for shard in shards]
+    for shard, index, entry in zip(shards, indices, manifest["splits"][split]["shards"]):
+      if len(index) != entry["examples"]:
+        raise UserError(f"shard {shard} holds {len(index)} examples, the manifest says {entry['examples']}")
+    if not sum(map(len, indices)):
+      raise UserError(f"split {split!r} of data set {path} is empty")
+    return cls(path, split, manifest, shards, indices)
+
+  def __len__(self):
+    return int(self._starts[-1])
+
+  def __getitem__(self, number):
+    """The `Example` at `number`; `tfrecords.RecordError` if it cannot be read, naming file and record."""
+    shard, record = self._locate(number)
+    try:
+      return schema.decode(self.read(number))
+    except ValueError as error:
+      raise tfrecords.RecordError(f"{self._shards[shard]}: record {record}: {error}") from None
+
+  def __repr__(self):
+    return f"Dataset({str(self.path)!r}, split={self.split!r}, examples={len(self)})"
+
+  def __getstate__(self):
+    state = self.__dict__.copy()
+    del state["_descriptors"], state["_lock"]
+    return state
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._reset()
+
+  def __del__(self):
+    for descriptor in self.__dict__.get("_descriptors", {}).values():
+      os.close(descriptor)
+
+  def read(self, number):
+    """The bytes of record `number`, checked; `tfrecords.RecordError` if that fails."""
+    shard, record = self._locate(number)
+    offset, length = self._indices[shard][record]
+    return tfrecords.read_record(self._descriptor(shard), int(offset), int(length), self._shards[shard], record)
+
+  def captions(self):
+    """All captions of the split, in order: a list of tuples, the primary caption first. Read once, then kept."""
+    if self._captions is None:
+      self._captions = [self[number].captions for number in range(len(self))]
+    return self._captions
+
+  def _locate(self, number):
+    if not -len(self) <= number < len(self):
+      raise IndexError(f"example {number} of {len(self)}")
+    number = number % len(self)
+    shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+    return shard, number - int(self._starts[shard])
+
+  def _descriptor(self, shard):
+    with self._lock:
+      if shard not in self._descriptors:
+        try:
+          self._descriptors[shard] = os.open(self._shards[shard], os.O_RDONLY)
+        except OSError as error:
+          raise tfrecords.RecordError(f"{self._shards[shard]}: {error.strerror}") from None
+      return self._descriptors[shard]
+
+
+def read_manifest(path):
+  """Reads and checks the manifest of a data set folder.
+
+  Args:
+    path: the folder.
+
+  Returns:
+    dict, see `build.build`.
+
+  Raises:
+    UserError: no folder, no manifest, or one that this version cannot read.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f"data set {path} {'is not a folder' if path.exists() else 'does not exist'}")
+  try:
+    manifest = json.loads((path / MANIFEST).read_text())
+  except FileNotFoundError:
+    raise UserError(f"data set {path} has no {MANIFEST}: it was not made by build-data") from None
+  except (OSError, ValueError) as error:
+    raise UserError(f"data set {path}: {MANIFEST} cannot be read: {error}") from None
+  version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+  if version != schema.SCHEMA_VERSION:
+    raise UserError(f"data set {path} has schema version {version}, this program reads {schema.SCHEMA_VERSION}")
+  missing = [name for name in ("name", "resolution", "splits") if name not in manifest]
+  if missing:
+    raise UserError(f"data set {path}: {MANIFEST} lacks {', '.join(missing)}")
+  return manifest

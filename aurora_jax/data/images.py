@@ -1,0 +1,72 @@
+"""Encoded pictures to arrays and back, whatever their mode: always RGB, upright, on white."""
+
+import io
+
+import numpy as np
+from PIL import Image
+from PIL import ImageOps
+
+
+class ImageError(Exception):
+  """Bytes that are not a readable picture. The message says why."""
+
+
+def open_image(data):
+  """Decodes a picture.
+
+  Args:
+    data: bytes of a PNG, JPEG, WebP, BMP or GIF (its first frame).
+
+  Returns:
+    PIL image of mode RGB: turned upright as its EXIF says, transparency laid on white, 16-bit values scaled to 8.
+
+  Raises:
+    ImageError: no picture, or a broken one.
+  """
+  try:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image))
+  # Pillow's decoders raise most of the built-in exceptions on broken files: OSError, SyntaxError, ValueError,
+  # struct.error, ZeroDivisionError ... A broken picture must not stop a build of millions.
+  except Exception as error:  # pylint: disable=broad-except
+    raise ImageError(f"not a readable picture: {error}") from None
+
+
+def to_rgb(image):
+  """Converts a PIL image of any mode to RGB, transparency laid on white and 16 bits scaled to 8."""
+  if image.mode.startswith("I"):  # I;16 and its byte orders, and I, as which Pillow opens 16-bit grey PNGs
+    values = np.asarray(image).astype(np.int64)
+    image = Image.fromarray(np.clip((values + 128) // 257, 0, 255).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image)
+  return image.convert("RGB")
+
+
+def decode_image(data):
+  """Decodes a picture to uint8 [H, W, 3]; see `open_image`."""
+  return np.asarray(open_image(data))
+
+
+def square(image, resolution):
+  """Cuts out the centre square over the short side and resamples it (Lanczos).
+
+  Args:
+    image: PIL image, RGB.
+    resolution: side of the result, in pixels.
+
+  Returns:
+    PIL image [resolution, resolution], RGB.
+  """
+  side = min(image.size)
+  left, top = (image.width - side) / 2, (image.height - side) / 2
+  return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+
+def encode_png(image):
+  """Encodes a PIL image as PNG: fast rather than smallest (zlib level 3)."""
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG", compress_level=3)
+  return buffer.getvalue()

@@ -1,0 +1,165 @@
+"""The record of a data set: one encoded image with its captions, as a `tf.train.Example`.
+
+| feature   | kind  | values      | meaning                                          |
+| --------- | ----- | ----------- | ------------------------------------------------ |
+| `image`   | bytes | 1           | an encoded picture: PNG, JPEG or WebP            |
+| `caption` | bytes | 1 or more   | UTF-8; the first one is the primary caption      |
+| `width`   | int64 | 1           | of the encoded picture, in pixels                |
+| `height`  | int64 | 1           | of the encoded picture, in pixels                |
+| `key`     | bytes | 1           | UTF-8; names the picture within its data set     |
+| any other | float | any         | named features, e.g. text features made upfront  |
+
+TensorFlow reads these records (`tf.io.parse_single_example`), but is not needed for it: its message is small, so its
+definition is repeated here and handed to the protobuf runtime in a pool of its own (the runtime refuses to define a
+message twice in one pool, and TensorFlow may be loaded as well).
+"""
+
+import dataclasses
+
+from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pool
+from google.protobuf import message
+from google.protobuf import message_factory
+import numpy as np
+
+SCHEMA_VERSION = 1
+_RESERVED = ("image", "caption", "width", "height", "key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One picture with its captions.
+
+  Attributes:
+    image: the encoded picture (PNG, JPEG, WebP).
+    captions: at least one; the first is the primary caption.
+    width: of the encoded picture, in pixels.
+    height: of the encoded picture, in pixels.
+    key: names the picture within its data set.
+    features: further named float features, float32 [n] each.
+  """
+
+  image: bytes
+  captions: tuple[str, ...]
+  width: int
+  height: int
+  key: str
+  features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def _example_class():
+  """The class of TensorFlow's message: tensorflow/core/example/{example,feature}.proto, field for field."""
+  field = descriptor_pb2.FieldDescriptorProto
+  file = descriptor_pb2.FileDescriptorProto(name="aurora_jax/example.proto", package="tensorflow", syntax="proto3")
+
+  def add_message(parent, name, *fields):
+    added = parent.add(name=name)
+    for number, (field_name, label, kind, type_name) in enumerate(fields, start=1):
+      added.field.add(name=field_name, number=number, label=label, type=kind, type_name=type_name)
+    return added
+
+  one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+  add_message(file.message_type, "BytesList", ("value", many, field.TYPE_BYTES, None))
+  add_message(file.message_type, "FloatList", ("value", many, field.TYPE_FLOAT, None))
+  add_message(file.message_type, "Int64List", ("value", many, field.TYPE_INT64, None))
+  feature = add_message(
+      file.message_type, "Feature",
+      ("bytes_list", one, field.TYPE_MESSAGE, ".tensorflow.BytesList"),
+      ("float_list", one, field.TYPE_MESSAGE, ".tensorflow.FloatList"),
+      ("int64_list", one, field.TYPE_MESSAGE, ".tensorflow.Int64List"),
+  )
+  feature.oneof_decl.add(name="kind")
+  for member in feature.field:
+    member.oneof_index = 0
+  features = add_message(
+      file.message_type, "Features", ("feature", many, field.TYPE_MESSAGE, ".tensorflow.Features.FeatureEntry"))
+  entry = add_message(
+      features.nested_type, "FeatureEntry",
+      ("key", one, field.TYPE_STRING, None),
+      ("value", one, field.TYPE_MESSAGE, ".tensorflow.Feature"),
+  )
+  entry.options.map_entry = True
+  add_message(file.message_type, "Example", ("features", one, field.TYPE_MESSAGE, ".tensorflow.Features"))
+  pool = descriptor_pool.DescriptorPool()
+  pool.Add(file)
+  return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
+
+
+_ExampleProto = _example_class()
+
+
+def encode(example):
+  """Serialises an `Example`; equal examples give equal bytes.
+
+  Args:
+    example: an `Example`.
+
+  Returns:
+    bytes of a `tf.train.Example`.
+
+  Raises:
+    ValueError: no image, no caption, or a further feature with a reserved name.
+  """
+  if not example.image:
+    raise ValueError(f"example {example.key!r} has no image")
+  if not example.captions:
+    raise ValueError(f"example {example.key!r} has no caption")
+  proto = _ExampleProto()
+  feature = proto.features.feature
+  feature["image"].bytes_list.value.append(example.image)
+  feature["caption"].bytes_list.value.extend(caption.encode() for caption in example.captions)
+  feature["width"].int64_list.value.append(example.width)
+  feature["height"].int64_list.value.append(example.height)
+  feature["key"].bytes_list.value.append(example.key.encode())
+  for name, values in example.features.items():
+    if name in _RESERVED:
+      raise ValueError(f"example {example.key!r}: the feature name {name!r} is taken (taken are {', '.join(_RESERVED)})")
+    feature[name].float_list.value.extend(np.asarray(values, np.float32).reshape(-1).tolist())
+  return proto.SerializeToString(deterministic=True)
+
+
+def decode(record):
+  """Reads what `encode` or TensorFlow wrote.
+
+  Args:
+    record: bytes of a `tf.train.Example`.
+
+  Returns:
+    An `Example`. Features that are neither of the schema nor floats are left out.
+
+  Raises:
+    ValueError: not a `tf.train.Example`, or one without an image or caption.
+  """
+  try:
+    feature = _ExampleProto.FromString(record).features.feature
+  except message.DecodeError:
+    raise ValueError(f"not a tf.train.Example ({len(record)} bytes)") from None
+  # Looking a missing name up would add it to the map, as in a defaultdict: ask first.
+  image = feature["image"].bytes_list.value if "image" in feature else ()
+  captions = feature["caption"].bytes_list.value if "caption" in feature else ()
+  if len(image) != 1 or not image[0]:
+    raise ValueError(f"no feature 'image' with one value (features: {', '.join(sorted(feature)) or 'none'})")
+  if not captions:
+    raise ValueError(f"no feature 'caption' with a value (features: {', '.join(sorted(feature))})")
+  try:
+    captions = tuple(caption.decode() for caption in captions)
+  except UnicodeDecodeError:
+    raise ValueError("feature 'caption' is not UTF-8") from None
+  key = feature["key"].bytes_list.value if "key" in feature else ()
+  return Example(
+      image=image[0],
+      captions=captions,
+      width=_first_integer(feature, "width"),
+      height=_first_integer(feature, "height"),
+      key=key[0].decode(errors="replace") if key else "",
+      features={
+          name: np.array(value.float_list.value, np.float32)
+          for name, value in feature.items()
+          if name not in _RESERVED and value.WhichOneof("kind") == "float_list"
+      },
+  )
+
+
+def _first_integer(feature, name):
+  values = feature[name].int64_list.value if name in feature else ()
+  return int(values[0]) if values else 0
