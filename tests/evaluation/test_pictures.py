@@ -1,0 +1,150 @@
+"""Grids, captions, expert maps and atomic PNGs."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aurora_jax.errors import UserError
+from aurora_jax.evaluation import pictures
+
+
+def flat(colours, side=8):
+  """Images [n, side, side, 3] in [-1, 1], each of one colour."""
+  return np.broadcast_to(np.asarray(colours, np.float32)[:, None, None], (len(colours), side, side, 3))
+
+
+def test_to_uint8_is_the_released_rule():
+  values = np.array([-2.0, -1.0, 0.0, 1.0, 3.0, np.nan, np.inf, -np.inf], np.float32)
+  assert pictures.to_uint8(values).tolist() == [0, 0, 128, 255, 255, 128, 255, 0]
+  steps = np.arange(256)
+  assert (pictures.to_uint8(steps / 127.5 - 1) == steps).all()
+
+
+def test_grid_puts_every_picture_in_reading_order():
+  colours = np.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [-1, 1, 1]], np.float32)
+  grid = np.asarray(pictures.captioned_grid(flat(colours), list("abcde"), columns=3, scale=4))
+  found = {}
+  for n, colour in enumerate((colours + 1) * 127.5):
+    at = np.argwhere((grid == colour).all(-1))
+    assert len(at) == 32 * 32, f"picture {n} is not whole"
+    found[n] = at.mean(0)
+  assert found[0][0] == found[1][0] == found[2][0] < found[3][0] == found[4][0]
+  assert found[0][1] == found[3][1] < found[1][1] == found[4][1] < found[2][1]
+
+
+def test_grid_writes_captions_and_is_deterministic():
+  images = flat([[1, 1, 1], [1, 1, 1]])
+  first = np.asarray(pictures.captioned_grid(images, ["a cat", "a dog"], scale=12))
+  again = np.asarray(pictures.captioned_grid(images, ["a cat", "a dog"], scale=12))
+  other = np.asarray(pictures.captioned_grid(images, ["a cat", "a cow"], scale=12))
+  without = np.asarray(pictures.captioned_grid(images, ["", ""], scale=12))
+  assert (first == again).all() and (first != other).any()
+  assert first.min() < 120 < without.min()  # dark ink only where there are captions
+  assert without.shape[0] < first.shape[0]
+
+
+@pytest.mark.parametrize("resolution, scale", [(4, 24), (32, 3), (64, 2), (256, 1), (512, 1)])
+def test_default_scale(resolution, scale):
+  assert pictures.default_scale(resolution) == scale
+
+
+def test_rows_hold_all_latents_of_a_prompt_on_one_line():
+  colours = np.array([[[1, -1, -1], [-1, 1, -1]], [[-1, -1, 1], [1, 1, -1]], [[-1, 1, 1], [1, -1, 1]]], np.float32)
+  images = np.broadcast_to(colours[:, :, None, None], (3, 2, 8, 8, 3))
+  grid = np.asarray(pictures.captioned_rows(images, ["one", "two", "three"], scale=4, columns=2))
+  centre = np.array([[np.argwhere((grid == (c + 1) * 127.5).all(-1)).mean(0) for c in row] for row in colours])
+  assert (centre[:, 0, 0] == centre[:, 1, 0]).all() and (centre[:, 0, 1] < centre[:, 1, 1]).all()
+  assert centre[0, 0, 0] == centre[1, 0, 0] < centre[2, 0, 0]  # two cards side by side, the third below
+
+
+@pytest.mark.parametrize("images, captions", [
+    (np.zeros((2, 4, 4, 3)), ["one"]), (np.zeros((0, 4, 4, 3)), []), (np.zeros((2, 4, 4, 1)), ["a", "b"])])
+def test_grid_refuses_what_does_not_fit(images, captions):
+  with pytest.raises(ValueError):
+    pictures.captioned_grid(images, captions)
+
+
+class TestWrap:
+  font = pictures._font(12)
+
+  def wrap(self, caption, width=96):
+    lines = pictures.wrap_caption(caption, self.font, width)
+    assert all(self.font.getlength(line) <= width for line in lines), lines
+    return lines
+
+  def test_short(self):
+    assert self.wrap("red heart") == ["red heart"]
+
+  def test_white_space_is_no_content(self):
+    assert self.wrap("  red\n\theart ") == ["red heart"]
+    assert self.wrap(" \n ") == []
+
+  def test_two_lines(self):
+    assert self.wrap("globe showing Americas") == ["globe showing", "Americas"]
+
+  def test_more_than_two_lines_end_in_an_ellipsis(self):
+    lines = self.wrap("a woman and a man walking hand in hand along the beach at night")
+    assert len(lines) == 2 and lines[1].endswith("...")
+
+  def test_a_word_wider_than_the_line(self):
+    lines = self.wrap("W" * 15)
+    assert "".join(lines) == "W" * 15 and len(lines) == 2
+    assert self.wrap("W" * 60)[1].endswith("...")
+
+  def test_ten_thousand_characters(self):
+    lines = self.wrap("x" * 10_000)
+    assert len(lines) == 2 and lines[1].endswith("...")
+
+  def test_letters_that_the_font_lacks_become_their_base_letters(self):
+    assert self.wrap("São Tomé", 200) == ["Sao Tome"]
+    assert self.wrap("\u732b", 200) == ["?"]
+
+
+def test_expert_map_uses_one_colour_per_expert():
+  index = np.array([[0, 1], [3, 0]])
+  picture = np.asarray(pictures.expert_map(index, 4, scale=3))
+  assert picture.shape == (6, 6, 3)
+  assert (picture[::3, ::3] == pictures.expert_colours(4)[index]).all()
+  assert (picture[:3, :3] == picture[0, 0]).all()
+
+
+@pytest.mark.parametrize("experts", [4, 8, 16, 40])
+def test_expert_colours_differ(experts):
+  colours = pictures.expert_colours(experts).astype(int)
+  distance = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(experts, dtype=int)
+  assert distance.min() >= 30
+
+
+@pytest.mark.parametrize("index", [np.array([[4]]), np.array([[-1]]), np.array([0]), np.array([[0.0]])])
+def test_expert_map_refuses_what_is_no_expert(index):
+  with pytest.raises(ValueError):
+    pictures.expert_map(index, 4)
+
+
+def test_save_png_makes_folders_and_replaces(tmp_path):
+  path = tmp_path / "new" / "grid.png"
+  pictures.save_png(Image.new("RGB", (2, 2), "red"), path)
+  pictures.save_png(Image.new("RGB", (3, 2), "blue"), path)
+  with Image.open(path) as picture:
+    assert picture.size == (3, 2) and picture.getpixel((0, 0)) == (0, 0, 255)
+  assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+  path = tmp_path / "grid.png"
+  pictures.save_png(Image.new("RGB", (2, 2), "red"), path)
+  before = path.read_bytes()
+
+  def fail(file):
+    file.write(b"half")
+    raise RuntimeError("stopped")
+
+  with pytest.raises(RuntimeError):
+    pictures.write_beside(path, fail)
+  assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(UserError, match="file/grid.png"):
+    pictures.save_png(Image.new("RGB", (2, 2)), tmp_path / "file" / "grid.png")
