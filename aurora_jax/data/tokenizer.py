@@ -1,0 +1,194 @@
+"""CLIP's byte-level BPE: trained on a data set's captions, or read from a Hugging Face CLIP folder.
+
+Captions are lower-cased, split into words, digits and punctuation, spelt in bytes and merged. Any text can be
+encoded. The row of ids that the text tower wants is: begin, words, end, zeros; too long a caption is cut, with the end
+in the last slot, as in the released models.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from aurora_jax.errors import UserError
+
+BEGIN = "<|startoftext|>"
+END = "<|endoftext|>"
+PAD_ID = 0
+WORD_END = "</w>"
+
+# The whole of CLIP's splitting rule: special tokens, English contractions, runs of letters, single digits, the rest.
+_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+# Hugging Face writes a huge number for "no limit".
+_LONGEST_CONTEXT = 1_000_000
+_RELEASED_CONTEXT = 77
+
+
+class Tokenizer:
+  """Captions to rows of token ids.
+
+  Attributes:
+    context_length: length N of a row.
+    begin_id, end_id: the ids that stand around a caption. In vocabularies trained here `end_id` is the highest id, so
+      that the largest id of a row marks the end of the text (OpenAI's rule) whatever the row holds.
+    vocabulary_size: number of ids.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer, context_length: int):
+    """Wraps a backend; use `train` or `load`.
+
+    Args:
+      backend: from the `tokenizers` library; must know `<|startoftext|>` and `<|endoftext|>`.
+      context_length: at least 2 (begin and end).
+    """
+    if context_length < 2:
+      raise UserError(f"the context length must be at least 2 (begin and end of the text), it is {context_length}")
+    self._backend = backend
+    self._backend.no_padding()
+    self._backend.no_truncation()
+    self.context_length = context_length
+    self.begin_id, self.end_id = backend.token_to_id(BEGIN), backend.token_to_id(END)
+    if self.begin_id is None or self.end_id is None:
+      raise UserError(f"not a CLIP tokenizer: no token {BEGIN if self.begin_id is None else END}")
+    self.vocabulary_size = backend.get_vocab_size()
+
+  def __call__(self, captions: Sequence[str]) -> np.ndarray:
+    """Encodes captions: int32 [len(captions), context_length]."""
+    rows = np.full((len(captions), self.context_length), PAD_ID, np.int32)
+    for row, caption in zip(rows, captions, strict=True):
+      # One by one: the library's batch call starts threads, which do not survive a fork of worker processes.
+      ids = self._backend.encode(caption, add_special_tokens=False).ids[: self.context_length - 2]
+      row[: len(ids) + 2] = [self.begin_id, *ids, self.end_id]
+    return rows
+
+  def decode(self, tokens: Iterable[int]) -> str:
+    """The text of one row, without begin, end and padding: lower-cased, a space after each word."""
+    ids = []
+    for token in list(tokens)[1:]:
+      if token == self.end_id:
+        break
+      ids.append(int(token))
+    return self._backend.decode(ids, skip_special_tokens=True).replace(WORD_END, " ").strip()
+
+  @classmethod
+  def train(cls, captions: Iterable[str], vocabulary_size: int, context_length: int) -> "Tokenizer":
+    """Learns the merges from captions. The same captions give the same vocabulary.
+
+    Args:
+      captions: the texts.
+      vocabulary_size: at most so many ids: 512 for the bytes (inside and at the end of a word), 2 for begin and end,
+        the rest for merges, of which there are fewer if the captions offer fewer.
+      context_length: N of the rows.
+
+    Returns:
+      The tokenizer.
+    """
+    # A byte may stand inside a word or end it.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters += [letter + WORD_END for letter in letters]
+    specials = [BEGIN, END]
+    if vocabulary_size < len(letters) + len(specials):
+      raise UserError(
+          f"a vocabulary of {vocabulary_size} is too small: the bytes alone need {len(letters) + len(specials)}"
+      )
+    # Letters go in as "special tokens": that fixes their ids. Left alone, the library numbers the letters that end a
+    # word in the order of a hash table, and then breaks ties between merges by those numbers.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - len(specials),
+        special_tokens=letters,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    learner = _backend({}, [])
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    entries = dict.fromkeys(letters + ["".join(pair) for pair in merges] + specials)
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    return cls(_backend(vocabulary, merges), context_length)
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes the files of a Hugging Face CLIP tokenizer into an existing folder.
+
+    `tokenizer.json`, `vocab.json`, `merges.txt`, `tokenizer_config.json`.
+    """
+    folder = pathlib.Path(folder)
+    self._backend.model.save(str(folder))
+    self._backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "model_max_length": self.context_length,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike, context_length: int | None = None) -> "Tokenizer":
+    """Reads the tokenizer of a CLIP folder, ours or Hugging Face's.
+
+    Args:
+      folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
+      context_length: N of the rows; None takes `model_max_length` of `tokenizer_config.json`, else 77.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      UserError: no such files, or they are damaged.
+    """
+    folder = pathlib.Path(folder)
+    try:
+      if context_length is None:
+        context_length = _context_length(folder)
+      if (folder / "tokenizer.json").is_file():
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+      elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        backend = _backend(vocabulary, merges)
+      else:
+        raise UserError(f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json with merges.txt")
+    except UserError:
+      raise
+    except Exception as error:  # the library raises bare Exception for a damaged file
+      raise UserError(f"cannot read the tokenizer in {folder}: {error}") from error
+    return cls(backend, context_length)
+
+
+def _context_length(folder: pathlib.Path) -> int:
+  path = folder / "tokenizer_config.json"
+  if not path.is_file():
+    return _RELEASED_CONTEXT
+  length = json.loads(path.read_text(encoding="utf-8")).get("model_max_length", _RELEASED_CONTEXT)
+  return int(length) if length < _LONGEST_CONTEXT else _RELEASED_CONTEXT
+
+
+def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+  """CLIP's pipeline around a vocabulary and its merges."""
+  backend = tokenizers.Tokenizer(
+      models.BPE(
+          vocab=vocabulary, merges=merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=END
+      )
+  )
+  backend.normalizer = normalizers.Sequence(
+      [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+  )
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+          pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
+          pre_tokenizers.ByteLevel(add_prefix_space=False),
+      ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  if vocabulary:
+    backend.add_special_tokens([BEGIN, END])
+    backend.post_processor = processors.RobertaProcessing(
+        (END, vocabulary[END]), (BEGIN, vocabulary[BEGIN]), trim_offsets=False, add_prefix_space=False
+    )
+  return backend

@@ -1,0 +1,457 @@
+"""Hugging Face CLIP folders: read (downloaded ones and our own) and written (so that `transformers` reads ours).
+
+A folder holds `config.json`, `model.safetensors` (or shards with an index, or `pytorch_model.bin`), the tokenizer's
+files and `preprocessor_config.json`. Our tree stacks the blocks of a tower on a leading axis and keeps query, key and
+value in one kernel; one table of names serves both directions.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.errors import UserError
+from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, abstract_variables
+
+_NAMES_IN_AN_ERROR = 6
+
+# What Hugging Face means where a config.json is silent.
+_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
+_IMAGE_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_EMBEDDING_WIDTH_DEFAULT = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipBundle:
+  """A CLIP, ready to use.
+
+  Attributes:
+    config: its sizes.
+    variables: {"params": ...}, float32 numpy arrays on the host: `jax.device_put` them once, to where they are wanted.
+    tokenizer: list of str -> int32 [B, context_length].
+  """
+
+  config: ClipConfig
+  variables: dict[str, Any]
+  tokenizer: Tokenizer
+
+  def module(self, **options) -> Clip:
+    """The Flax module; the options are those of `Clip` (dtype, remat)."""
+    return Clip(self.config, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """How one array looks here, given how it looks there, and back."""
+
+  to_ours: Callable[[np.ndarray], np.ndarray]
+  to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+_SAME = _Layout(lambda x: x, lambda x: x)
+_DENSE = _Layout(np.transpose, np.transpose)  # [out, in] <-> [in, out]
+_PATCHES = _Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # [W, C, P, P] <-> [P, P, C, W]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """One tensor of the Hugging Face model and its place in our tree.
+
+  Attributes:
+    name: its name in the state dict.
+    shape: its shape there.
+    path: the keys of our leaf, joined by "/".
+    index: the part of that leaf which it fills; () is all of it.
+    layout: the change of layout.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  path: str
+  index: tuple = ()
+  layout: _Layout = _SAME
+
+
+def _norm_entries(theirs, ours, width, index=()) -> Iterator[_Entry]:
+  yield _Entry(f"{theirs}.weight", (width,), f"{ours}/scale", index)
+  yield _Entry(f"{theirs}.bias", (width,), f"{ours}/bias", index)
+
+
+def _dense_entries(theirs, ours, shape, index) -> Iterator[_Entry]:
+  yield _Entry(f"{theirs}.weight", shape, f"{ours}/kernel", index, _DENSE)
+  yield _Entry(f"{theirs}.bias", shape[:1], f"{ours}/bias", index)
+
+
+def _block_entries(tower, theirs, ours) -> Iterator[_Entry]:
+  """The blocks of one tower."""
+  width, square = tower.width, (tower.width, tower.width)
+  head = (tower.heads, width // tower.heads)
+  into_heads = _Layout(lambda x: x.T.reshape(width, *head), lambda x: x.reshape(square).T)
+  out_of_heads = _Layout(lambda x: x.T.reshape(*head, width), lambda x: x.reshape(square).T)
+  bias_of_heads = _Layout(lambda x: x.reshape(head), lambda x: x.reshape(width))
+  for layer in range(tower.layers):
+    source, target = f"{theirs}.encoder.layers.{layer}", f"{ours}/transformer/blocks"
+    for number, letter in enumerate("qkv"):
+      projection = f"{source}.self_attn.{letter}_proj"
+      index = (layer, slice(None), number)
+      yield _Entry(f"{projection}.weight", square, f"{target}/attention/qkv/kernel", index, into_heads)
+      yield _Entry(f"{projection}.bias", (width,), f"{target}/attention/qkv/bias", (layer, number), bias_of_heads)
+    out = f"{source}.self_attn.out_proj"
+    yield _Entry(f"{out}.weight", square, f"{target}/attention/out/kernel", (layer,), out_of_heads)
+    yield _Entry(f"{out}.bias", (width,), f"{target}/attention/out/bias", (layer,))
+    yield from _dense_entries(f"{source}.mlp.fc1", f"{target}/mlp/up", (tower.mlp_width, width), (layer,))
+    yield from _dense_entries(f"{source}.mlp.fc2", f"{target}/mlp/down", (width, tower.mlp_width), (layer,))
+    yield from _norm_entries(f"{source}.layer_norm1", f"{target}/attention_norm", width, (layer,))
+    yield from _norm_entries(f"{source}.layer_norm2", f"{target}/mlp_norm", width, (layer,))
+
+
+def _entries(config: ClipConfig) -> Iterator[_Entry]:
+  """Every tensor of the Hugging Face CLIPModel of this config."""
+  text, image, width = config.text, config.image, config.embedding_width
+  theirs = "text_model.embeddings"
+  yield _Entry(f"{theirs}.token_embedding.weight", (text.vocabulary_size, text.width), "text/token_embedding")
+  yield _Entry(f"{theirs}.position_embedding.weight", (text.context_length, text.width), "text/position_embedding")
+  yield from _block_entries(text, "text_model", "text")
+  yield from _norm_entries("text_model.final_layer_norm", "text/final_norm", text.width)
+  yield _Entry("text_projection.weight", (width, text.width), "text_projection/kernel", layout=_DENSE)
+
+  theirs = "vision_model.embeddings"
+  patches = (image.width, 3, image.patch, image.patch)
+  positions = ((image.size // image.patch) ** 2 + 1, image.width)
+  yield _Entry(f"{theirs}.class_embedding", (image.width,), "image/class_embedding")
+  yield _Entry(f"{theirs}.patch_embedding.weight", patches, "image/patch_embedding", layout=_PATCHES)
+  yield _Entry(f"{theirs}.position_embedding.weight", positions, "image/position_embedding")
+  yield from _norm_entries("vision_model.pre_layrnorm", "image/pre_norm", image.width)  # spelt so, there
+  yield from _block_entries(image, "vision_model", "image")
+  yield from _norm_entries("vision_model.post_layernorm", "image/final_norm", image.width)
+  yield _Entry("visual_projection.weight", (width, image.width), "image_projection/kernel", layout=_DENSE)
+
+  yield _Entry("logit_scale", (), "log_scale")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load(folder: str | os.PathLike) -> ClipBundle:
+  """Reads a CLIP folder: one of `train-clip`, or a Hugging Face one (ViT-B/32, ViT-L/14, OpenCLIP exports, ...).
+
+  Weights of any float type become float32. They are read one tensor at a time: never a second copy of the model.
+
+  Args:
+    folder: the folder.
+
+  Returns:
+    ClipBundle.
+
+  Raises:
+    UserError: no such folder, not a CLIP, or weights that do not fit its config (all named).
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise UserError(f"no CLIP folder at {folder}")
+  config = _read_config(folder)
+  tokenizer = Tokenizer.load(folder, config.text.context_length)
+  if tokenizer.vocabulary_size > config.text.vocabulary_size:
+    raise UserError(
+        f"{folder}: the tokenizer has {tokenizer.vocabulary_size} entries, the model only {config.text.vocabulary_size}"
+    )
+  with _open_weights(folder) as weights:
+    return ClipBundle(config, {"params": _fill(config, weights, folder)}, tokenizer)
+
+
+def _fill(config: ClipConfig, weights: dict[str, Callable], folder: pathlib.Path) -> dict[str, Any]:
+  """Our parameter tree from named tensors; every misfit goes into one error."""
+  abstract = abstract_variables(config)["params"]
+  entries = {entry.name: entry for entry in _entries(config)}
+  missing = sorted(entries.keys() - weights.keys())
+  # Old files carry the position numbers as a buffer.
+  unknown = sorted(name for name in weights.keys() - entries.keys() if not name.endswith("position_ids"))
+  misshapen = []
+  params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
+  for name, entry in entries.items():
+    if name in missing:
+      continue
+    array = weights[name]()
+    if array.shape != entry.shape:
+      misshapen.append(f"{name} {list(array.shape)} instead of {list(entry.shape)}")
+      continue
+    leaf = params
+    for key in entry.path.split("/"):
+      leaf = leaf[key]
+    leaf[entry.index] = entry.layout.to_ours(array)
+  problems = []
+  for what, names in (("missing", missing), ("left over", unknown), ("misshapen", misshapen)):
+    if names:
+      more = f" and {len(names) - _NAMES_IN_AN_ERROR} more" if len(names) > _NAMES_IN_AN_ERROR else ""
+      problems.append(f"{what}: {', '.join(names[:_NAMES_IN_AN_ERROR])}{more}")
+  if problems:
+    raise UserError(f"the weights in {folder} do not fit its config.json; {'; '.join(problems)}")
+  return params
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise UserError(f"not a CLIP folder: {path} is missing") from error
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {path}: {error}") from error
+  if not isinstance(value, dict):
+    raise UserError(f"cannot read {path}: a JSON object was expected")
+  return value
+
+
+def _read_config(folder: pathlib.Path) -> ClipConfig:
+  """config.json (and preprocessor_config.json, for the colours) as a ClipConfig."""
+  path = folder / "config.json"
+  values = _read_json(path)
+  if values.get("model_type") != "clip":
+    raise UserError(f"{path} describes a model of type '{values.get('model_type')}', not 'clip'")
+  # Old configs repeat a tower's values under "..._dict"; those win there too.
+  text = {**_TEXT_DEFAULTS, **(values.get("text_config") or {}), **(values.get("text_config_dict") or {})}
+  image = {**_IMAGE_DEFAULTS, **(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+  if image["num_channels"] != 3:
+    raise UserError(f"{path}: images of {image['num_channels']} channels are not supported, only 3")
+  colours = {}
+  if (folder / "preprocessor_config.json").is_file():
+    processor = _read_json(folder / "preprocessor_config.json")
+    for theirs, ours in (("image_mean", "mean"), ("image_std", "deviation")):
+      if theirs in processor:
+        colours[ours] = tuple(processor[theirs])
+  try:
+    return ClipConfig(
+        text=TextConfig(
+            **_tower_values(text),
+            vocabulary_size=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            eot_id=text["eos_token_id"],
+        ),
+        image=ImageConfig(**_tower_values(image), size=image["image_size"], patch=image["patch_size"], **colours),
+        embedding_width=values.get("projection_dim", _EMBEDDING_WIDTH_DEFAULT),
+    )
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{path}: {error}") from error
+
+
+def _tower_values(values: dict) -> dict:
+  return {
+      "width": values["hidden_size"],
+      "layers": values["num_hidden_layers"],
+      "heads": values["num_attention_heads"],
+      "mlp_width": values["intermediate_size"],
+      "activation": values["hidden_act"],
+      "layer_norm_epsilon": values["layer_norm_eps"],
+  }
+
+
+@contextlib.contextmanager
+def _open_weights(folder: pathlib.Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
+  """Gives, per name, a function that reads the tensor; the files stay open inside the `with`."""
+  with contextlib.ExitStack() as stack:
+    weights = {}
+    for path in _weight_files(folder):
+      try:
+        weights.update(_open_torch(path) if path.suffix == ".bin" else _open_safetensors(path, stack))
+      except UserError:
+        raise
+      except Exception as error:  # each library has its own exceptions for a damaged file
+        raise UserError(f"cannot read the weights in {path}: {error}") from error
+    yield weights
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  for name in ("model.safetensors", "pytorch_model.bin"):
+    if (folder / name).is_file():
+      return [folder / name]
+    if (folder / f"{name}.index.json").is_file():
+      index = _read_json(folder / f"{name}.index.json")
+      # A name with a folder in it would leave this one.
+      files = [folder / pathlib.PurePath(shard).name for shard in sorted(set(index.get("weight_map", {}).values()))]
+      absent = [file.name for file in files if not file.is_file()]
+      if absent or not files:
+        raise UserError(f"{folder}: shards of the weights are missing: {', '.join(absent) or 'all'}")
+      return files
+  raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
+
+
+def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], np.ndarray]]:
+  file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+  return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}
+
+
+def _open_torch(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
+  try:
+    import torch  # only here: everything else works without it
+  except ImportError as error:
+    raise UserError(f"{path} needs PyTorch to be read; install torch or use a safetensors file") from error
+  # weights_only: the file is a pickle, and nothing in it may run.
+  state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+  return {name: lambda name=name: state[name].to(torch.float32).numpy() for name in state}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(
+    folder: str | os.PathLike, bundle: ClipBundle, *, overwrite: bool = False, notes: dict[str, Any] | None = None
+) -> None:
+  """Writes a folder that `load` and `transformers.CLIPModel.from_pretrained` read. All of it appears, or nothing.
+
+  Args:
+    folder: where; must not exist or be empty.
+    bundle: the CLIP.
+    overwrite: replace what stands there.
+    notes: JSON values about how the weights came about, written as `training.json`.
+
+  Raises:
+    UserError: the folder is in use, or cannot be written.
+  """
+  folder = pathlib.Path(folder)
+  check_writable(folder, overwrite=overwrite)
+  work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+  try:
+    work.mkdir(parents=True)
+    _write_json(work / "config.json", _their_config(bundle))
+    _write_json(work / "preprocessor_config.json", _their_processor(bundle.config.image))
+    if notes is not None:
+      _write_json(work / "training.json", notes)
+    bundle.tokenizer.save(work)
+    # transformers refuses a file that does not say "pt".
+    safetensors.numpy.save_file(_state_dict(bundle), work / "model.safetensors", metadata={"format": "pt"})
+    if folder.exists() and any(folder.iterdir()):
+      old = folder.with_name(f"{work.name}.old")
+      folder.rename(old)
+      work.rename(folder)
+      shutil.rmtree(old)
+    else:
+      work.rename(folder)
+  except OSError as error:
+    raise UserError(f"cannot write {folder}: {error}") from error
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def check_writable(folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+  """Raises UserError if `save` would refuse the folder (to be asked before hours of work)."""
+  folder = pathlib.Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file, not a folder")
+  if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    raise UserError(f"{folder} is not empty; choose another folder or say --overwrite")
+  parent = folder.absolute().parent
+  while not parent.exists():
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    raise UserError(f"cannot write {folder}: no permission to write in {parent}")
+
+
+def _state_dict(bundle: ClipBundle) -> dict[str, np.ndarray]:
+  """The Hugging Face state dict, float32."""
+  params = jax.tree.map(np.asarray, bundle.variables["params"])
+  state = {}
+  for entry in _entries(bundle.config):
+    leaf = params
+    for key in entry.path.split("/"):
+      leaf = leaf[key]
+    state[entry.name] = np.ascontiguousarray(entry.layout.to_theirs(leaf[entry.index]), np.float32).reshape(entry.shape)
+  return state
+
+
+def _their_tower(tower) -> dict:
+  return {
+      "hidden_size": tower.width,
+      "num_hidden_layers": tower.layers,
+      "num_attention_heads": tower.heads,
+      "intermediate_size": tower.mlp_width,
+      "hidden_act": tower.activation,
+      "layer_norm_eps": tower.layer_norm_epsilon,
+  }
+
+
+def _their_config(bundle: ClipBundle) -> dict:
+  config, tokenizer = bundle.config, bundle.tokenizer
+  text, image = config.text, config.image
+  return {
+      "architectures": ["CLIPModel"],
+      "model_type": "clip",
+      "dtype": "float32",
+      "projection_dim": config.embedding_width,
+      "logit_scale_init_value": float(np.log(1 / 0.07)),
+      "text_config": {
+          "model_type": "clip_text_model",
+          **_their_tower(text),
+          "projection_dim": config.embedding_width,
+          "vocab_size": text.vocabulary_size,
+          "max_position_embeddings": text.context_length,
+          "bos_token_id": tokenizer.begin_id,
+          "eos_token_id": text.eot_id,
+          "pad_token_id": 0,
+      },
+      "vision_config": {
+          "model_type": "clip_vision_model",
+          **_their_tower(image),
+          "projection_dim": config.embedding_width,
+          "num_channels": 3,
+          "image_size": image.size,
+          "patch_size": image.patch,
+      },
+  }
+
+
+def _their_processor(image: ImageConfig) -> dict:
+  return {
+      "image_processor_type": "CLIPImageProcessor",
+      "do_resize": True,
+      "size": {"shortest_edge": image.size},
+      "resample": 3,
+      "do_center_crop": True,
+      "crop_size": {"height": image.size, "width": image.size},
+      "do_rescale": True,
+      "rescale_factor": 1 / 255,
+      "do_normalize": True,
+      "image_mean": list(image.mean),
+      "image_std": list(image.deviation),
+      "do_convert_rgb": True,
+  }
+
+
+def _write_json(path: pathlib.Path, value: dict) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,331 @@
+"""CLIP (Radford et al., arXiv 2103.00020): OpenAI's text and vision transformers, of any size.
+
+The text tower conditions the generator, the image tower gives the CLIP loss. Both are exactly the released
+architecture: a class token, pre-layer-norm blocks, a causal mask over the text, a final layer norm, bias-free
+projections into one space and a learned temperature. `interop/clip_hf.py` reads and writes Hugging Face folders.
+
+Axis letters: B batch, N tokens, W width of a tower, H heads, K width of a head, M width of the feed-forward,
+D width of the shared space, P side of a patch, C colours, L layers (the leading axis of every block parameter).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The end-of-text id that old Hugging Face configs carry by mistake. It selects OpenAI's own rule: the end of the text
+# is where the largest id stands. Any other value: where that id stands first.
+LEGACY_EOT_ID = 2
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+# A short stack of blocks is unrolled (faster); a long one is a loop over the layers (a far smaller program).
+_UNROLLED_LAYERS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+  """What the two transformers have in common."""
+
+  width: int
+  layers: int
+  heads: int
+  mlp_width: int
+  activation: str = "quick_gelu"
+  layer_norm_epsilon: float = 1e-5
+
+  def __post_init__(self):
+    for name in ("width", "layers", "heads", "mlp_width"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"CLIP tower: {name} must be at least 1, it is {getattr(self, name)}")
+    if self.width % self.heads:
+      raise ValueError(f"CLIP tower: width {self.width} is not a multiple of {self.heads} heads")
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(f"CLIP tower: unknown activation '{self.activation}' (known: {', '.join(ACTIVATIONS)})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(TowerConfig):
+  vocabulary_size: int
+  context_length: int = 77
+  eot_id: int = LEGACY_EOT_ID
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig(TowerConfig):
+  size: int
+  patch: int
+  # Mean and standard deviation of the colours in [0, 1]; the defaults are OpenAI's.
+  mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+  deviation: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.patch < 1 or self.size % self.patch:
+      raise ValueError(f"CLIP image tower: size {self.size} is not a multiple of the patch {self.patch}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+  text: TextConfig
+  image: ImageConfig
+  embedding_width: int
+
+
+def vit_l14() -> ClipConfig:
+  """OpenAI's ViT-L/14, the text encoder of released Aurora: 427.6 M parameters."""
+  return ClipConfig(
+      text=TextConfig(width=768, layers=12, heads=12, mlp_width=3072, vocabulary_size=49408),
+      image=ImageConfig(width=1024, layers=24, heads=16, mlp_width=4096, size=224, patch=14),
+      embedding_width=768,
+  )
+
+
+class TextOutput(NamedTuple):
+  """What the text tower says about B captions.
+
+  Attributes:
+    features: [B, N, W], one vector per token after the final layer norm; padding positions included.
+    eot: int32 [B], the position of the end-of-text token.
+    embedding: [B, D], the projected feature at `eot`, not normalised.
+  """
+
+  features: jax.Array
+  eot: jax.Array
+  embedding: jax.Array
+
+
+def eot_position(tokens, eot_id=LEGACY_EOT_ID):
+  """Where each caption ends: the first `eot_id`, or, by OpenAI's own rule (`LEGACY_EOT_ID`), the largest id.
+
+  Args:
+    tokens: int [B, N].
+    eot_id: the id of the end-of-text token.
+
+  Returns:
+    int32 [B].
+  """
+  score = tokens if eot_id == LEGACY_EOT_ID else tokens == eot_id
+  return jnp.argmax(score, axis=-1).astype(jnp.int32)
+
+
+def normalize(embedding):
+  """Embeddings [..., D] on the unit sphere, float32."""
+  embedding = embedding.astype(jnp.float32)
+  return embedding * jax.lax.rsqrt(jnp.sum(jnp.square(embedding), axis=-1, keepdims=True) + 1e-12)
+
+
+def _layer_norm(tower, name):
+  """A layer norm in float32, whatever the compute type of the tower."""
+  return nn.LayerNorm(epsilon=tower.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with biases; one matmul for query, key and value."""
+
+  tower: TowerConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, mask):
+    """x [B, N, W], mask bool [N, N] (True: the row sees the column) or None -> [B, N, W]."""
+    tower = self.tower
+    head_width = tower.width // tower.heads
+    initializer = nn.initializers.normal(tower.width**-0.5)
+    qkv = nn.DenseGeneral((3, tower.heads, head_width), dtype=self.dtype, kernel_init=initializer, name="qkv")(x)
+    query, key, value = (qkv[:, :, i] for i in range(3))  # [B, N, H, K]
+    logits = jnp.einsum("BNHK,BMHK->BHNM", query * head_width**-0.5, key).astype(jnp.float32)
+    if mask is not None:
+      logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+    mixed = jnp.einsum("BHNM,BMHK->BNHK", weights, value)
+    residual_initializer = nn.initializers.normal((2 * tower.layers * tower.width) ** -0.5)
+    return nn.DenseGeneral(
+        tower.width, axis=(-2, -1), dtype=self.dtype, kernel_init=residual_initializer, name="out"
+    )(mixed)
+
+
+class FeedForward(nn.Module):
+  """Two dense layers around the tower's activation."""
+
+  tower: TowerConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    tower = self.tower
+    initializer = nn.initializers.normal((2 * tower.width) ** -0.5)
+    hidden = nn.Dense(tower.mlp_width, dtype=self.dtype, kernel_init=initializer, name="up")(x)
+    hidden = ACTIVATIONS[tower.activation](hidden)
+    residual_initializer = nn.initializers.normal((2 * tower.layers * tower.width) ** -0.5)
+    return nn.Dense(tower.width, dtype=self.dtype, kernel_init=residual_initializer, name="down")(hidden)
+
+
+class Block(nn.Module):
+  """A pre-layer-norm block, in the form that `nn.scan` wants: (carry, mask) -> (carry, nothing)."""
+
+  tower: TowerConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, mask):
+    normed = _layer_norm(self.tower, "attention_norm")(x).astype(self.dtype)
+    x = x + Attention(self.tower, self.dtype, name="attention")(normed, mask)
+    normed = _layer_norm(self.tower, "mlp_norm")(x).astype(self.dtype)
+    return x + FeedForward(self.tower, self.dtype, name="mlp")(normed), None
+
+
+class Transformer(nn.Module):
+  """The stack of blocks. Every parameter has a leading axis of length `layers`.
+
+  Attributes:
+    remat: recompute each block in the backward pass instead of storing its insides.
+  """
+
+  tower: TowerConfig
+  dtype: jnp.dtype
+  remat: bool
+
+  @nn.compact
+  def __call__(self, x, mask=None):
+    layers = self.tower.layers
+    stack = nn.scan(
+        nn.remat(Block, prevent_cse=False) if self.remat else Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=layers,
+        unroll=layers if layers <= _UNROLLED_LAYERS else 1,
+    )
+    return stack(self.tower, self.dtype, name="blocks")(x, mask)[0]
+
+
+class TextTower(nn.Module):
+  """Tokens to one vector per token, after the final layer norm."""
+
+  text: TextConfig
+  dtype: jnp.dtype
+  remat: bool
+
+  @nn.compact
+  def __call__(self, tokens):
+    text, length = self.text, tokens.shape[1]
+    if length > text.context_length:
+      raise ValueError(f"CLIP text tower: {length} tokens, the context holds {text.context_length}")
+    embedding = self.param("token_embedding", nn.initializers.normal(0.02), (text.vocabulary_size, text.width))
+    position = self.param("position_embedding", nn.initializers.normal(0.01), (text.context_length, text.width))
+    x = (embedding[tokens] + position[:length]).astype(self.dtype)  # [B, N, W]
+    mask = np.tril(np.ones((length, length), bool))
+    x = Transformer(text, self.dtype, self.remat, name="transformer")(x, mask)
+    return _layer_norm(text, "final_norm")(x).astype(self.dtype)
+
+
+class ImageTower(nn.Module):
+  """Images [B, size, size, 3], normalised, to the class token after the last layer norm [B, W]."""
+
+  image: ImageConfig
+  dtype: jnp.dtype
+  remat: bool
+
+  @nn.compact
+  def __call__(self, images):
+    image, grid = self.image, self.image.size // self.image.patch
+    kernel = self.param(
+        "patch_embedding", nn.initializers.normal(image.width**-0.5), (image.patch, image.patch, 3, image.width)
+    )
+    class_token = self.param("class_embedding", nn.initializers.normal(image.width**-0.5), (image.width,))
+    position = self.param(
+        "position_embedding", nn.initializers.normal(image.width**-0.5), (grid * grid + 1, image.width)
+    )
+    # Patches do not overlap, so that their convolution is one matmul.
+    patches = images.reshape(-1, grid, image.patch, grid, image.patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    patches = patches.reshape(images.shape[0], grid * grid, -1).astype(self.dtype)
+    x = patches @ kernel.reshape(-1, image.width).astype(self.dtype)  # [B, N, W]
+    class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, image.width))
+    x = jnp.concatenate([class_token, x], axis=1) + position.astype(self.dtype)
+    x = _layer_norm(image, "pre_norm")(x).astype(self.dtype)
+    x = Transformer(image, self.dtype, self.remat, name="transformer")(x)
+    return _layer_norm(image, "final_norm")(x[:, 0]).astype(self.dtype)
+
+
+class Clip(nn.Module):
+  """Both towers, the projections and the temperature.
+
+  Call `encode_text`, `encode_image` and `logit_scale` through `apply(variables, ..., method="encode_text")`.
+
+  Attributes:
+    config: the sizes.
+    dtype: compute type of the blocks; parameters, layer norms, softmax and embeddings stay float32.
+    remat: recompute the blocks in the backward pass (for gradients through a large tower).
+  """
+
+  config: ClipConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: bool = False
+
+  def setup(self):
+    config = self.config
+    self.text = TextTower(config.text, self.dtype, self.remat)
+    self.image = ImageTower(config.image, self.dtype, self.remat)
+    self.text_projection = nn.Dense(
+        config.embedding_width, use_bias=False, kernel_init=nn.initializers.normal(config.text.width**-0.5)
+    )
+    self.image_projection = nn.Dense(
+        config.embedding_width, use_bias=False, kernel_init=nn.initializers.normal(config.image.width**-0.5)
+    )
+    self.log_scale = self.param("log_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)
+
+  def __call__(self, tokens, images):
+    """All of it (used to initialise): returns (TextOutput, image embeddings [B, D], the logit scale)."""
+    return self.encode_text(tokens), self.encode_image(images), self.logit_scale()
+
+  def encode_text(self, tokens) -> TextOutput:
+    """Encodes captions.
+
+    Args:
+      tokens: int [B, N], N at most the context length; begin of text, words, end of text, padding.
+
+    Returns:
+      TextOutput, float32 whatever the compute type.
+    """
+    features = self.text(tokens).astype(jnp.float32)
+    eot = eot_position(tokens, self.config.text.eot_id)
+    pooled = jnp.take_along_axis(features, eot[:, None, None], axis=1)[:, 0]
+    return TextOutput(features, eot, self.text_projection(pooled))
+
+  def encode_image(self, images):
+    """Embeds pictures.
+
+    Args:
+      images: [B, R, R, 3] in [-1, 1] of any size R; resized (bicubic, antialiased) to the tower's size.
+
+    Returns:
+      float32 [B, D], not normalised.
+    """
+    image = self.config.image
+    images = images.astype(jnp.float32)
+    if images.shape[1:3] != (image.size, image.size):
+      images = jax.image.resize(images, (images.shape[0], image.size, image.size, 3), "bicubic")
+    # (x + 1) / 2 is the colour in [0, 1]; the mean and the deviation are those of such colours.
+    mean, deviation = np.asarray(image.mean, np.float32), np.asarray(image.deviation, np.float32)
+    images = images * (0.5 / deviation) + (0.5 - mean) / deviation
+    return self.image_projection(self.image(images).astype(jnp.float32))
+
+  def logit_scale(self):
+    """The factor on cosines in the contrastive loss, float32 scalar (1 / temperature; 100 in released models)."""
+    return jnp.exp(self.log_scale)
+
+
+def abstract_variables(config: ClipConfig):
+  """The tree of `Clip(config)`'s variables as jax.ShapeDtypeStruct; allocates nothing."""
+  tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
+  images = jax.ShapeDtypeStruct((1, config.image.size, config.image.size, 3), jnp.float32)
+  return jax.eval_shape(Clip(config).init, jax.random.key(0), tokens, images)
