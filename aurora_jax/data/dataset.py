@@ -85,11 +85,10 @@ class Dataset:
 
   def __getitem__(self, number):
     """The `Example` at `number`; `tfrecords.RecordError` if it cannot be read, naming file and record."""
-    shard, record = self._locate(number)
     try:
       return schema.decode(self.read(number))
     except ValueError as error:
-      raise tfrecords.RecordError(f"{self._shards[shard]}: record {record}: {error}") from None
+      raise tfrecords.RecordError(f"{self.where(number)}: {error}") from None
 
   def __repr__(self):
     return f"Dataset({str(self.path)!r}, split={self.split!r}, examples={len(self)})"
@@ -112,6 +111,11 @@ class Dataset:
     shard, record = self._locate(number)
     offset, length = self._indices[shard][record]
     return tfrecords.read_record(self._descriptor(shard), int(offset), int(length), self._shards[shard], record)
+
+  def where(self, number):
+    """File and record of example `number`, for messages."""
+    shard, record = self._locate(number)
+    return f"{self._shards[shard]}: record {record}"
 
   def captions(self):
     """All captions of the split, in order: a list of tuples, the primary caption first. Read once, then kept."""

@@ -1,0 +1,261 @@
+"""Training batches: random access, a keyed permutation per epoch, decoding ahead in threads or processes.
+
+The batch of step s is a pure function of (data set, seed, s): `BatchMaker.__call__`. grain runs that function ahead of
+the training loop; its position is the step and nothing else, so a run resumes at any step at once, and any number of
+hosts sees the same global batches.
+"""
+
+import dataclasses
+from typing import Callable
+
+from absl import flags
+import grain
+import numpy as np
+from PIL import Image
+
+from aurora_jax.data import images
+from aurora_jax.data import order
+from aurora_jax.data import tfrecords
+from aurora_jax.data.augment import Augment
+from aurora_jax.data.augment import DRAWS
+from aurora_jax.data.augment import warp
+from aurora_jax.data.augment import working_side
+from aurora_jax.data.dataset import Dataset
+from aurora_jax.errors import UserError
+
+CACHE_BYTES = 512 * 2**20
+
+
+def to_float(pixels):
+  """uint8 [..., 3] to float32 in [-1, 1]."""
+  return pixels.astype(np.float32) / 127.5 - 1
+
+
+def load_pixels(dataset, number, side):
+  """Reads and decodes one picture.
+
+  Args:
+    dataset: a `Dataset`.
+    number: of the example.
+    side: of the result. A larger picture is reduced by area averaging (Pillow's BOX): no ringing around flat shapes,
+      and for a factor of two exactly what an augmented picture goes through. A smaller one is enlarged (bicubic).
+
+  Returns:
+    (uint8 [side, side, 3], captions).
+
+  Raises:
+    tfrecords.RecordError: the record or its picture cannot be read.
+  """
+  example = dataset[number]
+  try:
+    image = images.open_image(example.image)
+  except images.ImageError as error:
+    raise tfrecords.RecordError(f"{dataset.where(number)}: {error}") from None
+  short = min(image.size)
+  if image.size != (side, side):
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    resampling = Image.Resampling.BOX if short >= side else Image.Resampling.BICUBIC
+    image = image.resize((side, side), resampling, box=(left, top, left + short, top + short))
+  return np.array(image), example.captions
+
+
+def load_images(dataset, resolution, numbers=None):
+  """Reads whole pictures for evaluation, in order and without augmentation.
+
+  Args:
+    dataset: a `Dataset`.
+    resolution: side of the result.
+    numbers: of the examples; None takes all.
+
+  Returns:
+    uint8 [n, resolution, resolution, 3]; see `to_float`.
+
+  Raises:
+    UserError: `resolution` is larger than the stored one, or a picture cannot be read.
+  """
+  check_resolution(dataset, resolution)
+  numbers = range(len(dataset)) if numbers is None else numbers
+  try:
+    pictures = [load_pixels(dataset, number, resolution)[0] for number in numbers]
+  except tfrecords.RecordError as error:
+    raise UserError(str(error)) from None
+  return np.stack(pictures) if pictures else np.zeros((0, resolution, resolution, 3), np.uint8)
+
+
+def check_resolution(dataset, resolution):
+  """Raises `UserError` where the asked resolution is more than the data set holds."""
+  if not 1 <= resolution <= dataset.resolution:
+    raise UserError(
+        f"resolution {resolution} cannot be had from data set {dataset.path}, which was built at {dataset.resolution}")
+
+
+@dataclasses.dataclass
+class BatchMaker:
+  """Makes one host's part of the batch of any step.
+
+  Attributes: see `train_batches`.
+    cached: keep decoded pictures in memory.
+  """
+
+  dataset: Dataset
+  resolution: int
+  batch_size: int
+  seed: int
+  augment: Augment = Augment()
+  tokenizer: Callable | None = None
+  primary_caption_probability: float = 1.0
+  process_index: int = 0
+  process_count: int = 1
+  cached: bool = False
+
+  def __post_init__(self):
+    self._cache = {}
+
+  @property
+  def side(self):
+    """Side at which pictures are kept, in pixels."""
+    return working_side(self.dataset.resolution, self.resolution) if self.augment.active else self.resolution
+
+  @property
+  def slots(self):
+    """This host's slots of the global batch, int64 [b]."""
+    share = self.batch_size // self.process_count
+    return np.arange(share, dtype=np.int64) + self.process_index * share
+
+  def __call__(self, step):
+    """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of (number, reason)."""
+    slots = self.slots
+    skipped = []
+    numbers, examples = [], []
+    indices = order.example_index(self.seed, len(self.dataset), self.batch_size, step, slots)
+    for slot, number in zip(slots, indices):
+      number, example = self._readable(step, slot, int(number), skipped)
+      numbers.append(number)
+      examples.append(example)
+    if self.augment.active:
+      draws = order.uniform(self.seed, "augment", step, slots, DRAWS)
+      pixels = [warp(pixels, self.resolution, self.augment, row) for (pixels, _), row in zip(examples, draws)]
+    else:
+      pixels = [pixels for pixels, _ in examples]
+    draws = order.uniform(self.seed, "caption", step, slots, 2)
+    captions = [self._choose(captions, *row) for (_, captions), row in zip(examples, draws)]
+    batch = {
+        "image": to_float(np.stack(pixels)),
+        "caption": captions,
+        "index": np.array(numbers, np.int64),
+        "skipped": skipped,
+    }
+    if self.tokenizer is not None:
+      batch["tokens"] = np.asarray(self.tokenizer(captions), np.int32)
+    return batch
+
+  def _readable(self, step, slot, number, skipped):
+    """(number, (pixels, captions)) of the example meant for a slot, or of the next readable one in the epoch's order."""
+    size = len(self.dataset)
+    for offset in range(size):
+      if offset:
+        number = int(order.example_index(self.seed, size, self.batch_size, step, slot, offset)[0])
+      try:
+        return number, self._load(number)
+      except tfrecords.RecordError as error:
+        skipped.append((number, str(error)))
+    raise UserError(f"no record of data set {self.dataset.path} can be read, the last one: {skipped[-1][1]}")
+
+  def _load(self, number):
+    if not self.cached:
+      return load_pixels(self.dataset, number, self.side)
+    # Two threads may both load a picture that is not there yet; they come to the same.
+    if number not in self._cache:
+      self._cache[number] = load_pixels(self.dataset, number, self.side)
+    return self._cache[number]
+
+  def _choose(self, captions, primary_draw, other_draw):
+    if len(captions) == 1 or primary_draw < self.primary_caption_probability:
+      return captions[0]
+    return captions[1 + int(other_draw * (len(captions) - 1))]
+
+
+class Batches:
+  """Iterator over batches; made by `train_batches`. A context manager, which ends its threads or processes.
+
+  Attributes:
+    step: of the batch that comes next.
+    skipped: {number of the example: why it could not be read}, of all batches so far.
+  """
+
+  def __init__(self, iterator, step, on_skip):
+    self._iterator = iterator
+    self._on_skip = on_skip
+    self.step = step
+    self.skipped = {}
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    batch = next(self._iterator)
+    for number, reason in batch.pop("skipped"):
+      if number not in self.skipped:
+        self.skipped[number] = reason
+        self._on_skip(number, reason)
+    self.step += 1
+    return batch
+
+  def close(self):
+    self._iterator.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, value, traceback):
+    self.close()
+
+
+def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augment=Augment(), tokenizer=None,
+                  primary_caption_probability=1.0, process_index=0, process_count=1, workers=2, prefetch=4,
+                  cache_bytes=CACHE_BYTES, on_skip=lambda number, reason: None):
+  """Endless training batches, shuffled anew each epoch.
+
+  Args:
+    dataset: a `Dataset`.
+    resolution: side of the pictures, at most the data set's.
+    batch_size: global, a multiple of `process_count`.
+    seed: int.
+    start_step: global step of the first batch.
+    augment: an `Augment`; differs at each step.
+    tokenizer: list of str -> int32 [b, N], or None. With processes it is sent to them.
+    primary_caption_probability: of an example's first caption; else one of its others, evenly.
+    process_index: of this host.
+    process_count: number of hosts.
+    workers: threads where the decoded split fits into `cache_bytes` (then every picture is decoded once and kept), else
+      processes (0: one thread).
+    prefetch: batches made ahead (by each worker process).
+    cache_bytes: see `workers`; 0 for no cache.
+    on_skip: called once per unreadable record with (number, reason); see also `Batches.skipped`. The record's place is
+      taken by the next readable one in the epoch's order.
+
+  Returns:
+    `Batches`, an iterator over dicts, b = batch_size / process_count: `image` float32 [b, resolution, resolution, 3] in
+    [-1, 1], `caption` list of b str, `index` int64 [b] (numbers of the examples), and with a tokenizer `tokens`
+    int32 [b, N].
+
+  Raises:
+    UserError: `resolution` is more than the data set's, or `batch_size` no multiple of `process_count`. While
+      iterating: no record can be read.
+  """
+  check_resolution(dataset, resolution)
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(f"batch size {batch_size} is not a positive multiple of {process_count} hosts")
+  if not 0 <= primary_caption_probability <= 1:
+    raise UserError(f"primary caption probability must be between 0 and 1, not {primary_caption_probability}")
+  maker = BatchMaker(dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability,
+                     process_index, process_count)
+  maker.cached = len(dataset) * maker.side**2 * 3 <= cache_bytes
+  threads = max(1, workers) if maker.cached else 1
+  steps = grain.MapDataset.range(start_step, 2**62).map(maker)
+  batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads)))
+  if workers and not maker.cached:
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags of its own here; this program has no absl main.
+      flags.FLAGS.mark_as_parsed()
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+  return Batches(iter(batches), start_step, on_skip)
