@@ -3,9 +3,7 @@
 import colorsys
 import itertools
 import math
-import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -185,22 +183,10 @@ def test_judge_figures_repeat_each_caption_over_its_latents():
   assert "judge/diversity_within" not in single and single["judge/top1_of_all"] == pytest.approx(2 / 3)
 
 
-def test_a_real_clip_as_a_judge():
-  clip = pytest.importorskip("aurora_jax.models.clip")
-  config = clip.ClipConfig(
-      text=clip.TextConfig(width=8, layers=1, heads=2, mlp_width=16, vocabulary_size=32, context_length=6),
-      image=clip.ImageConfig(width=8, layers=1, heads=2, mlp_width=16, size=8, patch=4),
-      embedding_width=5)
-  tokens = np.array([[1, 5, 6, 31, 0, 0], [1, 7, 31, 0, 0, 0], [1, 8, 9, 10, 31, 0]], np.int32)
-  images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
-  model = clip.Clip(config)
-  variables = model.init(jax.random.key(0), tokens, images)
-  words = ["one", "two", "three"]
-  bundle = types.SimpleNamespace(
-      config=config, variables=variables, tokenizer=lambda texts: tokens[[words.index(t) for t in texts]])
-  made = judge.from_clip(bundle, batch_size=2)
-  expected_text, expected_images, _ = model.apply(variables, tokens, images)
-  np.testing.assert_allclose(made.embed_images(images), expected_images, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(made.embed_captions(words), expected_text.embedding, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(made.embed_captions(words[::-1]), expected_text.embedding[::-1], rtol=1e-5, atol=1e-6)
-  assert made.retrieval(images, [0, 1, 2], words).images == 3
+def test_a_real_clip_as_a_judge(tiny_clip):
+  made = judge.from_clip(tiny_clip.bundle, batch_size=2)
+  words, text = tiny_clip.words, tiny_clip.text.embedding
+  np.testing.assert_allclose(made.embed_images(tiny_clip.images), tiny_clip.image_embeddings, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(made.embed_captions(words), text, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(made.embed_captions(words[::-1]), text[::-1], rtol=1e-4, atol=1e-5)
+  assert made.retrieval(tiny_clip.images, [0, 1, 2], words).images == 3
