@@ -1,7 +1,11 @@
-"""Smooth random warps of pictures: shift, scale, rotation, mirror image. White comes in from outside."""
+"""Smooth random warps of pictures: shift, scale, rotation, mirror image. White comes in from outside.
+
+Where the stored pictures have at least twice the asked resolution, the means of all 2 x 2 neighbours are made once per
+picture and the warp only interpolates between them, at the asked resolution: as smooth, at every shift, as a warp at
+twice the resolution that is then averaged, at a third of its cost. Without a change it is exactly the average.
+"""
 
 import dataclasses
-import math
 
 import numpy as np
 from PIL import Image
@@ -38,49 +42,73 @@ class Augment:
 
 
 def working_side(stored, resolution):
-  """Side at which pictures are warped, in pixels: twice the asked resolution where the stored pictures allow it.
-
-  A bilinear warp at twice the resolution, then averaged 2 x 2, is smooth at every shift and costs half of a bicubic one.
-  """
+  """Side at which pictures must be had for `prepare`, in pixels: twice the asked one where the stored ones allow it."""
   return 2 * resolution if stored >= 2 * resolution else resolution
 
 
-def warp(pixels, resolution, augment, draws):
+def prepare(pixels, resolution):
+  """The part of the warp that does not depend on the draws.
+
+  Args:
+    pixels: uint8 [S, S, 3], S = `resolution` or twice that.
+    resolution: of the result of `warp`.
+
+  Returns:
+    uint8, for `warp`: S = resolution: the pixels. Else [S + 1, S + 1, 3], the means around each inner and outer corner
+    of the pixels, white outside.
+  """
+  if pixels.shape[0] == resolution:
+    return pixels
+  sums = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=255).astype(np.uint16)
+  sums = sums[1:] + sums[:-1]
+  sums = sums[:, 1:] + sums[:, :-1]
+  return ((sums + 2) // 4).astype(np.uint8)
+
+
+def warp(prepared, resolution, inverse):
   """Warps one picture.
 
   Args:
-    pixels: uint8 [S, S, 3], S = `resolution` or twice that (see `working_side`).
+    prepared: result of `prepare`.
     resolution: of the result.
-    augment: an `Augment`.
-    draws: float [DRAWS] in [0, 1): horizontal and vertical shift, scale, rotation, mirror image.
+    inverse: float [6], a row of `inverse_affine`.
 
   Returns:
     uint8 [resolution, resolution, 3].
   """
-  side = pixels.shape[0]
-  doubled = side == 2 * resolution
-  image = Image.fromarray(pixels).transform(
-      (side, side),
-      Image.Transform.AFFINE,
-      inverse_affine(side, augment, draws),
-      resample=Image.Resampling.BILINEAR if doubled else Image.Resampling.BICUBIC,
-      fillcolor=(255, 255, 255),
-  )
-  return np.asarray(image.reduce(2) if doubled else image)
+  a, b, c, d, e, f = inverse
+  if prepared.shape[0] == resolution:
+    resampling = Image.Resampling.BICUBIC
+    c, f = c * resolution, f * resolution
+  else:
+    # Two pixels per pixel of the result, and half a pixel because a mean at a corner is a pixel's middle now.
+    resampling = Image.Resampling.BILINEAR
+    a, b, d, e = 2 * a, 2 * b, 2 * d, 2 * e
+    c, f = 2 * resolution * c + 0.5, 2 * resolution * f + 0.5
+  image = Image.fromarray(prepared).transform(
+      (resolution, resolution), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=resampling,
+      fillcolor=(255, 255, 255))
+  return np.asarray(image)
 
 
-def inverse_affine(side, augment, draws):
-  """Coefficients (a, b, c, d, e, f): the output's point (x, y) shows the input's (a x + b y + c, d x + e y + f).
+def inverse_affine(augment, draws):
+  """Where each point of the result comes from.
 
-  Points are measured in pixels from the upper left corner. A draw of 1/2 (below 1/2 for the mirror image) is no change.
+  Args:
+    augment: an `Augment`.
+    draws: float [b, DRAWS] in [0, 1): horizontal and vertical shift, scale, rotation, mirror image; 1/2 (for the mirror
+      image: below 1/2) is no change.
+
+  Returns:
+    float64 [b, 6], rows (a, b, c, d, e, f): the result's point (x, y) shows the picture's (a x + b y + c, d x + e y + f),
+    both measured from the upper left corner; in pixels, c and f in sides.
   """
-  shift_x, shift_y, scale, angle = 2 * np.asarray(draws[:4], float) - 1
-  shift_x, shift_y = shift_x * augment.shift * side, shift_y * augment.shift * side
-  shrink = (1 + augment.scale) ** -scale
-  angle = math.radians(augment.rotate * angle)
-  mirror = -1.0 if augment.flip and draws[4] >= 0.5 else 1.0
-  a, b = mirror * shrink * math.cos(angle), mirror * shrink * math.sin(angle)
-  d, e = -shrink * math.sin(angle), shrink * math.cos(angle)
-  middle = side / 2
-  x, y = middle + shift_x, middle + shift_y
-  return a, b, middle - a * x - b * y, d, e, middle - d * x - e * y
+  centred = 2 * np.asarray(draws, np.float64) - 1
+  x = 0.5 + augment.shift * centred[:, 0]
+  y = 0.5 + augment.shift * centred[:, 1]
+  shrink = (1 + augment.scale) ** -centred[:, 2]
+  angle = np.radians(augment.rotate * centred[:, 3])
+  mirror = np.where(augment.flip & (centred[:, 4] >= 0), -1.0, 1.0)
+  a, b = mirror * shrink * np.cos(angle), mirror * shrink * np.sin(angle)
+  d, e = -shrink * np.sin(angle), shrink * np.cos(angle)
+  return np.stack([a, b, 0.5 - a * x - b * y, d, e, 0.5 - d * x - e * y], axis=1)

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ from aurora_jax.errors import UserError
 
 # Plain colours can be checked by eye and by number in what a generator makes of them: keep them for training.
 KEEP_FOR_TRAINING = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
+MAXIMAL_RESOLUTION = 4096
 _REJECTED_LISTED = 1000
 
 
@@ -32,7 +32,7 @@ def words(caption):
 def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
   """Chooses items to hold out, by primary caption, so that they ask for new combinations of known words.
 
-  Every word of a held-out caption occurs in the caption of a training item, the combination (the same words in
+  Every word of a held-out caption occurs in the primary caption of a training item, the combination (the same words in
   whatever order) in none. Items of one group, or of the same words, stay together. Captions of one word are no
   combination and stay in training.
 
@@ -76,8 +76,8 @@ def _clusters(items, bags):
 
   first = {}
   for member, (item, bag) in enumerate(zip(items, bags)):
-    for name in (item.group, bag):
-      parent[root(member)] = root(first.setdefault(name, member))
+    for shared in (item.group, bag):
+      parent[root(member)] = root(first.setdefault(shared, member))
   clusters = collections.defaultdict(list)
   for member in range(len(items)):
     clusters[root(member)].append(member)
@@ -110,57 +110,34 @@ def build(source, out, *, resolution, shards, heldout_fraction=0.08, seed=0, nam
   Raises:
     UserError: a value out of range, `out` exists or cannot be written, or no picture could be read.
   """
-  if resolution < 1:
-    raise UserError(f"resolution must be 1 or more, not {resolution}")
-  if shards < 1:
-    raise UserError(f"shards must be 1 or more, not {shards}")
-  if not 0 <= heldout_fraction < 1:
-    raise UserError(f"heldout fraction must be in [0, 1), not {heldout_fraction}")
   name = source.name if name is None else name
-  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-    raise UserError(f"data set name {name!r} may only have letters, digits, '_', '-' and '.'")
-  out = pathlib.Path(out)
+  _check_values(resolution, shards, heldout_fraction, seed, name)
   check_out(out, overwrite)
-  held = choose_heldout(source.items, heldout_fraction, seed, keep)
-  # Shuffled once here, so that a program that reads the shards from front to back also sees a mixed order.
-  order = np.random.default_rng(seed).permutation(len(source.items)).tolist()
-  members = {
-      "train": [source.items[position] for position in order if position not in held],
-      "heldout": [source.items[position] for position in order if position in held],
-  }
   with _whole_folder(out, overwrite) as folder:
-    rejected = [{"key": key, "reason": reason} for key, reason in source.rejected]
+    # Only what can be read counts for the split and the shards: render everything first, then sort it into its places.
+    with tfrecords.ShardWriter(folder / "rendered.tfrecord") as rendered:
+      items, rejected = _render_to(rendered, source, resolution, on_progress)
+    if not items:
+      raise UserError(f"source {source.description} has no readable picture: {len(rejected)} rejected, "
+                      f"the first is {rejected[0]['key']}: {rejected[0]['reason']}")
+    held = choose_heldout(items, heldout_fraction, seed, keep)
+    # Shuffled once here, so that a program that reads the shards from front to back also sees a mixed order.
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    members = {
+        "train": [position for position in order if position not in held],
+        "heldout": [position for position in order if position in held],
+    }
     splits = {}
-    done = 0
-    for split, items in members.items():
-      if not items:
-        continue
-      count = min(len(items), max(1, round(shards * len(items) / len(members["train"]))))
-      entry = {"examples": 0, "captions": 0, "shards": []}
-      for shard in range(count):
-        part = items[shard * len(items) // count:(shard + 1) * len(items) // count]
-        path = folder / tfrecords.shard_name(name, split, shard, count)
-        with tfrecords.ShardWriter(path) as writer:
-          for item, picture in _render_all(source, part, resolution):
-            done += 1
-            on_progress(done, len(source.items))
-            if isinstance(picture, images.ImageError):
-              rejected.append({"key": item.key, "reason": str(picture)})
-              continue
-            writer.write(schema.encode(schema.Example(picture, item.captions, resolution, resolution, item.key)))
-            entry["examples"] += 1
-            entry["captions"] += len(item.captions)
-        entry["shards"].append({
-            "file": path.name,
-            "examples": writer.records,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        })
-      splits[split] = entry
-    if not splits["train"]["examples"]:
-      raise UserError(
-          f"source {source.description} has no readable picture: {len(rejected)} rejected, "
-          f"the first is {rejected[0]['key']} ({rejected[0]['reason']})")
+    for split, positions in members.items():
+      if positions:
+        count = min(len(positions), max(1, round(shards * len(positions) / len(members["train"]))))
+        splits[split] = {
+            "examples": len(positions),
+            "captions": sum(len(items[position].captions) for position in positions),
+            "shards": _write_shards(folder, name, split, count, rendered, positions),
+        }
+    rendered.path.unlink()
+    tfrecords.index_path(rendered.path).unlink()
     manifest = {
         "schema_version": schema.SCHEMA_VERSION,
         "name": name,
@@ -176,52 +153,34 @@ def build(source, out, *, resolution, shards, heldout_fraction=0.08, seed=0, nam
   return manifest
 
 
-def check_out(out, overwrite):
-  """Raises `UserError` where `build` may not write its folder: what is there is not lightly replaced."""
-  out = pathlib.Path(out)
-  if not out.exists():
-    return
-  if not out.is_dir():
-    raise UserError(f"out {out} exists and is not a folder")
-  if not any(out.iterdir()):
-    return
-  if not (out / dataset.MANIFEST).is_file():
-    raise UserError(f"out {out} exists and is not a data set: choose another folder")
-  if not overwrite:
-    raise UserError(f"out {out} exists: choose another folder or give --overwrite")
+def _check_values(resolution, shards, heldout_fraction, seed, name):
+  if not 1 <= resolution <= MAXIMAL_RESOLUTION:
+    raise UserError(f"resolution must be between 1 and {MAXIMAL_RESOLUTION}, not {resolution}")
+  if not 1 <= shards <= 99999:
+    raise UserError(f"shards must be between 1 and 99999, not {shards}")
+  if not 0 <= heldout_fraction < 1:
+    raise UserError(f"held-out fraction must be at least 0 and below 1, not {heldout_fraction}")
+  if seed < 0:
+    raise UserError(f"seed must be 0 or more, not {seed}")
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    raise UserError(f"data set name {name!r} may only have letters, digits, '_', '-' and '.'")
 
 
-@contextlib.contextmanager
-def _whole_folder(out, overwrite):
-  """Yields a temporary folder beside `out` that takes its place at the end, or vanishes on any failure."""
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-  except OSError as error:
-    raise UserError(f"out {out} cannot be written: {error.strerror}") from None
-  try:
-    yield partial
-    partial.chmod(0o777 & ~_umask())
-    check_out(out, overwrite)  # It may have come up in the meantime.
-    if out.exists():
-      retired = partial.with_suffix(".retired")
-      os.rename(out, retired)
-      os.rename(partial, out)
-      shutil.rmtree(retired, ignore_errors=True)
+def _render_to(writer, source, resolution, on_progress):
+  """Writes all readable pictures of a source in its order: (their items, list of {key, reason} of all others)."""
+  items = []
+  rejected = [{"key": key, "reason": reason} for key, reason in source.rejected]
+  for done, (item, picture) in enumerate(_render_all(source, resolution), start=1):
+    if isinstance(picture, images.ImageError):
+      rejected.append({"key": item.key, "reason": str(picture)})
     else:
-      os.rename(partial, out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
+      writer.write(schema.encode(schema.Example(picture, item.captions, resolution, resolution, item.key)))
+      items.append(item)
+    on_progress(done, len(source.items))
+  return items, rejected
 
 
-def _umask():
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
-
-
-def _render_all(source, items, resolution):
+def _render_all(source, resolution):
   """Yields (item, PNG bytes or the `ImageError`), in order; threads work a little ahead."""
 
   def render(item):
@@ -233,10 +192,81 @@ def _render_all(source, items, resolution):
   threads = min(16, os.cpu_count() or 1)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     waiting = collections.deque()
-    for item in items:
+    for item in source.items:
       waiting.append((item, pool.submit(render, item)))
       if len(waiting) > 4 * threads:
         first, future = waiting.popleft()
         yield first, future.result()
     for first, future in waiting:
       yield first, future.result()
+
+
+def _write_shards(folder, name, split, count, rendered, positions):
+  """Copies records into the shards of a split; returns their entries for the manifest."""
+  entries = []
+  with open(rendered.path, "rb") as file:
+    for shard in range(count):
+      part = positions[shard * len(positions) // count:(shard + 1) * len(positions) // count]
+      with tfrecords.ShardWriter(folder / tfrecords.shard_name(name, split, shard, count)) as writer:
+        for position in part:
+          writer.write(tfrecords.read_record(file.fileno(), *rendered.index[position], rendered.path, position))
+      entries.append(
+          {"file": writer.path.name, "examples": len(part), "bytes": writer.size, "sha256": writer.sha256})
+  return entries
+
+
+def check_out(out, overwrite):
+  """Raises `UserError` where `build` may not write its folder: what is there is not lightly replaced."""
+  out = pathlib.Path(out)
+  try:
+    if not out.exists():
+      return
+    if not out.is_dir():
+      raise UserError(f"out {out} exists and is not a folder")
+    if not any(out.iterdir()):
+      return
+  except OSError as error:
+    raise UserError(f"out {out}: {error.strerror}") from None
+  if not (out / dataset.MANIFEST).is_file():
+    raise UserError(f"out {out} exists and is not a data set: choose another folder")
+  if not overwrite:
+    raise UserError(f"out {out} exists: choose another folder or give --overwrite")
+
+
+@contextlib.contextmanager
+def _whole_folder(out, overwrite):
+  """Yields a temporary folder beside `out` that takes its place at the end, or vanishes on any failure."""
+  target = pathlib.Path(out).resolve()
+  partial = None
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    yield partial
+    os.chmod(partial, 0o777 & ~_umask())  # mkdtemp's folders are for the owner only.
+    check_out(target, overwrite)  # It may have come up in the meantime.
+    _replace_folder(partial, target)
+  except OSError as error:
+    raise UserError(f"out {out} cannot be written: {error.strerror or error}") from error
+  finally:
+    if partial is not None:
+      shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new, target):
+  if not target.exists():
+    os.rename(new, target)
+    return
+  retired = new.with_suffix(".retired")
+  os.rename(target, retired)
+  try:
+    os.rename(new, target)
+  except BaseException:
+    os.rename(retired, target)
+    raise
+  shutil.rmtree(retired, ignore_errors=True)
+
+
+def _umask():
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask

@@ -12,6 +12,8 @@ from aurora_jax.data import tfrecords
 from aurora_jax.errors import UserError
 
 MANIFEST = "manifest.json"
+# Files of a split with more shards than this are opened anew for each read: processes may hold about 1,000 open files.
+_KEPT_OPEN = 256
 
 
 class Dataset:
@@ -110,7 +112,8 @@ class Dataset:
     """The bytes of record `number`, checked; `tfrecords.RecordError` if that fails."""
     shard, record = self._locate(number)
     offset, length = self._indices[shard][record]
-    return tfrecords.read_record(self._descriptor(shard), int(offset), int(length), self._shards[shard], record)
+    file = self._descriptor(shard) if len(self._shards) <= _KEPT_OPEN else self._shards[shard]
+    return tfrecords.read_record(file, int(offset), int(length), self._shards[shard], record)
 
   def where(self, number):
     """File and record of example `number`, for messages."""

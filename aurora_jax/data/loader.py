@@ -7,19 +7,18 @@ hosts sees the same global batches.
 
 import dataclasses
 from typing import Callable
+import weakref
 
 from absl import flags
 import grain
 import numpy as np
 from PIL import Image
 
+from aurora_jax.data import augment as augmentation
 from aurora_jax.data import images
 from aurora_jax.data import order
 from aurora_jax.data import tfrecords
 from aurora_jax.data.augment import Augment
-from aurora_jax.data.augment import DRAWS
-from aurora_jax.data.augment import warp
-from aurora_jax.data.augment import working_side
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 
@@ -113,8 +112,10 @@ class BatchMaker:
 
   @property
   def side(self):
-    """Side at which pictures are kept, in pixels."""
-    return working_side(self.dataset.resolution, self.resolution) if self.augment.active else self.resolution
+    """Side at which pictures are had from the data set, in pixels."""
+    if not self.augment.active:
+      return self.resolution
+    return augmentation.working_side(self.dataset.resolution, self.resolution)
 
   @property
   def slots(self):
@@ -133,8 +134,10 @@ class BatchMaker:
       numbers.append(number)
       examples.append(example)
     if self.augment.active:
-      draws = order.uniform(self.seed, "augment", step, slots, DRAWS)
-      pixels = [warp(pixels, self.resolution, self.augment, row) for (pixels, _), row in zip(examples, draws)]
+      draws = order.uniform(self.seed, "augment", step, slots, augmentation.DRAWS)
+      inverses = augmentation.inverse_affine(self.augment, draws)
+      pixels = [augmentation.warp(pixels, self.resolution, inverse)
+                for (pixels, _), inverse in zip(examples, inverses.tolist())]
     else:
       pixels = [pixels for pixels, _ in examples]
     draws = order.uniform(self.seed, "caption", step, slots, 2)
@@ -162,12 +165,15 @@ class BatchMaker:
     raise UserError(f"no record of data set {self.dataset.path} can be read, the last one: {skipped[-1][1]}")
 
   def _load(self, number):
-    if not self.cached:
-      return load_pixels(self.dataset, number, self.side)
-    # Two threads may both load a picture that is not there yet; they come to the same.
-    if number not in self._cache:
-      self._cache[number] = load_pixels(self.dataset, number, self.side)
-    return self._cache[number]
+    """(pixels, captions), the pixels ready for `augmentation.warp` if there is any."""
+    if number in self._cache:
+      return self._cache[number]
+    pixels, captions = load_pixels(self.dataset, number, self.side)
+    if self.augment.active:
+      pixels = augmentation.prepare(pixels, self.resolution)
+    if self.cached:  # Two threads may both load a picture that is not there yet; they come to the same.
+      self._cache[number] = pixels, captions
+    return pixels, captions
 
   def _choose(self, captions, primary_draw, other_draw):
     if len(captions) == 1 or primary_draw < self.primary_caption_probability:
@@ -184,8 +190,10 @@ class Batches:
   """
 
   def __init__(self, iterator, step, on_skip):
-    self._iterator = iterator
     self._on_skip = on_skip
+    # Threads and processes must end, and grain's iterator must be gone, before the interpreter tears its modules down.
+    self._running = [iterator]
+    self._end = weakref.finalize(self, lambda running: running.pop().close(), self._running)
     self.step = step
     self.skipped = {}
 
@@ -193,7 +201,9 @@ class Batches:
     return self
 
   def __next__(self):
-    batch = next(self._iterator)
+    if not self._running:
+      raise ValueError("these batches have been closed")
+    batch = next(self._running[0])
     for number, reason in batch.pop("skipped"):
       if number not in self.skipped:
         self.skipped[number] = reason
@@ -202,7 +212,8 @@ class Batches:
     return batch
 
   def close(self):
-    self._iterator.close()
+    """Ends the threads or processes; a second call does nothing."""
+    self._end()
 
   def __enter__(self):
     return self

@@ -121,7 +121,7 @@ def _has_skin_tone(points):
 def _openmoji_names(emoji_data):
   """{code points without variation selectors: [name, *aliases]} in plain words."""
   names = {}
-  # The fully qualified form of an emoji has the lowest status but components; forms differ only in selectors.
+  # An emoji stands there with and without variation selectors, under one name.
   for character, entry in emoji_data.items():
     points = tuple(ord(point) for point in character if ord(point) != _VARIATION_SELECTOR)
     if points in names:
@@ -174,7 +174,7 @@ def folder(path):
   if not root.is_dir():
     raise UserError(f"picture folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
   items, rejected = [], []
-  for file in _image_files(root):
+  for file in _image_files(root, lambda key, reason: rejected.append((key, reason))):
     key = file.relative_to(root).as_posix()
     captions, reason = _read_captions(file.with_suffix(".txt"))
     if captions:
@@ -183,8 +183,8 @@ def folder(path):
       rejected.append((key, reason))
   if not items:
     raise UserError(
-        f"picture folder {root} has no picture with a caption: {len(rejected)} pictures ({', '.join(IMAGE_SUFFIXES)})"
-        f"{', the first rejected for: ' + ': '.join(rejected[0]) if rejected else ''}")
+        f"picture folder {root} has no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
+        + (f"; {len(rejected)} rejected, the first is {rejected[0][0]}: {rejected[0][1]}" if rejected else ""))
   return Source(
       name=re.sub(r"[^A-Za-z0-9]+", "_", root.resolve().name).strip("_").lower() or "pictures",
       description=f"folder {root.resolve().name}",
@@ -195,9 +195,13 @@ def folder(path):
   )
 
 
-def _image_files(root):
-  """Image files under a folder, hidden ones left out, in a fixed order."""
-  for directory, subfolders, files in os.walk(root):
+def _image_files(root, on_rejected):
+  """Image files under a folder, hidden ones left out, in a fixed order; subfolders that cannot be read are reported."""
+
+  def on_error(error):
+    on_rejected(os.path.relpath(error.filename, root), f"folder cannot be read: {error.strerror}")
+
+  for directory, subfolders, files in os.walk(root, onerror=on_error):
     subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
     for name in sorted(files):
       if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
@@ -223,4 +227,4 @@ def _render_file(item, resolution):
     data = pathlib.Path(item.location).read_bytes()
   except OSError as error:
     raise images.ImageError(error.strerror) from None
-  return images.square(images.open_image(data), resolution)
+  return images.square(images.open_image(data, least_side=2 * resolution), resolution)

@@ -5,6 +5,7 @@ bytes (uint32), all little-endian. The index `NAME.index` beside `NAME.tfrecord`
 uint64 pairs, one per record: where its frame begins in the file, and how many bytes its payload has.
 """
 
+import hashlib
 import os
 import pathlib
 import struct
@@ -51,28 +52,34 @@ class ShardWriter:
   """Writes one shard and, when closed, its index. A context manager.
 
   Attributes:
-    records: how many have been written.
+    path: of the shard.
+    index: list of (where the record's frame begins, payload's length), in bytes.
+    size: bytes written.
   """
 
   def __init__(self, path):
     self.path = pathlib.Path(path)
+    self.index = []
+    self.size = 0
+    self._hash = hashlib.sha256()
     self._file = open(self.path, "wb")
-    self._position = 0
-    self._index = []
 
   @property
-  def records(self):
-    return len(self._index)
+  def sha256(self):
+    """Of all that has been written, as hexadecimal digits."""
+    return self._hash.hexdigest()
 
   def write(self, payload):
     """Appends one record (bytes)."""
-    self._file.write(frame(payload))
-    self._index.append((self._position, len(payload)))
-    self._position += len(payload) + FRAME_BYTES
+    framed = frame(payload)
+    self._file.write(framed)
+    self._hash.update(framed)
+    self.index.append((self.size, len(payload)))
+    self.size += len(framed)
 
   def close(self):
     self._file.close()
-    index_path(self.path).write_bytes(np.array(self._index, "<u8").tobytes())
+    index_path(self.path).write_bytes(np.array(self.index, "<u8").tobytes())
 
   def __enter__(self):
     return self
@@ -98,12 +105,15 @@ def read_record(file, offset, length, name=None, number=None):
     RecordError: the file ends early, a length differs from the index, or a checksum is wrong.
   """
   if not isinstance(file, int):
-    descriptor = os.open(file, os.O_RDONLY)
+    try:
+      descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+      raise RecordError(f"{file}: {error.strerror}") from None
     try:
       return read_record(descriptor, offset, length, name or file, number)
     finally:
       os.close(descriptor)
-  where = f"{name}: record {'' if number is None else number} at byte {offset}".replace("  ", " ")
+  where = f"{name}: record at byte {offset}" if number is None else f"{name}: record {number} at byte {offset}"
   data = os.pread(file, length + FRAME_BYTES, offset)
   if len(data) < length + FRAME_BYTES:
     raise RecordError(f"{where} is cut off: {len(data)} of {length + FRAME_BYTES} bytes")
