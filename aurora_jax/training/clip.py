@@ -1,0 +1,420 @@
+"""Trains a small CLIP on the data set at hand, for use where no pretrained one can be had.
+
+Symmetric InfoNCE (arXiv 2103.00020, figure 3) with a learned temperature, AdamW, warm-up and cosine decay. The pictures
+are shifted, scaled, turned, blurred, coarsened, recoloured and made noisy inside the step: the image tower will have to
+judge a generator's imperfect pictures, and its gradients must not hang on single pixels.
+
+Everything is a function of (data set, settings, number of steps): the batch of a step comes from (seed, step), its
+augmentation from a key folded from the same two.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aurora_jax.data import loader
+from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.errors import UserError
+from aurora_jax.interop.clip_hf import ClipBundle
+from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, normalize
+
+# With a time limit the speed is measured between these steps; they lie within the warm-up, whose learning rate does not
+# depend on the number of steps that follows from it.
+_MEASURED_STEPS = (6, 18)
+_LARGEST_SCALE = 100.0  # of the released models
+_SHORTEST_CONTEXT, _LONGEST_CONTEXT = 16, 77
+_NOISE_POOL = 65_536
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+  """How far a picture is changed, at most. Zeros change nothing.
+
+  Attributes:
+    shift: to either side, as a fraction of the picture.
+    scale: exp(-scale) to exp(scale) times the size.
+    rotate: degrees to either side.
+    coarsen: share of the pictures that are mixed with a copy of a half or a quarter of their resolution.
+    colour: change of each colour's gain and offset (offset in units of the range [-1, 1] / 2).
+    noise: standard deviation of the noise added, on pictures in [-1, 1].
+  """
+
+  shift: float = 0.1
+  scale: float = 0.15
+  rotate: float = 10.0
+  coarsen: float = 0.5
+  colour: float = 0.15
+  noise: float = 0.15
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipTraining:
+  """What to train, and how.
+
+  Attributes:
+    resolution: side of the pictures in pixels.
+    patch: side of the image tower's patches.
+    image_width, image_layers, text_width, text_layers: sizes of the towers.
+    heads: of both.
+    embedding_width: of the shared space.
+    vocabulary_size: of the BPE, at most.
+    context_length: tokens per caption; None takes what the longest caption needs, between 16 and 77.
+    batch_size: pairs per step, negatives of each other.
+    learning_rate: at the peak.
+    warmup_steps: linear.
+    weight_decay: of matrices and embeddings, not of biases, norms and the temperature.
+    primary_caption_probability: of a picture's main caption; else one of its other names.
+    augmentation: of the pictures.
+    seed: of weights, order and augmentation.
+  """
+
+  resolution: int = 32
+  patch: int = 8
+  image_width: int = 128
+  image_layers: int = 3
+  text_width: int = 128
+  text_layers: int = 2
+  heads: int = 4
+  embedding_width: int = 128
+  vocabulary_size: int = 1500
+  context_length: int | None = None
+  batch_size: int = 256
+  learning_rate: float = 1.5e-3
+  warmup_steps: int = 40
+  weight_decay: float = 0.1
+  primary_caption_probability: float = 0.8
+  augmentation: Augmentation = Augmentation()
+  seed: int = 0
+
+
+class TrainState(NamedTuple):
+  """step: int32, the steps done; params: of `Clip`; optimizer: optax's."""
+
+  step: jax.Array
+  params: Any
+  optimizer: Any
+
+
+class Joined:
+  """Several data sets, one after the other, where one is expected (the splits of one folder)."""
+
+  def __init__(self, *datasets):
+    self._datasets = datasets
+    self._starts = np.cumsum([0, *map(len, datasets)])
+    self.path, self.name, self.resolution = datasets[0].path, datasets[0].name, datasets[0].resolution
+
+  def __len__(self):
+    return int(self._starts[-1])
+
+  def __getitem__(self, number):
+    dataset, number = self._locate(number)
+    return dataset[number]
+
+  def where(self, number):
+    dataset, number = self._locate(number)
+    return dataset.where(number)
+
+  def captions(self):
+    return list(itertools.chain.from_iterable(dataset.captions() for dataset in self._datasets))
+
+  def _locate(self, number):
+    which = int(np.searchsorted(self._starts, number, side="right")) - 1
+    return self._datasets[which], number - int(self._starts[which])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def augment(key, images, augmentation: Augmentation):
+  """Changes every picture of a batch in its own way.
+
+  Args:
+    key: a PRNG key.
+    images: float32 [B, R, R, 3] in [-1, 1], on white.
+    augmentation: the ranges.
+
+  Returns:
+    float32 [B, R, R, 3]; noise and colour may leave [-1, 1] a little.
+  """
+  batch = images.shape[0]
+  warp_key, coarse_key, gain_key, offset_key, noise_key = jax.random.split(key, 5)
+  images = _warp(warp_key, images, augmentation)
+  images = _coarsen(coarse_key, images, augmentation.coarsen)
+  limit = augmentation.colour
+  gain = 1 + jax.random.uniform(gain_key, (batch, 1, 1, 3), minval=-limit, maxval=limit)
+  offset = jax.random.uniform(offset_key, (batch, 1, 1, 3), minval=-limit, maxval=limit)
+  # The gain acts around white, the colour of the ground.
+  return 1 + (images - 1) * gain + offset + _noise(noise_key, images.shape, augmentation.noise)
+
+
+def _warp(key, images, augmentation):
+  """Shift, scale and rotation about the centre, bilinear; white comes in from outside."""
+  batch, side = images.shape[:2]
+  draws = jax.random.uniform(key, (batch, 4, 1, 1), minval=-1.0, maxval=1.0)
+  scale = jnp.exp(augmentation.scale * draws[:, 0])
+  angle = math.radians(augmentation.rotate) * draws[:, 1]
+  cosine, sine = scale * jnp.cos(angle), scale * jnp.sin(angle)
+  grid = jnp.arange(side, dtype=jnp.float32) - (side - 1) / 2
+  rows, columns = grid[:, None], grid[None, :]
+  # Where each pixel of the result comes from, in pixels of a copy with a white frame of one pixel; [B, R, R].
+  to_pixels = (side - 1) / 2 + 1
+  y = cosine * rows - sine * columns + augmentation.shift * side * draws[:, 2] + to_pixels
+  x = sine * rows + cosine * columns + augmentation.shift * side * draws[:, 3] + to_pixels
+  framed = side + 2
+  pixels = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0).reshape(-1, 3)
+  y, x = jnp.clip(y, 0, framed - 1.001), jnp.clip(x, 0, framed - 1.001)
+  top, left = jnp.floor(y).astype(jnp.int32), jnp.floor(x).astype(jnp.int32)
+  down, right = (y - top)[..., None], (x - left)[..., None]
+  first = (jnp.arange(batch, dtype=jnp.int32) * framed * framed)[:, None, None] + top * framed + left
+
+  def tap(offset):
+    return pixels.at[first + offset].get(mode="promise_in_bounds")
+
+  upper = tap(0) * (1 - right) + tap(1) * right
+  lower = tap(framed) * (1 - right) + tap(framed + 1) * right
+  return upper * (1 - down) + lower * down
+
+
+def _coarsen(key, images, share):
+  """Mixes some of the pictures with a copy of a half or a quarter of their resolution."""
+  batch, side = images.shape[:2]
+  chosen_key, which_key, amount_key = jax.random.split(key, 3)
+  half, quarter = (
+      jax.image.resize(
+          jax.image.resize(images, (batch, max(1, side // factor), max(1, side // factor), 3), "linear"),
+          images.shape,
+          "linear",
+      )
+      for factor in (2, 4)
+  )
+  draw = (batch, 1, 1, 1)
+  coarse = jnp.where(jax.random.bernoulli(which_key, 0.5, draw), half, quarter)
+  amount = jax.random.uniform(amount_key, draw) * jax.random.bernoulli(chosen_key, share, draw)
+  return images + amount * (coarse - images)
+
+
+def _noise(key, shape, deviation):
+  """White noise of a random strength per picture.
+
+  Drawing a number per pixel would take longer than the warp; each picture gets a window, at a random place and with a
+  random factor, of one pool of numbers.
+  """
+  pool_key, place_key, strength_key = jax.random.split(key, 3)
+  size = math.prod(shape[1:])
+  pool = jax.random.normal(pool_key, (_NOISE_POOL + size,))
+  places = jax.random.randint(place_key, shape[:1], 0, _NOISE_POOL)
+  windows = jax.vmap(lambda place: jax.lax.dynamic_slice(pool, (place,), (size,)))(places)
+  strength = jax.random.uniform(strength_key, (shape[0], 1), minval=-deviation, maxval=deviation)
+  return (windows * strength).reshape(shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss and step
+
+
+def contrastive_loss(image_embedding, text_embedding, scale, same=None):
+  """Symmetric InfoNCE.
+
+  Args:
+    image_embedding, text_embedding: [B, D], not normalised; row i of one belongs to row i of the other.
+    scale: the factor on cosines.
+    same: bool [B, B] or None; where True outside the diagonal, the two rows are no negatives of each other.
+
+  Returns:
+    (loss, accuracy): float32 scalars; the accuracy is the share of images whose own caption ranks first.
+  """
+  logits = scale * normalize(image_embedding) @ normalize(text_embedding).T  # [image, text]
+  own = jnp.eye(len(logits), dtype=bool)
+  if same is not None:
+    logits = jnp.where(same & ~own, -jnp.inf, logits)
+  right = jnp.diagonal(logits)
+  by_image = jnp.mean(jax.nn.logsumexp(logits, axis=1) - right)
+  by_text = jnp.mean(jax.nn.logsumexp(logits, axis=0) - right)
+  accuracy = jnp.mean((jnp.argmax(logits, axis=1) == jnp.arange(len(logits))).astype(jnp.float32))
+  return (by_image + by_text) / 2, accuracy
+
+
+def learning_rate(settings: ClipTraining, step, total_steps):
+  """Linear warm-up, then a cosine to zero at `total_steps`. Within the warm-up it does not depend on the total."""
+  warm = jnp.minimum(1.0, (step + 1) / settings.warmup_steps)
+  progress = jnp.clip((step - settings.warmup_steps) / jnp.maximum(1, total_steps - settings.warmup_steps), 0, 1)
+  return settings.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+
+def _optimizer(settings):
+  decayed = lambda params: jax.tree_util.tree_map_with_path(
+      lambda path, leaf: path[-1].key in ("kernel", "patch_embedding", "token_embedding"), params
+  )
+  return optax.chain(
+      optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-8), optax.add_decayed_weights(settings.weight_decay, decayed)
+  )
+
+
+def init_state(config: ClipConfig, settings: ClipTraining) -> TrainState:
+  """Fresh weights from the seed."""
+
+  def init(key):
+    tokens = jnp.zeros((1, config.text.context_length), jnp.int32)
+    images = jnp.zeros((1, config.image.size, config.image.size, 3), jnp.float32)
+    params = Clip(config).init(key, tokens, images)["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, _optimizer(settings).init(params))
+
+  return jax.jit(init)(jax.random.key(settings.seed))
+
+
+def make_step(config: ClipConfig, settings: ClipTraining):
+  """The compiled training step.
+
+  Returns:
+    (state, batch, total_steps) -> (state, metrics): batch has `image` float32 [B, R, R, 3], `tokens` int32 [B, N] and
+    `index` int32 [B] (which picture it is), total_steps is an int32 scalar; metrics are float32 scalars `loss`,
+    `accuracy`, `scale` and `learning_rate`. The state is donated.
+  """
+  clip = Clip(config)
+  optimizer = _optimizer(settings)
+
+  def loss_of(params, images, tokens, same):
+    variables = {"params": params}
+    text = clip.apply(variables, tokens, method="encode_text").embedding
+    image = clip.apply(variables, images, method="encode_image")
+    scale = clip.apply(variables, method="logit_scale")
+    loss, accuracy = contrastive_loss(image, text, scale, same)
+    return loss, (accuracy, scale)
+
+  def step(state, batch, total_steps):
+    key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+    images = augment(key, batch["image"], settings.augmentation)
+    tokens, index = batch["tokens"], batch["index"]
+    same = (index[:, None] == index[None]) | jnp.all(tokens[:, None] == tokens[None], axis=-1)
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (accuracy, scale)), gradients = gradient(state.params, images, tokens, same)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    rate = learning_rate(settings, state.step, total_steps)
+    params = jax.tree.map(lambda value, update: value - rate * update, state.params, updates)
+    params["log_scale"] = jnp.minimum(params["log_scale"], math.log(_LARGEST_SCALE))
+    metrics = {"loss": loss, "accuracy": accuracy, "scale": scale, "learning_rate": rate}
+    return TrainState(state.step + 1, params, optimizer_state), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def build_tokenizer(captions, settings: ClipTraining) -> Tokenizer:
+  """A BPE of all captions (list of tuples of str), and the context length that they need."""
+  texts = list(itertools.chain.from_iterable(captions))
+  tokenizer = Tokenizer.train(texts, settings.vocabulary_size, settings.context_length or _LONGEST_CONTEXT)
+  if settings.context_length is None:
+    longest = max(np.flatnonzero(row)[-1] + 1 for row in tokenizer(texts))
+    tokenizer.context_length = int(np.clip(longest, _SHORTEST_CONTEXT, _LONGEST_CONTEXT))
+  return tokenizer
+
+
+def clip_config(settings: ClipTraining, tokenizer: Tokenizer) -> ClipConfig:
+  """The architecture that the settings describe; UserError if it is impossible."""
+  try:
+    return ClipConfig(
+        text=TextConfig(
+            width=settings.text_width,
+            layers=settings.text_layers,
+            heads=settings.heads,
+            mlp_width=4 * settings.text_width,
+            vocabulary_size=tokenizer.vocabulary_size,
+            context_length=tokenizer.context_length,
+            eot_id=tokenizer.end_id,
+        ),
+        image=ImageConfig(
+            width=settings.image_width,
+            layers=settings.image_layers,
+            heads=settings.heads,
+            mlp_width=4 * settings.image_width,
+            size=settings.resolution,
+            patch=settings.patch,
+        ),
+        embedding_width=settings.embedding_width,
+    )
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def train_clip(
+    dataset,
+    settings: ClipTraining = ClipTraining(),
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    on_step: Callable[[int, int | None, Mapping[str, float]], None] = lambda step, total, metrics: None,
+) -> tuple[ClipBundle, int]:
+  """Trains a CLIP from nothing.
+
+  Args:
+    dataset: a `Dataset` or `Joined`.
+    settings: sizes and recipe.
+    steps: number of steps; or
+    seconds: time to take, compilation included: after the first steps have shown their speed, the number of steps that
+      fits is fixed, and the learning rate decays over exactly these. Training again with that `steps` gives the same.
+    on_step: called with (steps done, total steps or None while that is not known, metrics), one step late.
+
+  Returns:
+    (bundle, steps done).
+
+  Raises:
+    UserError: an impossible setting, or training diverged.
+  """
+  if (steps is None) == (seconds is None):
+    raise UserError("give either a number of steps or of seconds")
+  if (steps if seconds is None else seconds) <= 0:
+    raise UserError(f"nothing to train: {steps if seconds is None else seconds} {'steps' if seconds is None else 's'}")
+  if settings.batch_size < 2:
+    raise UserError(f"a batch of {settings.batch_size} has no negatives; it must hold at least 2 pairs")
+  started = time.monotonic()
+  tokenizer = build_tokenizer(dataset.captions(), settings)
+  config = clip_config(settings, tokenizer)
+  state, step_function = init_state(config, settings), make_step(config, settings)
+  total, metrics, measured_from = steps, None, 0.0
+  with loader.train_batches(
+      dataset,
+      resolution=settings.resolution,
+      batch_size=settings.batch_size,
+      seed=settings.seed,
+      tokenizer=tokenizer,
+      primary_caption_probability=settings.primary_caption_probability,
+      workers=1,
+  ) as batches:
+    for step in itertools.count():
+      if total is not None and step >= total:
+        break
+      batch = next(batches)
+      arrays = {"image": batch["image"], "tokens": batch["tokens"], "index": batch["index"].astype(np.int32)}
+      previous = metrics
+      state, metrics = step_function(state, arrays, np.int32(total or np.iinfo(np.int32).max))
+      if previous is not None:
+        _report(on_step, step, total, previous)
+      if total is None and step + 1 in _MEASURED_STEPS:
+        jax.block_until_ready(metrics)
+        now = time.monotonic()
+        if step + 1 == _MEASURED_STEPS[0]:
+          measured_from = now
+        else:
+          speed = (now - measured_from) / (_MEASURED_STEPS[1] - _MEASURED_STEPS[0])
+          total = step + 1 + max(0, int((seconds - (now - started)) / speed))
+    _report(on_step, total, total, metrics)
+  return ClipBundle(config, {"params": jax.tree.map(np.asarray, state.params)}, tokenizer), total
+
+
+def _report(on_step, step, total, metrics):
+  metrics = {name: float(value) for name, value in metrics.items()}
+  if not math.isfinite(metrics["loss"]):
+    raise UserError(f"training diverged: the loss is {metrics['loss']} after {step} steps; lower the learning rate")
+  on_step(step, total, metrics)
