@@ -52,9 +52,10 @@ class Generator:
   text_heads: int = 8
   text_lr_multiplier: float = 0.01
   text_residual_gain: float = 1.0
-  # `uniform`: the released code multiplies the text head's logits by False, so attention is an average over all
-  # tokens; `scaled`: 1/sqrt(head width), what was meant.
-  text_attention: str = "uniform"
+  # `scaled`: attention over the tokens, what was meant. `uniform`: what the released code computes, an average over the
+  # samples of the batch; `independent`: the same for a batch of one, as the released scripts run it, which keeps the
+  # samples of a batch apart. See models/layers.py, TextBlock.
+  text_attention: str = "independent"
   channels_base: int = 16384  # channels at resolution r: min(base / r, max)
   channels_max: int = 1600
   blocks: Mapping[int, int] = _per_resolution(r4=3, r8=3, r16=3, r32=2, r64=2)
@@ -95,8 +96,8 @@ class Generator:
              f"generator.output_resolutions {self.output_resolutions} must be some of {resolutions}")
     _require(tuple(sorted(self.output_resolutions)) == tuple(resolutions[:len(self.output_resolutions)]),
              f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap")
-    _require(self.text_attention in ("uniform", "scaled"),
-             f"generator.text_attention must be 'uniform' or 'scaled', got {self.text_attention!r}")
+    _require(self.text_attention in ("uniform", "independent", "scaled"),
+             f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}")
     _require(self.moe_backend in ("dense", "bucket"),
              f"generator.moe_backend must be 'dense' or 'bucket', got {self.moe_backend!r}")
     _require(self.text_dim % self.text_heads == 0,

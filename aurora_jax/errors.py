@@ -1,7 +1,7 @@
 """The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
   """Bad input: a path, a flag, a file, a config value.
 
   The message is one line that names the value at fault. The command line prints it without a

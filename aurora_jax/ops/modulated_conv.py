@@ -1,0 +1,134 @@
+"""Modulated, demodulated convolution with sample-adaptive kernels (StyleGAN2; GigaGAN, arXiv 2303.05511, section 3.1).
+
+The filter of sample b is W_b = sum_k mix[b, k] W_k, its input channels scaled by the style, its output channels by the
+demodulation coefficient. Both scalings move to the activations, so no per-sample filter is ever built:
+
+  y = conv(x * style, W) * demodulation
+
+The released code also divides filters and style by their RMS before demodulating; demodulation cancels that.
+
+  B batch, H height, W width, K kernels, I input channels, O output channels, P pixels, T taps
+"""
+
+import jax
+import jax.numpy as jnp
+
+from aurora_jax.ops import resample
+
+
+def demodulation(weight, style, mix=None, eps=1e-8):
+  """The factor that gives every output channel of the modulated filter unit norm.
+
+  Args:
+    weight: [K, kh, kw, I, O].
+    style: [B, I].
+    mix: [B, K], or None for K = 1.
+    eps: added to the squared norm.
+
+  Returns:
+    [B, O], float32.
+  """
+  weight = weight.astype(jnp.float32)
+  style_squared = jnp.square(style.astype(jnp.float32))
+  if mix is None:
+    norms = jnp.einsum("hwio->io", jnp.square(weight[0]))  # [I, O]
+    squared = style_squared @ norms
+  else:
+    # |sum_k m_k W_k|^2 needs the filters' inner products only: a K x K tensor per (input, output) channel.
+    gram = jnp.einsum("khwio,lhwio->klio", weight, weight)
+    squared = jnp.einsum("bi,bk,bl,klio->bo", style_squared, mix, mix, gram, optimize=True)
+  return jax.lax.rsqrt(squared + eps)
+
+
+def _conv(x, kernel, padding):
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _mixed_input(x, mix):
+  """Stacks the K scaled copies of x along the channels, so that one convolution sums over kernels: [B, H, W, K * I]."""
+  copies = x[..., None, :] * mix[:, None, None, :, None].astype(x.dtype)
+  return copies.reshape(*x.shape[:-1], -1)
+
+
+def _stacked_kernel(weight):
+  """[K, kh, kw, I, O] -> [kh, kw, K * I, O]."""
+  kernels, height, width, inputs, outputs = weight.shape
+  return weight.transpose(1, 2, 0, 3, 4).reshape(height, width, kernels * inputs, outputs)
+
+
+def transposed_conv(x, kernel):
+  """Stride-2 transposed convolution with a 3x3 kernel, without dilation: one small convolution per output parity.
+
+  Output row n is sum_m x[m] kernel[n - 2m]: even rows see taps 0 and 2, odd rows tap 1.
+
+  Args:
+    x: [B, H, W, I].
+    kernel: [3, 3, I, O].
+
+  Returns:
+    [B, 2H + 1, 2W + 1, O].
+  """
+  even, odd = kernel[::-2], kernel[1:2]
+
+  def columns(rows, padding):
+    even_columns = _conv(x, rows[:, ::-2], (padding, (1, 1)))  # [B, ., W + 1, O]
+    odd_columns = _conv(x, rows[:, 1:2], (padding, (0, 0)))  # [B, ., W, O]
+    odd_columns = jnp.pad(odd_columns, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    return resample.interleave(even_columns, odd_columns, 2)[:, :, :-1]
+
+  even_rows = columns(even, (1, 1))
+  odd_rows = jnp.pad(columns(odd, (0, 0)), ((0, 0), (0, 1), (0, 0), (0, 0)))
+  return resample.interleave(even_rows, odd_rows, 1)[:, :-1]
+
+
+def modulated_conv(x, weight, style, mix=None, *, demodulate=True, upsample=False):
+  """Modulated convolution, "same" padding, or doubling the resolution.
+
+  Args:
+    x: [B, H, W, I].
+    weight: [K, kh, kw, I, O], with the equalised learning rate's factor applied.
+    style: [B, I].
+    mix: [B, K] weights of the kernels (a softmax), or None for K = 1.
+    demodulate: whether output channels are scaled to unit filter norm.
+    upsample: stride-2 transposed convolution and FIR filter; 3x3 kernels only.
+
+  Returns:
+    [B, H, W, O], or [B, 2H, 2W, O] with `upsample`; the dtype of x.
+  """
+  dtype = x.dtype
+  x = x * style[:, None, None].astype(dtype)
+  if mix is not None:
+    x = _mixed_input(x, mix)
+  kernel = _stacked_kernel(weight).astype(dtype)
+  if upsample:
+    y = resample.smooth_transposed(transposed_conv(x, kernel))
+  elif kernel.shape[:2] == (1, 1):
+    y = x @ kernel[0, 0]
+  else:
+    y = _conv(x, kernel, "SAME")
+  if demodulate:
+    y = y * demodulation(weight, style, mix)[:, None, None].astype(dtype)
+  return y
+
+
+def modulated_taps(taps, weight, style, mix=None):
+  """The demodulated contraction of a convolution whose input pixels were already gathered tap by tap.
+
+  Args:
+    taps: [B, P, T, I], T = kh * kw in row-major order.
+    weight: [K, kh, kw, I, O].
+    style: [B, I].
+    mix: [B, K] or None.
+
+  Returns:
+    [B, P, O].
+  """
+  dtype = taps.dtype
+  kernels, outputs = weight.shape[0], weight.shape[-1]
+  taps = (taps * style[:, None, None].astype(dtype)).reshape(*taps.shape[:2], -1)  # [B, P, T * I]
+  matrix = weight.reshape(kernels, -1, outputs).astype(dtype)
+  if mix is None:
+    y = taps @ matrix[0]
+  else:
+    y = jnp.einsum("bpm,bk,kmo->bpo", taps, mix.astype(dtype), matrix, optimize=True)
+  return y * demodulation(weight, style, mix)[:, None].astype(dtype)
