@@ -16,17 +16,13 @@ from aurora_jax.data import dataset
 from aurora_jax.data import images
 from aurora_jax.data import schema
 from aurora_jax.data import tfrecords
+from aurora_jax.data.sources import words
 from aurora_jax.errors import UserError
 
 # Plain colours can be checked by eye and by number in what a generator makes of them: keep them for training.
 KEEP_FOR_TRAINING = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
 MAXIMAL_RESOLUTION = 4096
 _REJECTED_LISTED = 1000
-
-
-def words(caption):
-  """The lower-cased alphanumeric words of a caption, in order."""
-  return tuple(re.findall(r"[^\W_]+", caption.lower()))
 
 
 def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):

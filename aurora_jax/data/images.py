@@ -61,19 +61,21 @@ def decode_image(data):
   return np.asarray(open_image(data))
 
 
-def square(image, resolution):
-  """Cuts out the centre square over the short side and resamples it (Lanczos).
+def square(image, resolution, resampling=Image.Resampling.LANCZOS):
+  """Cuts out the centre square over the short side and resamples it.
 
   Args:
     image: PIL image, RGB.
     resolution: side of the result, in pixels.
+    resampling: Pillow's filter.
 
   Returns:
     PIL image [resolution, resolution], RGB.
   """
   side = min(image.size)
-  left, top = (image.width - side) / 2, (image.height - side) / 2
-  return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+  left, top = (image.width - side) // 2, (image.height - side) // 2
+  # Cropped first: a filter that runs over a `box` of the whole picture would look beyond its borders.
+  return image.crop((left, top, left + side, top + side)).resize((resolution, resolution), resampling)
 
 
 def encode_png(image):

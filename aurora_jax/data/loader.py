@@ -50,12 +50,9 @@ def load_pixels(dataset, number, side):
     image = images.open_image(example.image)
   except images.ImageError as error:
     raise tfrecords.RecordError(f"{dataset.where(number)}: {error}") from None
-  short = min(image.size)
   if image.size != (side, side):
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    resampling = Image.Resampling.BOX if short >= side else Image.Resampling.BICUBIC
-    image = image.resize((side, side), resampling, box=(left, top, left + short, top + short))
-  return np.array(image), example.captions
+    image = images.square(image, side, Image.Resampling.BOX if min(image.size) >= side else Image.Resampling.BICUBIC)
+  return np.asarray(image), example.captions
 
 
 def load_images(dataset, resolution, numbers=None):

@@ -14,6 +14,11 @@ from aurora_jax.errors import UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
+def words(caption):
+  """The lower-cased alphanumeric words of a caption, in order."""
+  return tuple(re.findall(r"[^\W_]+", caption.lower()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
   """One picture that has not been looked at yet.
@@ -59,8 +64,6 @@ _VARIATION_SELECTOR = 0xFE0F
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _CANCEL_TAG = 0xE007F
-# "u6709" and the like: aliases that only repeat a code point.
-_CODE_POINT_ALIAS = re.compile(r"u[0-9a-f]{4,5}|emoji modifier .*")
 
 
 def openmoji(skin_tones=False, aliases=True):
@@ -127,18 +130,22 @@ def _openmoji_names(emoji_data):
     if points in names:
       continue
     flag = all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _CANCEL_TAG
-    primary = _words(entry["en"])
+    primary = _plain(entry["en"])
     captions = [f"flag: {primary}" if flag else primary]
-    for alias in map(_words, entry.get("alias", ())):
-      if alias.lower() != primary.lower() and not _CODE_POINT_ALIAS.fullmatch(alias):
-        captions.append(alias)
+    captions.extend(alias for alias in map(_plain, entry.get("alias", ())) if _is_caption(alias, primary))
     names[points] = captions
   return names
 
 
-def _words(short_name):
+def _is_caption(alias, primary):
+  """Whether an alias says something: no abbreviation ("jp"), number ("clock130", "u6709") or respelling of the name."""
+  letters = sum(map(str.isalpha, alias))
+  return letters >= 3 and not any(map(str.isdigit, alias)) and words(alias) != words(primary)
+
+
+def _plain(short_name):
   """":red_heart:" to "red heart"."""
-  return short_name.strip(":").replace("_", " ").replace("’", "'")
+  return short_name.strip(":").replace("_", " ").replace("’", "'").strip()
 
 
 def _render_svg(item, resolution):

@@ -1,0 +1,188 @@
+"""A data set on disk: random access, and what is said when something is wrong with it."""
+
+import concurrent.futures
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from aurora_jax.data import dataset as dataset_module
+from aurora_jax.data import images
+from aurora_jax.data import tfrecords
+from aurora_jax.data.dataset import Dataset
+from aurora_jax.errors import UserError
+
+
+@pytest.fixture
+def copy(data_folder, tmp_path):
+  return shutil.copytree(data_folder, tmp_path / "copy")
+
+
+def change_manifest(folder, change):
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text())
+  change(manifest)
+  path.write_text(json.dumps(manifest))
+
+
+def shards(folder, split="train"):
+  return sorted(folder.glob(f"*-{split}-*.tfrecord"))
+
+
+def test_random_access(data_folder, picture_folder):
+  dataset = Dataset.open(data_folder)
+  assert len(dataset) == 16
+  assert (dataset.name, dataset.resolution, dataset.split) == ("shapes", 16, "train")
+  assert dataset.manifest["splits"]["train"]["examples"] == 16
+  keys = set()
+  for number in np.random.default_rng(0).permutation(len(dataset)):
+    example = dataset[number]
+    keys.add(example.key)
+    assert (example.width, example.height) == (16, 16)
+    assert example.captions[0] == example.key.removesuffix(".png").replace("_", " ")
+    original = (picture_folder / example.key).read_bytes()
+    np.testing.assert_array_equal(images.decode_image(example.image), images.decode_image(original))
+  heldout = Dataset.open(data_folder, "heldout")
+  assert len(heldout) == 4
+  assert len(keys | {heldout[number].key for number in range(4)}) == 20
+
+
+def test_numbers_out_of_range(data_folder):
+  dataset = Dataset.open(data_folder)
+  assert dataset[-1].key == dataset[15].key
+  for number in (16, -17):
+    with pytest.raises(IndexError, match=f"example {number} of 16"):
+      dataset[number]
+
+
+def test_captions(data_folder):
+  dataset = Dataset.open(data_folder)
+  assert dataset.captions() == [dataset[number].captions for number in range(16)]
+  assert all(len(captions) == 3 for captions in dataset.captions())
+
+
+def test_tensorflow_reads_the_folder(data_folder):
+  dataset = Dataset.open(data_folder)
+  files = [os.fspath(path) for path in shards(data_folder)]
+  features = {"key": tf.io.FixedLenFeature([], tf.string), "image": tf.io.FixedLenFeature([], tf.string)}
+  read = [tf.io.parse_single_example(record, features) for record in tf.data.TFRecordDataset(files)]
+  assert [entry["key"].numpy().decode() for entry in read] == [dataset[number].key for number in range(16)]
+  np.testing.assert_array_equal(tf.io.decode_image(read[5]["image"]).numpy(), images.decode_image(dataset[5].image))
+
+
+def test_another_process_may_have_it(data_folder):
+  dataset = Dataset.open(data_folder)
+  expected = dataset[3]
+  assert pickle.loads(pickle.dumps(dataset))[3] == expected
+
+
+def test_threads_may_share_it(data_folder):
+  dataset = Dataset.open(data_folder)
+  expected = [dataset[number].key for number in range(16)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    read = list(pool.map(lambda number: dataset[number % 16].key, range(800)))
+  assert read == expected * 50
+
+
+def test_more_shards_than_kept_open(data_folder, monkeypatch):
+  expected = [Dataset.open(data_folder)[number] for number in range(16)]
+  monkeypatch.setattr(dataset_module, "_KEPT_OPEN", 1)
+  before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+  dataset = Dataset.open(data_folder)
+  assert [dataset[number] for number in range(16)] == expected
+  if before is not None:
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_damaged_record_is_named(copy):
+  dataset = Dataset.open(copy)
+  path = shards(copy)[1]
+  offset, length = tfrecords.load_index(path)[2]
+  data = bytearray(path.read_bytes())
+  data[offset + 12 + length // 2] ^= 1
+  path.write_bytes(data)
+  damaged = len(tfrecords.load_index(shards(copy)[0])) + 2
+  with pytest.raises(tfrecords.RecordError, match=f"{path.name}: record 2 at byte {offset} has a wrong checksum"):
+    dataset[damaged]
+  dataset[damaged - 1], dataset[damaged + 1]
+
+
+def test_record_that_is_no_example_is_named(copy):
+  path = shards(copy)[0]
+  count = len(tfrecords.load_index(path))
+  with tfrecords.ShardWriter(path) as writer:
+    for _ in range(count):
+      writer.write(b"\xff\xff")
+  with pytest.raises(tfrecords.RecordError, match=f"{path.name}: record 1: not a tf.train.Example"):
+    Dataset.open(copy)[1]
+
+
+def test_missing_folder(tmp_path):
+  with pytest.raises(UserError, match="nowhere does not exist"):
+    Dataset.open(tmp_path / "nowhere")
+
+
+def test_file_instead_of_folder(tmp_path):
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(UserError, match="file is not a folder"):
+    Dataset.open(tmp_path / "file")
+
+
+def test_empty_folder(tmp_path):
+  with pytest.raises(UserError, match="has no manifest.json"):
+    Dataset.open(tmp_path)
+
+
+def test_unknown_split(data_folder):
+  with pytest.raises(UserError, match=r"no split 'test' \(it has train, heldout\)"):
+    Dataset.open(data_folder, "test")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "manifest.json cannot be read"),
+    ("[]", "schema version None"),
+    ('{"schema_version": 99}', "schema version 99, this program reads 1"),
+    ('{"schema_version": 1, "name": "x"}', "lacks resolution, splits"),
+])
+def test_bad_manifest(copy, text, words):
+  (copy / "manifest.json").write_text(text)
+  with pytest.raises(UserError, match=words):
+    Dataset.open(copy)
+
+
+def test_missing_shard(copy):
+  shards(copy)[1].unlink()
+  with pytest.raises(UserError, match="shapes-train-00001-of-00003.tfrecord is missing"):
+    Dataset.open(copy)
+  assert len(Dataset.open(copy, "heldout")) == 4
+
+
+def test_truncated_shard(copy):
+  path = shards(copy)[2]
+  os.truncate(path, path.stat().st_size - 1)
+  with pytest.raises(UserError, match="shapes-train-00002-of-00003.tfrecord has .* truncated"):
+    Dataset.open(copy)
+
+
+def test_missing_index_is_no_harm(copy):
+  expected = [example.key for example in map(Dataset.open(copy).__getitem__, range(16))]
+  for path in copy.glob("*.index"):
+    path.unlink()
+  assert [example.key for example in map(Dataset.open(copy).__getitem__, range(16))] == expected
+
+
+def test_exchanged_shard(copy):
+  with tfrecords.ShardWriter(shards(copy)[0]) as writer:
+    writer.write(b"one")
+  with pytest.raises(UserError, match="holds 1 examples, the manifest says"):
+    Dataset.open(copy)
+
+
+def test_empty_split(copy):
+  change_manifest(copy, lambda manifest: manifest["splits"].update(heldout={"shards": []}))
+  with pytest.raises(UserError, match="split 'heldout' of data set .* is empty"):
+    Dataset.open(copy, "heldout")
