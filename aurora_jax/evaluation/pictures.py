@@ -163,7 +163,7 @@ def captioned_grid(images, captions, columns=None, scale=None, text_size=12):
   rows = -(-len(images) // columns)
   height, width = images.shape[1] * scale, images.shape[2] * scale
   font, line = _font(text_size), _line_height(text_size)
-  lines = [wrap_caption(caption, font, width) for caption in captions]
+  lines = [wrap_caption(caption, font, width + _PADDING) for caption in captions]
   # A row whose captions all fit on one line is one line lower.
   row_lines = [max(len(l) for l in lines[row * columns:(row + 1) * columns]) for row in range(rows)]
   card_width = width + 2 * _PADDING
