@@ -75,7 +75,10 @@ def square(image, resolution, resampling=Image.Resampling.LANCZOS):
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   # Cropped first: a filter that runs over a `box` of the whole picture would look beyond its borders.
-  return image.crop((left, top, left + side, top + side)).resize((resolution, resolution), resampling)
+  image = image.crop((left, top, left + side, top + side))
+  if resampling == Image.Resampling.BOX and side % resolution == 0:
+    return image.reduce(side // resolution)  # The same, but rounded once instead of once per axis, and faster.
+  return image.resize((resolution, resolution), resampling)
 
 
 def encode_png(image):

@@ -157,7 +157,7 @@ def _render_svg(item, resolution):
         svg_path=item.location, background="#ffffff", skip_system_fonts=True, width=side, height=side)
   except (ValueError, OSError) as error:
     raise images.ImageError(str(error)) from None
-  return images.open_image(bytes(png)).resize((resolution, resolution), Image.Resampling.BOX)
+  return images.open_image(bytes(png)).reduce(2)
 
 
 # ------------------------------------------------------------------------------------------- a folder of pictures
