@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
+from PIL import UnidentifiedImageError
 
 
 class ImageError(Exception):
@@ -31,6 +32,8 @@ def open_image(data, least_side=None):
       image.draft(None, (least_side, least_side))
     image.load()
     return to_rgb(_upright(image))
+  except UnidentifiedImageError:  # Its own message names an object in memory.
+    raise ImageError(f"not a readable picture: {len(data)} bytes of no known format") from None
   # Pillow's decoders raise most of the built-in exceptions on broken files: OSError, SyntaxError, ValueError,
   # struct.error, ZeroDivisionError ... A broken picture must not stop a build of millions.
   except Exception as error:  # pylint: disable=broad-except

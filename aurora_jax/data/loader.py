@@ -6,6 +6,7 @@ hosts sees the same global batches.
 """
 
 import dataclasses
+import signal
 from typing import Callable
 import weakref
 
@@ -178,6 +179,12 @@ class BatchMaker:
     return captions[1 + int(other_draw * (len(captions) - 1))]
 
 
+def _ignore_interrupts(worker, workers):
+  """Ctrl-C goes to every process of a terminal; the main one decides what it means, and ends the workers."""
+  del worker, workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Batches:
   """Iterator over batches; made by `train_batches`. A context manager, which ends its threads or processes.
 
@@ -265,5 +272,7 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
   if workers and not maker.cached:
     if not flags.FLAGS.is_parsed():  # grain reads absl flags of its own here; this program has no absl main.
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+    batches = batches.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+        worker_init_fn=_ignore_interrupts)
   return Batches(iter(batches), start_step, on_skip)
