@@ -1,0 +1,299 @@
+"""The training loop: from whatever stands in the run's folder to the last step, and nothing lost on the way.
+
+It knows no model: a `Prepared` (training/setup.py) gives it the first state, the batches and the step.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from aurora_jax import config
+from aurora_jax.errors import UserError
+from aurora_jax.training import checkpoint, guard, progress, run_folder
+from aurora_jax.training import metrics as metrics_lib
+from aurora_jax.training.clock import Clock
+from aurora_jax.training.interrupts import Interrupts
+
+_SHOWN_METRICS = 4
+
+# How `run` can end, and the exit status that tells a script.
+DONE = "done"  # total_steps are done
+ALREADY_DONE = "already done"  # they were before this start
+TIME = "time"  # train.max_seconds are over
+INTERRUPT = "interrupt"  # Ctrl-C
+TERMINATED = "terminated"  # SIGTERM
+NON_FINITE = "non-finite"
+_STATUS = {DONE: 0, ALREADY_DONE: 0, TIME: 0, INTERRUPT: 0, TERMINATED: 0, NON_FINITE: 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What other floors do when something happens.
+
+  Attributes:
+    on_samples: called with (step, SampleSet, RunFolder) on the first process; writes the pictures and returns one PIL
+      picture for TensorBoard, or None.
+    on_start: called with (step, state) before the first step.
+  """
+  on_samples: Callable[..., Any] = lambda step, samples, folder: None
+  on_start: Callable[..., None] = lambda step, state: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How training ended.
+
+  Attributes:
+    step: steps done.
+    reason: one of the words above.
+    state: the state at `step`; None if it was not loaded or is not finite.
+  """
+  step: int
+  reason: str
+  state: Any = None
+
+  @property
+  def status(self):
+    """The process's exit status."""
+    return _STATUS[self.reason]
+
+
+def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None):
+  """Trains until `train.total_steps`, `train.max_seconds`, Ctrl-C or SIGTERM; goes on from the newest checkpoint.
+
+  Args:
+    prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
+      `sample(state)`; and, optionally, `batch_sharding` (a Sharding for every entry of a batch) and `headline` (names of
+      the metrics to show while training).
+    run_dir: the run's folder.
+    hooks: `Hooks`.
+    allow_config_change: names of config fields that may differ from the stored ones.
+    started: `time.monotonic()` from which `train.max_seconds` counts; None takes now.
+
+  Returns:
+    An `Outcome`.
+
+  Raises:
+    UserError: the folder cannot be used, its config differs, a checkpoint cannot be read or saved.
+  """
+  experiment, train = prepared.experiment, prepared.experiment.train
+  folder = run_folder.RunFolder(run_dir)
+  primary = jax.process_index() == 0
+  newest = checkpoint.newest(folder.checkpoints)
+  changes = run_folder.refuse_changes(folder, experiment, allow_config_change) if newest is not None else {}
+  if newest is not None and newest >= train.total_steps:
+    _tell(primary, f"{folder.path}: all {train.total_steps:,} steps are done (newest checkpoint: step {newest:,}); "
+          "--config.train.total_steps=N goes further")
+    return Outcome(newest, ALREADY_DONE)
+  run_folder.check_writable(run_dir)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(run_folder.held(folder.path) if primary else contextlib.nullcontext())
+    if primary:
+      run_folder.write_atomically(folder.config, config.to_json(experiment))
+    interrupts = stack.enter_context(Interrupts())
+    log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
+    display = stack.enter_context(progress.make(train.total_steps, primary=primary))
+    trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts)
+
+    # From the newest checkpoint if there is one, else from the beginning.
+    if newest is None:
+      display.doing("initialising")
+      state, step, stored = prepared.init(), 0, {}
+      log.note("start", 0, 0.0, {"devices": _devices()})
+      _tell(primary, f"{folder.path}: a new run of {train.total_steps:,} steps")
+    else:
+      display.doing(f"restoring step {newest:,}")
+      state, stored = checkpoints.restore(prepared.abstract_state, newest)
+      step = newest
+      log.note("resume", step, stored.get("clock", {}).get("seconds", 0.0),
+               {"changed": {name: list(pair) for name, pair in changes.items()}, "devices": _devices()})
+      _tell(primary, f"{folder.path}: going on from the checkpoint of step {step:,}, to {train.total_steps:,}")
+    trainer.begin(stored, started)
+    hooks.on_start(step, state)
+    try:
+      return trainer.train(state, step)
+    except guard.NonFinite as error:
+      checkpoints.wait()
+      last = checkpoints.newest()
+      log.note("stop", error.step, trainer.clock.seconds,
+               {"reason": NON_FINITE, "metric": error.name, "value": error.value})
+      stands = "no checkpoint was saved yet" if last is None else (
+          f"the last checkpoint, step {last:,}, stands in {folder.checkpoints}")
+      if primary:
+        print(f"aurora_jax train: {error}; training stopped; {stands}", file=sys.stderr, flush=True)
+      return Outcome(error.step, NON_FINITE)
+    except checkpoint.SaveError:
+      with contextlib.suppress(UserError):  # the disk may be full
+        log.note("stop", trainer.step, trainer.clock.seconds, {"reason": "save failed"})
+      raise
+
+
+class _Trainer:
+  """The loop and what it carries from step to step on the host."""
+
+  def __init__(self, prepared, folder, hooks, log, checkpoints, display, interrupts):
+    self._prepared, self._settings = prepared, prepared.experiment.train
+    self._folder, self._hooks, self._log = folder, hooks, log
+    self._checkpoints, self._display, self._interrupts = checkpoints, display, interrupts
+    self._headline = tuple(getattr(prepared, "headline", ()))
+
+  def begin(self, stored, started):
+    """Takes up the clock and the unfinished window of a checkpoint's progress, {} for a new run."""
+    self.clock = Clock(stored.get("clock"), started)
+    self._window = metrics_lib.Window(stored.get("window"))
+    self._pending = None  # (steps done, device metrics): dispatched, not yet looked at
+    self._sampled = None
+    self.step = None  # steps dispatched so far
+
+  def train(self, state, step):
+    """Steps until there is a reason to stop. Returns an `Outcome`."""
+    settings, prepared, clock = self._settings, self._prepared, self.clock
+    first = step
+    self._display.doing("compiling (the first steps take longer)")
+    if step == 0 and self._reason_to_stop(step) is None:
+      self._sample(step, state)
+    batches = iter(prepared.batches(step))
+    try:
+      with clock.phase("input"):
+        batch = self._put(next(batches))
+      while (reason := self._reason_to_stop(step)) is None:
+        with clock.phase("step"):
+          # Whatever reaches the device unasked is a mistake that would cost time at every step.
+          with jax.transfer_guard("disallow"):
+            state, metrics = prepared.step(step, state, batch)
+        self.step = step = step + 1
+        with clock.phase("input"):  # the next batch travels while this step runs
+          batch = self._put(next(batches))
+        with clock.phase("step"):
+          self._observe(self._pending)  # waits for the step before this one
+        self._pending = (step, metrics)
+        self._checkpoints.check()
+        if step % settings.sample_every == 0:
+          self._sample(step, state)
+        if step % settings.checkpoint_every == 0:
+          self._save(step, state)
+    finally:
+      if hasattr(batches, "close"):
+        batches.close()
+    return self._finish(state, step, reason, first)
+
+  def _reason_to_stop(self, step):
+    if step >= self._settings.total_steps:
+      return DONE
+    if self._interrupts.reason is not None:
+      return self._interrupts.reason
+    if self._settings.max_seconds and self.clock.seconds_here >= self._settings.max_seconds:
+      return TIME
+    return None
+
+  def _put(self, batch):
+    """Starts the transfer of a batch; what is no array of numbers (captions) stays behind."""
+    arrays = {name: value for name, value in batch.items()
+              if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"}
+    sharding = getattr(self._prepared, "batch_sharding", None)
+    if sharding is None:
+      return jax.device_put(arrays)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
+
+  def _observe(self, pending):
+    """Looks at the metrics of a step that was dispatched earlier: guard, average, log, display."""
+    if pending is None:
+      return
+    done, metrics = pending
+    metrics = metrics_lib.to_host(metrics)
+    self.clock.step_done()
+    guard.check_metrics(done - 1, metrics)
+    self._window.add(metrics)
+    if done % self._settings.log_every == 0:
+      self._write_window(done)
+    names = [name for name in self._headline if name in metrics] or [
+        name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])][:_SHOWN_METRICS]
+    seconds = self.clock.step_seconds
+    self._display.step(done, {name: float(metrics[name]) for name in names},
+                       self._settings.batch_size / seconds if seconds else None, self._seconds_left(done))
+
+  def _write_window(self, done):
+    values = self._window.take()
+    values |= self.clock.take_window(self._settings.batch_size)
+    values["images"] = done * self._settings.batch_size
+    self._log.train(done, self.clock.seconds, values)
+
+  def _seconds_left(self, done):
+    seconds = self.clock.step_seconds
+    left = None if seconds is None else seconds * (self._settings.total_steps - done)
+    if self._settings.max_seconds:
+      until = max(0.0, self._settings.max_seconds - self.clock.seconds_here)
+      left = until if left is None else min(left, until)
+    return left
+
+  def _flush(self):
+    """Looks at the newest step too, which means to wait for it."""
+    with self.clock.phase("step"):
+      pending, self._pending = self._pending, None
+      self._observe(pending)
+
+  def _sample(self, step, state):
+    """Draws the fixed prompts and latents and hands them to the hook."""
+    self._flush()
+    self._sampled = step
+    with self.clock.phase("samples"):
+      self._display.doing("drawing samples", brief=True)
+      samples = self._prepared.sample(state)
+      if jax.process_index() == 0:
+        picture = self._hooks.on_samples(step, samples, self._folder)
+        if picture is not None:
+          self._log.picture(step, "samples", picture)
+
+  def _save(self, step, state):
+    """Starts to save. Everything that the checkpoint stands for is looked at and logged first."""
+    self._flush()
+    with self.clock.phase("checkpoint"):
+      self._display.doing("saving", brief=True)
+      guard.check_state(step, state)
+      self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
+          "clock": self.clock.to_json(), "window": self._window.to_json()})
+
+  def _finish(self, state, step, reason, first):
+    """Saves, waits for it, says how to go on."""
+    self._flush()
+    if reason in (DONE, TIME) and self._sampled != step:
+      self._sample(step, state)
+    if step > first:
+      self._save(step, state)  # nothing is written twice
+    with self.clock.phase("checkpoint"):
+      self._checkpoints.wait()
+    if reason == DONE and step % self._settings.log_every:
+      self._write_window(step)
+    self._log.note("stop", step, self.clock.seconds, {"reason": reason})
+    if jax.process_index() == 0:
+      self._tell_end(step, reason)
+    return Outcome(step, reason, state)
+
+  def _tell_end(self, step, reason):
+    total = self._settings.total_steps
+    saved = self._checkpoints.newest()
+    where = "nothing to save yet" if saved is None else f"saved in {self._checkpoints.folder / str(saved)}"
+    words = {
+        DONE: f"all {total:,} steps are done",
+        TIME: f"stopped at step {step:,} of {total:,}: train.max_seconds = {self._settings.max_seconds:g} are over",
+        INTERRUPT: f"stopped at step {step:,} of {total:,}",
+        TERMINATED: f"stopped at step {step:,} of {total:,} (SIGTERM)",
+    }[reason]
+    _tell(True, f"{self._folder.path}: {words}; {where}" + ("" if reason == DONE else "; the same command goes on"))
+
+
+def _devices():
+  """Such as "16 tpu"."""
+  return f"{jax.device_count()} {jax.default_backend()}"
+
+
+def _tell(primary, words):
+  if primary:
+    print(words, flush=True)

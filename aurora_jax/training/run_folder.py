@@ -1,0 +1,226 @@
+"""The folder of a run: its files, who may write into it, and which configuration it belongs to.
+
+    config.json       the experiment, as `config.to_json` writes it
+    checkpoints/      one folder per saved step (training/checkpoint.py)
+    metrics.jsonl     one JSON object per line (training/metrics.py)
+    samples/          step-00001000.png
+    tensorboard/      event files
+    report.html       written by the command when training ends
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+
+from aurora_jax import config
+from aurora_jax.errors import UserError
+
+try:
+  import fcntl
+except ImportError:  # not a Unix: no lock there
+  fcntl = None
+
+# What may change from one start of a run to the next: none of these alters what a step computes.
+FREE_FIELDS = frozenset({
+    "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "data.workers",
+})
+_NOTHING = "(nothing)"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+  """Where the files of a run are. Nothing is created by making one of these."""
+
+  path: pathlib.Path
+
+  def __post_init__(self):
+    object.__setattr__(self, "path", pathlib.Path(self.path))
+
+  @property
+  def config(self):
+    return self.path / "config.json"
+
+  @property
+  def checkpoints(self):
+    return self.path / "checkpoints"
+
+  @property
+  def metrics(self):
+    return self.path / "metrics.jsonl"
+
+  @property
+  def samples(self):
+    return self.path / "samples"
+
+  @property
+  def tensorboard(self):
+    return self.path / "tensorboard"
+
+  @property
+  def report(self):
+    return self.path / "report.html"
+
+  def sample_picture(self, step):
+    """Path of the sample grid of a step."""
+    return self.samples / f"step-{step:08d}.png"
+
+  def experiment(self):
+    """Reads `config.json`.
+
+    Returns:
+      An `Experiment`.
+
+    Raises:
+      UserError: no such run, or a config.json that cannot be read.
+    """
+    if not self.path.is_dir():
+      raise UserError(f"run folder not found: {self.path}")
+    if not self.config.is_file():
+      raise UserError(f"{self.path} is no run: it has no config.json")
+    return config.from_mapping(_read_json(self.config))
+
+
+def check_writable(path):
+  """Makes sure that a run can be written to `path`, and leaves nothing behind.
+
+  Raises:
+    UserError: `path` is a file or a URL, or it (or the folder in which it would be made) cannot be written to.
+  """
+  if "://" in str(path):
+    raise UserError(f"workdir {path}: a run needs a local or mounted folder, not a URL")
+  path = pathlib.Path(path)
+  try:
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+      existing = existing.parent
+    if not existing.is_dir():
+      raise UserError(f"workdir {path} cannot be made: {existing} is not a folder")
+    with tempfile.TemporaryFile(dir=existing):  # asks the file system itself: the superuser passes any check of bits
+      pass
+  except OSError as error:
+    raise UserError(f"workdir {path} cannot be written to: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def held(path):
+  """Makes the folder and keeps other processes from training in it. The hold ends with the process, however it ends.
+
+  Raises:
+    UserError: the folder cannot be made, or another process trains in it.
+  """
+  try:
+    os.makedirs(path, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+  except OSError as error:
+    raise UserError(f"workdir {path} cannot be written to: {error.strerror or error}") from error
+  try:
+    if fcntl is not None:
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise UserError(f"workdir {path}: another process is training in it") from error
+      except OSError:  # a file system without locks
+        pass
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def write_atomically(path, text):
+  """Writes a small text file beside and renames it, so that no reader ever sees half of it.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  path = pathlib.Path(path)
+  beside = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      beside.unlink()
+    raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def config_changes(stored, experiment):
+  """What differs between a stored configuration and the one at hand.
+
+  A field that the stored one lacks (it was written before the field existed) counts as having its default.
+
+  Args:
+    stored: nested dict, from a run's config.json.
+    experiment: `Experiment`.
+
+  Returns:
+    {dotted field: (stored value, value now)}, JSON values.
+  """
+  now = _flatten(json.loads(config.to_json(experiment)))
+  before = _flatten(json.loads(config.to_json(config.Experiment()))) | _flatten(stored)
+  return {name: (before.get(name, _NOTHING), now.get(name, _NOTHING))
+          for name in sorted(before.keys() | now.keys()) if before.get(name, _NOTHING) != now.get(name, _NOTHING)}
+
+
+def refuse_changes(folder, experiment, allowed=()):
+  """Refuses to go on with a run under a configuration that computes something else.
+
+  Args:
+    folder: `RunFolder`, with a config.json or without.
+    experiment: `Experiment`.
+    allowed: names of fields ("loss.clip_weight") or groups ("loss") that may differ besides FREE_FIELDS.
+
+  Returns:
+    The changes that are let through, as of `config_changes`.
+
+  Raises:
+    UserError: other fields differ (all are named, old -> new), a name in `allowed` does not exist, config.json cannot
+      be read.
+  """
+  fields = _flatten(json.loads(config.to_json(experiment)))
+  for name in allowed:
+    if name not in fields and not any(field.startswith(f"{name}.") for field in fields):
+      raise UserError(f"--allow-config-change {name}: the config has no such field or group")
+  if not folder.config.is_file():
+    return {}
+  changes = config_changes(_read_json(folder.config), experiment)
+  refused = [name for name in changes if not _is_allowed(name, allowed)]
+  if refused:
+    words = "; ".join(f"{name} {_show(changes[name][0])} -> {_show(changes[name][1])}" for name in refused)
+    flags = " ".join(f"--allow-config-change {name}" for name in refused)
+    raise UserError(f"the config differs from that of the run in {folder.path}: {words} (go on all the same with "
+                    f"{flags}, or start another --workdir)")
+  return changes
+
+
+def _is_allowed(name, allowed):
+  return name in FREE_FIELDS or any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
+
+
+def _read_json(path):
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+  if not isinstance(values, dict):
+    raise UserError(f"{path} holds no configuration")
+  return values
+
+
+def _flatten(values, example=config.Experiment(), prefix=""):
+  """Nested dicts as {dotted field: value}. A field that is itself a mapping (of resolutions) stays one value."""
+  flat = {}
+  for name, value in values.items():
+    inner = getattr(example, name, None)
+    if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+      flat |= _flatten(value, inner, f"{prefix}{name}.")
+    else:
+      flat[f"{prefix}{name}"] = value
+  return flat
+
+
+def _show(value):
+  return value if value is _NOTHING else json.dumps(value)

@@ -1,0 +1,332 @@
+"""The training loop on a toy: nothing is lost, whatever stops it."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from aurora_jax.errors import UserError
+from aurora_jax.training import checkpoint, loop, metrics, run_folder
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import toy  # pylint: disable=wrong-import-position
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_TIMES = ("seconds", "images_per_second")
+
+
+def _fingerprint(workdir):
+  return checkpoint.fingerprint(pathlib.Path(workdir) / "checkpoints")
+
+
+def _train_lines(workdir):
+  """What was logged, without the times."""
+  return [{name: value for name, value in row.items() if name not in _TIMES and not name.startswith("time/")}
+          for row in metrics.history(pathlib.Path(workdir) / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def _start(workdir, *arguments, **environment):
+  """The toy in a process of its own."""
+  return subprocess.Popen(
+      [sys.executable, str(_ROOT / "tests/training/toy.py"), str(workdir), *arguments], text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"} | environment)
+
+
+def _wait_for_step(workdir, step, process):
+  """Waits until a line of at least this step is logged."""
+  deadline = time.monotonic() + 60
+  while time.monotonic() < deadline and process.poll() is None:
+    if any(row["step"] >= step for row in metrics.read(pathlib.Path(workdir) / "metrics.jsonl")):
+      return
+    time.sleep(0.02)
+  raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def _signal_at(step, number=signal.SIGINT):
+  """For `Toy.after_batch`: sends this process a signal while the step after `step` is prepared."""
+  def send(batch_step):
+    if batch_step == step:
+      os.kill(os.getpid(), number)
+      time.sleep(0.05)  # the thread that reads signals takes it
+  return send
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """A whole run of 12 steps: (folder, Toy)."""
+  folder = tmp_path_factory.mktemp("runs") / "whole"
+  toy_run, outcome = toy.run(folder)
+  assert (outcome.step, outcome.reason, outcome.status) == (12, loop.DONE, 0)
+  return folder, toy_run
+
+
+def test_a_run_leaves_its_folder(uninterrupted, capsys):
+  folder, toy_run = uninterrupted
+  assert json.loads((folder / "config.json").read_text())["name"] == "toy"
+  assert checkpoint.steps(folder / "checkpoints") == [4, 8, 12]
+  assert list((folder / "tensorboard").glob("*tfevents*"))
+  lines = metrics.read(folder / "metrics.jsonl")
+  assert [row["kind"] for row in lines] == ["start"] + ["train"] * 4 + ["stop"]
+  assert [row["step"] for row in lines] == [0, 3, 6, 9, 12, 12]
+  assert toy_run.seen[:12] == list(range(12))
+
+
+def test_logged_values_are_averages_over_the_steps_that_had_them(tmp_path):
+  toy.run(tmp_path / "each", **{"train.log_every": 1})
+  toy.run(tmp_path / "every", **{"train.log_every": 4})
+  each, every = _train_lines(tmp_path / "each"), _train_lines(tmp_path / "every")
+  for window, row in enumerate(every):
+    inside = each[4 * window:4 * window + 4]
+    np.testing.assert_allclose(row["loss/g"], np.mean([r["loss/g"] for r in inside]), rtol=1e-6)
+    np.testing.assert_allclose(row["r1"], np.mean([r["r1"] for r in inside if "r1" in r]), rtol=1e-6)
+    np.testing.assert_allclose(row["moe/load/layer/2"] - row["moe/load/layer/0"], 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number,reason", [(signal.SIGINT, loop.INTERRUPT), (signal.SIGTERM, loop.TERMINATED)])
+def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, reason):
+  whole, whole_toy = uninterrupted
+  first = toy.Toy(toy.experiment(), after_batch=_signal_at(5, number))
+  _, outcome = toy.run(tmp_path, toy=first)
+  assert outcome.reason == reason and outcome.status == 0
+  assert 5 <= outcome.step < 9 and outcome.step % 4  # not a step at which it would have been saved anyway
+  assert checkpoint.newest(tmp_path / "checkpoints") == outcome.step
+  said = capsys.readouterr().out
+  assert f"stopped at step {outcome.step} of 12" in said and "the same command goes on" in said
+
+  second, last = toy.run(tmp_path)
+  assert f"going on from the checkpoint of step {outcome.step}" in capsys.readouterr().out
+  assert last.reason == loop.DONE
+  assert _fingerprint(tmp_path) == _fingerprint(whole)
+  assert first.seen[:outcome.step] + second.seen[:12 - outcome.step] == whole_toy.seen[:12]
+  assert _train_lines(tmp_path) == _train_lines(whole)
+  kinds = [(row["kind"], row["step"]) for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] != "train"]
+  assert kinds == [("start", 0), ("stop", outcome.step), ("resume", outcome.step), ("stop", 12)]
+
+
+def test_every_restart_counts_the_time_on(tmp_path):
+  toy.run(tmp_path, **{"train.total_steps": 4})
+  before = metrics.read(tmp_path / "metrics.jsonl")[-1]["seconds"]
+  toy.run(tmp_path, **{"train.total_steps": 5})
+  resumed, *_, after = [r for r in metrics.read(tmp_path / "metrics.jsonl") if r["kind"] in ("resume", "stop")][1:]
+  assert 0 < resumed["seconds"] <= before + 1e-3 and after["seconds"] > resumed["seconds"]
+
+
+def test_killed_at_any_moment(uninterrupted, tmp_path):
+  """SIGKILL, during a save as likely as not; the next start ends with the state of an uninterrupted run."""
+  steps = ["--set", "train.total_steps=400", "--set", "train.checkpoint_every=2", "--set", "train.log_every=1"]
+  process = _start(tmp_path / "killed", *steps, "--delay", "0.01")
+  _wait_for_step(tmp_path / "killed", 11, process)
+  process.kill()
+  process.communicate()
+  reached = metrics.read(tmp_path / "killed/metrics.jsonl")[-1]["step"]
+  newest = checkpoint.newest(tmp_path / "killed/checkpoints")
+  assert newest is not None and newest >= reached - 6
+  total = newest + 3
+  toy.run(tmp_path / "killed", **{"train.total_steps": total})
+  toy.run(tmp_path / "whole", **{"train.total_steps": total})
+  assert _fingerprint(tmp_path / "killed") == _fingerprint(tmp_path / "whole")
+  assert not list((tmp_path / "killed/checkpoints").glob("*tmp*"))
+
+
+def test_sigterm_to_a_process(tmp_path):
+  process = _start(tmp_path, "--set", "train.total_steps=100000", "--delay", "0.005")
+  _wait_for_step(tmp_path, 6, process)
+  process.terminate()
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  step = checkpoint.newest(tmp_path / "checkpoints")
+  assert f"stopped at step {step:,} of 100,000 (SIGTERM); saved in {tmp_path}/checkpoints/{step}" in out
+  assert "finishing this step, then saving" in err
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+  process = _start(tmp_path, "--set", "train.total_steps=100000", "--set", "train.log_every=1", "--delay", "0.4")
+  _wait_for_step(tmp_path, 1, process)
+  before = checkpoint.newest(tmp_path / "checkpoints")
+  process.send_signal(signal.SIGINT)
+  time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert "stopped at once" in err and "Traceback" not in err
+  assert checkpoint.newest(tmp_path / "checkpoints") == before
+
+
+def test_max_seconds_stops_and_saves(tmp_path, capsys):
+  drawn = []
+  hooks = loop.Hooks(on_samples=lambda step, samples, folder: drawn.append(step))
+  toy_run = toy.Toy(toy.experiment(**{"train.total_steps": 10**6, "train.max_seconds": 1.0, "train.sample_every": 10**6}),
+                    delay=0.02)
+  _, outcome = toy.run(tmp_path, toy=toy_run, hooks=hooks)
+  assert outcome.reason == loop.TIME and outcome.status == 0 and 0 < outcome.step < 100
+  assert checkpoint.newest(tmp_path / "checkpoints") == outcome.step
+  assert drawn == [0, outcome.step]
+  assert "train.max_seconds = 1 are over" in capsys.readouterr().out
+
+
+def test_nothing_is_done_twice(uninterrupted, capsys):
+  folder, _ = uninterrupted
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+  toy_run, outcome = toy.run(folder)
+  assert outcome.reason == loop.ALREADY_DONE and outcome.status == 0 and toy_run.seen == []
+  assert "all 12 steps are done" in capsys.readouterr().out
+  assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_samples_at_fixed_steps(tmp_path):
+  drawn = []
+
+  def on_samples(step, samples, folder):
+    drawn.append((step, float(samples.images[0, 0, 0, 0, 0])))
+    return Image.new("RGB", (8, 8), (step, 0, 0))
+
+  toy.run(tmp_path, hooks=loop.Hooks(on_samples=on_samples), **{"train.total_steps": 8})
+  assert drawn == [(0, 0.0), (6, 6.0), (8, 8.0)]
+
+
+def test_nan_stops_with_the_last_checkpoint_intact(tmp_path, capsys):
+  whole, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(), nan_at=6))
+  assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 6)
+  error = capsys.readouterr().err
+  assert "loss/g is nan at step 6; training stopped; the last checkpoint, step 4, stands in" in error
+  assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+  stop = metrics.read(tmp_path / "metrics.jsonl")[-1]
+  assert (stop["reason"], stop["metric"], stop["value"]) == ("non-finite", "loss/g", "nan")
+  _, outcome = toy.run(tmp_path)  # without the NaN it goes on
+  assert outcome.reason == loop.DONE
+
+
+def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):
+  class Poisoned(toy.Toy):
+
+    def step(self, step, state, batch):
+      state, values = super().step(step, state, batch)
+      with jax.transfer_guard("allow"):
+        return (state.replace(ema=state.ema | {"b": state.ema["b"] / 0.0 * 0.0}) if step == 7 else state), values
+
+  _, outcome = toy.run(tmp_path, toy=Poisoned(toy.experiment()))
+  assert outcome.reason == loop.NON_FINITE
+  assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+  assert "state.ema['b'] is not finite at step 8" in capsys.readouterr().err
+
+
+def test_a_differing_config_is_refused(tmp_path):
+  toy.run(tmp_path, **{"train.total_steps": 4})
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  with pytest.raises(UserError) as error:
+    toy.run(tmp_path, **{"loss.clip_weight": 0.5, "generator.experts": {4: 2, 8: 4, 16: 8, 32: 16, 64: 16}})
+  words = str(error.value)
+  assert "loss.clip_weight 0.2 -> 0.5" in words and "--allow-config-change loss.clip_weight" in words
+  assert 'generator.experts {"8": 4, "16": 8, "32": 16, "64": 16} -> {"4": 2' in words
+  assert "train." not in words and "\n" not in words
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+  with pytest.raises(UserError, match="loss.clip_weight 0.2 -> 0.5"):
+    toy.run(tmp_path, allow=("generator",), **{"loss.clip_weight": 0.5})
+  with pytest.raises(UserError, match="--allow-config-change los: the config has no such"):
+    toy.run(tmp_path, allow=("los",), **{"loss.clip_weight": 0.5})
+  _, outcome = toy.run(tmp_path, allow=("loss",), **{"loss.clip_weight": 0.5, "train.checkpoint_every": 5})
+  assert outcome.reason == loop.DONE
+  resumed = next(row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "resume")
+  assert resumed["changed"] == {
+      "loss.clip_weight": [0.2, 0.5], "train.total_steps": [4, 12], "train.checkpoint_every": [4, 5]}
+  assert json.loads((tmp_path / "config.json").read_text())["loss"]["clip_weight"] == 0.5
+
+
+def test_a_config_written_before_a_field_existed_is_accepted(tmp_path):
+  toy.run(tmp_path, **{"train.total_steps": 4})
+  stored = json.loads((tmp_path / "config.json").read_text())
+  del stored["optimizer"]["beta2"]
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  assert toy.run(tmp_path)[1].reason == loop.DONE
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere/run", "gs://bucket/run"])
+def test_an_unwritable_workdir(tmp_path, where):
+  (tmp_path / "file").write_text("x")
+  workdir = where if "//" in where or where.startswith("/") else tmp_path / where
+  toy_run = toy.Toy(toy.experiment())
+  with pytest.raises(UserError, match="workdir .*") as error:
+    toy.run(workdir, toy=toy_run)
+  assert str(workdir) in str(error.value) and "\n" not in str(error.value)
+  assert toy_run.seen == [] and os.listdir(tmp_path) == ["file"]
+
+
+def test_one_trainer_at_a_time(tmp_path):
+  with run_folder.held(tmp_path):
+    with pytest.raises(UserError, match="another process is training in it"):
+      toy.run(tmp_path)
+  assert toy.run(tmp_path)[1].reason == loop.DONE
+
+
+def test_a_full_disk_stops_training(tmp_path):
+  """Files may not grow beyond 40 kB from step 6 on: the save of step 8 fails in the background."""
+  (tmp_path / "limit.py").write_text(
+      "import resource, signal, sys, time, toy\n"
+      "from aurora_jax.training import checkpoint\n"
+      "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+      "def limit(step):\n"
+      "  if step == 6:\n"
+      f"    while not checkpoint.steps({str(tmp_path / 'run/checkpoints')!r}): time.sleep(0.01)\n"
+      "    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+      "t = toy.Toy(toy.experiment(**{'train.total_steps': 10**6, 'train.sample_every': 10**6}), delay=0.01, width=5000,\n"
+      "            after_batch=limit)\n"
+      "try:\n"
+      f"  toy.run({str(tmp_path / 'run')!r}, toy=t)\n"
+      "except toy.UserError as error:\n"
+      "  print(f'REFUSED {error}'); sys.exit(2)\n")
+  done = subprocess.run(
+      [sys.executable, tmp_path / "limit.py"], capture_output=True, text=True, timeout=120, check=False,
+      env=os.environ | {"PYTHONPATH": f"{_ROOT}:{_ROOT}/tests/training", "JAX_PLATFORMS": "cpu"})
+  assert done.returncode == 2, done.stderr
+  line = next(row for row in done.stdout.splitlines() if row.startswith("REFUSED"))
+  assert "checkpoint of step 8 could not be saved" in line and "File too large" in line
+  assert "the last complete one is of step 4" in line
+  assert "Traceback" not in done.stderr
+  assert checkpoint.steps(tmp_path / "run/checkpoints") == [4]
+  assert metrics.read(tmp_path / "run/metrics.jsonl")[-1]["step"] < 200
+
+
+def test_a_vanished_folder_stops_training(tmp_path):
+  def remove(step):
+    if step == 5:
+      while checkpoint.newest(tmp_path / "checkpoints") != 4:
+        time.sleep(0.01)
+      shutil.rmtree(tmp_path / "checkpoints")
+
+  with pytest.raises(checkpoint.SaveError, match="step 8 cannot be saved: the folder .*checkpoints has vanished"):
+    toy.run(tmp_path, toy=toy.Toy(toy.experiment(), after_batch=remove))
+
+
+def test_an_unasked_transfer_is_an_error(tmp_path):
+  class Careless(toy.Toy):
+
+    def step(self, step, state, batch):
+      return super().step(step, state, batch | {"poison": np.zeros(1, np.float32)})
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+    toy.run(tmp_path, toy=Careless(toy.experiment()))
+
+
+def test_the_next_batch_is_fetched_while_a_step_runs(tmp_path):
+  """Batch s+1 is asked for before the metrics of step s are, and never more than one ahead."""
+  ahead = []
+
+  class Watched(toy.Toy):
+
+    def step(self, step, state, batch):
+      ahead.append(len(self.seen) - step)
+      return super().step(step, state, batch)
+
+  toy.run(tmp_path, toy=Watched(toy.experiment()))
+  assert set(ahead) == {1}

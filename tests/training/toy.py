@@ -1,0 +1,142 @@
+"""A tiny training problem with the interface of `training/setup.py`; run as a script it trains in a process of its own.
+
+    python tests/training/toy.py WORKDIR [--set train.total_steps=20 ...] [--delay 0.01] [--nan-at 7]
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aurora_jax import config
+from aurora_jax.errors import UserError
+from aurora_jax.training import loop
+
+
+@flax.struct.dataclass
+class ToyState:
+  step: jax.Array
+  params: dict
+  ema: dict
+  opt: object
+
+
+class Samples:
+  """As of `Prepared.sample`: two prompts with one latent."""
+
+  def __init__(self, value):
+    self.images = np.full((2, 1, 8, 8, 3), value, np.float32)
+    self.prompts = ("one", "two")
+
+
+def experiment(**fields):
+  """An `Experiment` with some fields set: experiment(**{"train.total_steps": 20})."""
+  values = config.to_mapping(config.Experiment())
+  defaults = {"train.total_steps": 12, "train.checkpoint_every": 4, "train.log_every": 3, "train.sample_every": 6,
+              "train.batch_size": 8, "name": "toy"}
+  for name, value in (defaults | fields).items():
+    group = values
+    *path, last = name.split(".")
+    for part in path:
+      group = group[part]
+    group[last] = value
+  return config.from_mapping(values)
+
+
+_OPTIMIZER = optax.adam(1e-2)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _init(key, width=4):
+  params = {"w": jax.random.normal(key, (16, width)), "b": jnp.zeros(width)}
+  return ToyState(jnp.zeros((), jnp.int32), params, params, _OPTIMIZER.init(params))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="every_third")
+def _step(state, batch, key, every_third):
+  def loss(params):
+    noise = jax.random.normal(jax.random.fold_in(key, state.step), batch["image"].shape)
+    return jnp.mean(jnp.square((batch["image"] + noise) @ params["w"] + params["b"]))
+
+  value, gradient = jax.value_and_grad(loss)(state.params)
+  update, opt = _OPTIMIZER.update(gradient, state.opt)
+  params = optax.apply_updates(state.params, update)
+  ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
+  metrics = {"loss/g": value + batch["poison"][0], "moe/load/layer": jnp.arange(3.0) + value}
+  if every_third:
+    metrics["r1"] = 2.0 * value
+  return ToyState(state.step + 1, params, ema, opt), metrics
+
+
+@dataclasses.dataclass
+class Toy:
+  """The toy's `Prepared`. `delay`: seconds per batch; `nan_at`: the step whose loss is NaN; `width`: architecture."""
+
+  experiment: config.Experiment
+  delay: float = 0.0
+  nan_at: int = -1
+  width: int = 4
+  after_batch: object = None
+  seen: list = dataclasses.field(default_factory=list)
+
+  def __post_init__(self):
+    self._key = jax.device_put(jax.random.key(self.experiment.train.seed))
+
+  @property
+  def abstract_state(self):
+    return jax.eval_shape(functools.partial(_init, width=self.width), self._key)
+
+  def init(self):
+    return _init(self._key, width=self.width)
+
+  def batches(self, start_step):
+    step = start_step
+    while True:
+      rng = np.random.default_rng((self.experiment.train.seed, step))
+      self.seen.append(step)
+      time.sleep(self.delay)
+      yield {"image": rng.standard_normal((8, 16)).astype(np.float32), "index": np.arange(8) + step,
+             "poison": np.full(1, np.nan if step == self.nan_at else 0.0, np.float32), "caption": ["a"] * 8}
+      if self.after_batch is not None:
+        self.after_batch(step)
+      step += 1
+
+  def step(self, step, state, batch):
+    return _step(state, batch, self._key, every_third=step % 3 == 0)
+
+  def sample(self, state):
+    return Samples(float(state.step))
+
+
+def run(workdir, *, toy=None, allow=(), hooks=loop.Hooks(), **fields):
+  """Trains the toy. Returns (Toy, Outcome)."""
+  toy = toy or Toy(experiment(**fields))
+  return toy, loop.run(toy, workdir, hooks=hooks, allow_config_change=allow)
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument("workdir")
+  parser.add_argument("--set", action="append", default=[])
+  parser.add_argument("--delay", type=float, default=0.0)
+  parser.add_argument("--nan-at", type=int, default=-1)
+  args = parser.parse_args()
+  fields = {name: json.loads(value) for name, value in (entry.split("=") for entry in getattr(args, "set"))}
+  try:
+    _, outcome = run(args.workdir, toy=Toy(experiment(**fields), delay=args.delay, nan_at=args.nan_at))
+  except UserError as error:
+    print(error, file=sys.stderr)
+    return 2
+  return outcome.status
+
+
+if __name__ == "__main__":
+  sys.exit(main())
