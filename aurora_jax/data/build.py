@@ -213,6 +213,7 @@ def _write_shards(folder, name, split, count, rendered, positions):
 
 def check_out(out, overwrite):
   """Raises `UserError` where `build` may not write its folder: what is there is not lightly replaced."""
+  dataset.check_local(out)
   out = pathlib.Path(out)
   try:
     if not out.exists():

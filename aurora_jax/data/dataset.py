@@ -143,6 +143,12 @@ class Dataset:
       return self._descriptors[shard]
 
 
+def check_local(path):
+  """Raises `UserError` for an address such as gs://bucket/folder, which would be taken for a strange folder name here."""
+  if "://" in str(path):
+    raise UserError(f"{path} is an address: data sets are read and written in folders, mount or copy it first")
+
+
 def read_manifest(path):
   """Reads and checks the manifest of a data set folder.
 
@@ -155,6 +161,7 @@ def read_manifest(path):
   Raises:
     UserError: no folder, no manifest, or one that this version cannot read.
   """
+  check_local(path)
   path = pathlib.Path(path)
   if not path.is_dir():
     raise UserError(f"data set {path} {'is not a folder' if path.exists() else 'does not exist'}")

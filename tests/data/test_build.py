@@ -333,6 +333,15 @@ def test_bad_values(tmp_path, values, words_of_error):
   assert not list(tmp_path.iterdir())
 
 
+def test_addresses_are_no_folders(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="gs://bucket/set is an address"):
+    build(source_of(grid()), "gs://bucket/set", resolution=4, shards=1)
+  assert not list(tmp_path.iterdir())
+  with pytest.raises(UserError, match="gs://bucket/set is an address"):
+    Dataset.open("gs://bucket/set")
+
+
 def test_no_readable_picture(tmp_path):
   def render(item, resolution):
     raise images.ImageError("no")

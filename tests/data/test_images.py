@@ -117,10 +117,10 @@ def test_cmyk_jpeg(inks, colour):
 
 
 def test_sixteen_bit_grey():
-  values = np.array([[0, 257, 128 * 257, 65535, 65535 - 128]], np.uint16)
+  values = np.array([[0, 200, 257, 128 * 257, 65535, 65535 - 128]], np.uint16)
   data = encoded(Image.fromarray(values))
   assert Image.open(io.BytesIO(data)).mode.startswith("I")
-  np.testing.assert_array_equal(decode(data)[0, :, 0], [0, 1, 128, 255, 255])
+  np.testing.assert_array_equal(decode(data)[0, :, 0], [0, 1, 1, 128, 255, 255])
 
 
 def test_sixteen_bit_colour():
