@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 
 import jax
 import numpy as np
@@ -119,16 +120,17 @@ class Checkpoints:
     """
     if step == self._saving:
       return
+    if not self.folder.is_dir():  # Orbax would silently make a new one
+      raise SaveError(f"checkpoint of step {step} cannot be saved: the folder {self.folder} has vanished")
     self.wait()  # Orbax would wait too, and lay the failure of the save before to this one
     if step in steps(self.folder):
       return
-    if not self.folder.is_dir():  # Orbax would silently make a new one
-      raise SaveError(f"checkpoint of step {step} cannot be saved: the folder {self.folder} has vanished")
     args = self._ocp.args
     text = json.dumps(config, sort_keys=True)
     items = args.Composite(
         state=args.StandardSave(state),
-        config=args.JsonSave({"experiment": json.loads(text), "fingerprint": hashlib.sha256(text.encode()).hexdigest()}),
+        config=args.JsonSave({"experiment": json.loads(text),
+                              "fingerprint": hashlib.sha256(text.encode()).hexdigest()}),
         progress=args.JsonSave(progress or {}))
     with self._reporting(step):
       self._manager.save(step, args=items, force=True)
@@ -344,6 +346,13 @@ def _quieten_orbax():
   logger = logging.getLogger("absl")
   if not any(isinstance(entry, _NotFromOrbax) for entry in logger.filters):
     logger.addFilter(_NotFromOrbax())
+    previous = sys.unraisablehook
+    sys.unraisablehook = lambda event: None if _is_from_a_closed_loop(event) else previous(event)
+
+
+def _is_from_a_closed_loop(event):
+  """After a failed write or read, what TensorStore still has under way reports to an event loop that is gone."""
+  return isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"
 
 
 class _NotFromOrbax(logging.Filter):

@@ -68,8 +68,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
 
   Args:
     prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
-      `sample(state)`; and, optionally, `batch_sharding` (a Sharding for every entry of a batch) and `headline` (names of
-      the metrics to show while training).
+      `sample(state)` (or None: no pictures are drawn); and, optionally, `batch_sharding` (a Sharding for every entry
+      of a batch) and `headline` (names of the metrics to show while training).
     run_dir: the run's folder.
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
@@ -241,6 +241,8 @@ class _Trainer:
 
   def _sample(self, step, state):
     """Draws the fixed prompts and latents and hands them to the hook."""
+    if self._prepared.sample is None:
+      return
     self._flush()
     self._sampled = step
     with self.clock.phase("samples"):

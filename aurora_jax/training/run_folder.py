@@ -23,7 +23,8 @@ try:
 except ImportError:  # not a Unix: no lock there
   fcntl = None
 
-# What may change from one start of a run to the next: none of these alters what a step computes.
+# What may change from one start of a run to the next: how long it goes on and what is written when. A learning rate
+# that decays is planned to the total_steps of the start at hand.
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
     "train.keep_checkpoints", "data.workers",

@@ -165,8 +165,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 def test_max_seconds_stops_and_saves(tmp_path, capsys):
   drawn = []
   hooks = loop.Hooks(on_samples=lambda step, samples, folder: drawn.append(step))
-  toy_run = toy.Toy(toy.experiment(**{"train.total_steps": 10**6, "train.max_seconds": 1.0, "train.sample_every": 10**6}),
-                    delay=0.02)
+  settings = {"train.total_steps": 10**6, "train.max_seconds": 1.0, "train.sample_every": 10**6}
+  toy_run = toy.Toy(toy.experiment(**settings), delay=0.02)
   _, outcome = toy.run(tmp_path, toy=toy_run, hooks=hooks)
   assert outcome.reason == loop.TIME and outcome.status == 0 and 0 < outcome.step < 100
   assert checkpoint.newest(tmp_path / "checkpoints") == outcome.step
@@ -279,8 +279,8 @@ def test_a_full_disk_stops_training(tmp_path):
       "  if step == 6:\n"
       f"    while not checkpoint.steps({str(tmp_path / 'run/checkpoints')!r}): time.sleep(0.01)\n"
       "    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
-      "t = toy.Toy(toy.experiment(**{'train.total_steps': 10**6, 'train.sample_every': 10**6}), delay=0.01, width=5000,\n"
-      "            after_batch=limit)\n"
+      "settings = {'train.total_steps': 10**6, 'train.sample_every': 10**6}\n"
+      "t = toy.Toy(toy.experiment(**settings), delay=0.01, width=5000, after_batch=limit)\n"
       "try:\n"
       f"  toy.run({str(tmp_path / 'run')!r}, toy=t)\n"
       "except toy.UserError as error:\n"

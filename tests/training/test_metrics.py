@@ -144,6 +144,7 @@ def test_bar_on_a_terminal():
   assert "7/1,000" in stream.getvalue() and "g 1.25" in stream.getvalue()
 
 
-@pytest.mark.parametrize("seconds,words", [(44.6, "45 s"), (185, "3:05"), (7200, "2:00:00"), (14 * 86400, "14 d 00:00")])
+@pytest.mark.parametrize("seconds,words", [
+    (44.6, "45 s"), (185, "3:05"), (7200, "2:00:00"), (14 * 86400, "14 d 00:00")])
 def test_durations(seconds, words):
   assert progress.duration(seconds) == words
