@@ -100,8 +100,8 @@ def inverse_affine(augment, draws):
       image: below 1/2) is no change.
 
   Returns:
-    float64 [b, 6], rows (a, b, c, d, e, f): the result's point (x, y) shows the picture's (a x + b y + c, d x + e y + f),
-    both measured from the upper left corner; in pixels, c and f in sides.
+    float64 [b, 6], rows (a, b, c, d, e, f): the result's point (x, y) shows the picture's point
+    (a x + b y + c, d x + e y + f), measured from the upper left corner in sides of the picture.
   """
   centred = 2 * np.asarray(draws, np.float64) - 1
   x = 0.5 + augment.shift * centred[:, 0]

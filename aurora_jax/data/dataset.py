@@ -69,8 +69,8 @@ class Dataset:
       UserError: no such folder, no (or no readable) manifest, no such split, or a shard that is missing or does not
         have the size that its index says.
     """
-    path = pathlib.Path(path)
     manifest = read_manifest(path)
+    path = pathlib.Path(path)
     if split not in manifest["splits"]:
       raise UserError(f"data set {path} has no split {split!r} (it has {', '.join(manifest['splits'])})")
     shards = [path / shard["file"] for shard in manifest["splits"][split]["shards"]]
@@ -144,7 +144,7 @@ class Dataset:
 
 
 def check_local(path):
-  """Raises `UserError` for an address such as gs://bucket/folder, which would be taken for a strange folder name here."""
+  """Raises `UserError` for an address such as gs://bucket/folder, of which pathlib would make a folder named "gs:"."""
   if "://" in str(path):
     raise UserError(f"{path} is an address: data sets are read and written in folders, mount or copy it first")
 

@@ -151,7 +151,7 @@ class BatchMaker:
     return batch
 
   def _readable(self, step, slot, number, skipped):
-    """(number, (pixels, captions)) of the example meant for a slot, or of the next readable one in the epoch's order."""
+    """(number, (pixels, captions)) of the example meant for a slot, or the next readable one in the epoch's order."""
     size = len(self.dataset)
     for offset in range(size):
       if offset:

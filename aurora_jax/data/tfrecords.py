@@ -180,12 +180,13 @@ def load_index(path):
     data = index_path(path).read_bytes()
   except FileNotFoundError:
     return _rebuild_index(path)
+  broken = f"index {index_path(path)} is broken (delete it to have it made anew)"
   if len(data) % 16:
-    raise UserError(f"index {index_path(path)} is broken: {len(data)} bytes are not whole pairs (delete it to rebuild it)")
+    raise UserError(f"{broken}: {len(data)} bytes are not whole pairs")
   index = np.frombuffer(data, "<u8").astype(np.int64).reshape(-1, 2)
   ends = index.sum(axis=1) + FRAME_BYTES
   if not np.array_equal(index[:, 0], np.concatenate([[0], ends])[:-1].astype(np.int64)):
-    raise UserError(f"index {index_path(path)} is broken: its records do not follow each other (delete it to rebuild it)")
+    raise UserError(f"{broken}: its records do not follow each other")
   expected = int(ends[-1]) if len(ends) else 0
   if size != expected:
     raise UserError(f"shard {path} has {size} bytes, its index says {expected}: it is truncated or was changed")

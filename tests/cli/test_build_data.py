@@ -93,8 +93,8 @@ def test_folder(pictures, tmp_path):
 def test_fewer_held_out_than_asked_for(pictures, tmp_path):
   done = run("--source", "folder", "--path", pictures, "--out", tmp_path / "out", "--heldout", "0.9")
   assert done.returncode == 0, done.stderr
-  said = re.search(r"^held out (\d) of the 5 pictures asked for: the captions share too few words for more$", done.stdout,
-                   re.MULTILINE)
+  said = re.search(r"^held out (\d) of the 5 pictures asked for: the captions share too few words for more$",
+                   done.stdout, re.MULTILINE)
   assert 1 <= int(said[1]) <= 3
   without = run("--source", "folder", "--path", pictures, "--out", tmp_path / "none", "--heldout", "0")
   assert without.returncode == 0 and "held out" not in without.stdout

@@ -133,7 +133,8 @@ def test_manifest_tells_the_truth(tmp_path):
   held = choose_heldout(items, 0.25, 3)
   assert captions["heldout"] == {items[position].captions[0] for position in held}
   assert len(captions["train"] | captions["heldout"]) == 42
-  files = [f"made_up-train-0000{n}-of-00005" for n in range(5)] + [f"made_up-heldout-0000{n}-of-00002" for n in range(2)]
+  files = [f"made_up-train-0000{n}-of-00005" for n in range(5)]
+  files += [f"made_up-heldout-0000{n}-of-00002" for n in range(2)]
   assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json"} | {
       file + suffix for file in files for suffix in (".tfrecord", ".index")}
 

@@ -272,7 +272,8 @@ def test_bad_values(dataset, options, words):
 @pytest.mark.parametrize("end", ["", "batches.close()", "del batches"])
 def test_a_program_ends_quietly(data_folder, end):
   code = (f"from aurora_jax.data import dataset, loader\n"
-          f"batches = loader.train_batches(dataset.Dataset.open({str(data_folder)!r}), resolution=8, batch_size=4, seed=0)\n"
+          f"opened = dataset.Dataset.open({str(data_folder)!r})\n"
+          f"batches = loader.train_batches(opened, resolution=8, batch_size=4, seed=0)\n"
           f"next(batches)\n{end}\n")
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
   assert done.stderr == "" and done.stdout == ""

@@ -41,8 +41,7 @@ def test_openmoji_skin_tones(openmoji):
 
 def test_openmoji_captions_are_plain_words(openmoji):
   captions = by_caption(openmoji)
-  for caption in ("red heart", "red circle", "grinning face", "flag: Japan", "flag: England", "eight o'clock", "keycap 1"):
-    assert caption in captions
+  assert {"red heart", "red circle", "grinning face", "flag: England", "eight o'clock", "keycap 1"} <= captions.keys()
   assert captions["red heart"].key == "2764"
   assert captions["flag: Japan"].captions[1:] == ("flag for Japan",)
   assert "stew" in captions["pot of food"].captions
@@ -215,7 +214,9 @@ def test_folder_pictures_that_cannot_be_read(tmp_path):
       source.render(item, 8)
 
 
-@pytest.mark.parametrize("name, expected", [("My Pictures (2)", "my_pictures_2"), ("äöü", "pictures"), ("set-1", "set_1")])
+@pytest.mark.parametrize("name, expected", [
+    ("My Pictures (2)", "my_pictures_2"), ("äöü", "pictures"), ("set-1", "set_1"),
+])
 def test_folder_name(tmp_path, name, expected):
   save(tmp_path / name / "a.png")
   assert sources.folder(tmp_path / name).name == expected
