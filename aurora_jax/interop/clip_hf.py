@@ -120,23 +120,15 @@ def _dense_entries(theirs, ours, shape, index) -> Iterator[_Entry]:
 
 def _block_entries(tower, theirs, ours) -> Iterator[_Entry]:
   """The blocks of one tower."""
-  width, square = tower.width, (tower.width, tower.width)
-  head = (tower.heads, width // tower.heads)
-  into_heads = _Layout(lambda x: x.T.reshape(width, *head), lambda x: x.reshape(square).T)
-  out_of_heads = _Layout(lambda x: x.T.reshape(*head, width), lambda x: x.reshape(square).T)
-  bias_of_heads = _Layout(lambda x: x.reshape(head), lambda x: x.reshape(width))
+  width = tower.width
   for layer in range(tower.layers):
     source, target = f"{theirs}.encoder.layers.{layer}", f"{ours}/transformer/blocks"
     for number, letter in enumerate("qkv"):
-      projection = f"{source}.self_attn.{letter}_proj"
-      index = (layer, slice(None), number)
-      yield _Entry(f"{projection}.weight", square, f"{target}/attention/qkv/kernel", index, into_heads)
-      yield _Entry(f"{projection}.bias", (width,), f"{target}/attention/qkv/bias", (layer, number), bias_of_heads)
-    out = f"{source}.self_attn.out_proj"
-    yield _Entry(f"{out}.weight", square, f"{target}/attention/out/kernel", (layer,), out_of_heads)
-    yield _Entry(f"{out}.bias", (width,), f"{target}/attention/out/bias", (layer,))
-    yield from _dense_entries(f"{source}.mlp.fc1", f"{target}/mlp/up", (tower.mlp_width, width), (layer,))
-    yield from _dense_entries(f"{source}.mlp.fc2", f"{target}/mlp/down", (width, tower.mlp_width), (layer,))
+      index = (layer, ..., slice(number * width, (number + 1) * width))
+      yield from _dense_entries(f"{source}.self_attn.{letter}_proj", f"{target}/qkv", (width, width), index)
+    yield from _dense_entries(f"{source}.self_attn.out_proj", f"{target}/out", (width, width), (layer,))
+    yield from _dense_entries(f"{source}.mlp.fc1", f"{target}/up", (tower.mlp_width, width), (layer,))
+    yield from _dense_entries(f"{source}.mlp.fc2", f"{target}/down", (width, tower.mlp_width), (layer,))
     yield from _norm_entries(f"{source}.layer_norm1", f"{target}/attention_norm", width, (layer,))
     yield from _norm_entries(f"{source}.layer_norm2", f"{target}/mlp_norm", width, (layer,))
 

@@ -128,63 +128,79 @@ def _layer_norm(tower, name):
   return nn.LayerNorm(epsilon=tower.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-class Attention(nn.Module):
-  """Multi-head self-attention with biases; one matmul for query, key and value."""
+class Dense(nn.Module):
+  """A dense layer on the last axis.
 
-  tower: TowerConfig
+  All other axes are one in the matmul: on a CPU the gradient of a matmul over several axes takes 1.7 times as long.
+  """
+
+  features: int
   dtype: jnp.dtype
+  deviation: float  # of the initial weights
 
   @nn.compact
-  def __call__(self, x, mask):
-    """x [B, N, W], mask bool [N, N] (True: the row sees the column) or None -> [B, N, W]."""
-    tower = self.tower
-    head_width = tower.width // tower.heads
-    initializer = nn.initializers.normal(tower.width**-0.5)
-    qkv = nn.DenseGeneral((3, tower.heads, head_width), dtype=self.dtype, kernel_init=initializer, name="qkv")(x)
-    query, key, value = (qkv[:, :, i] for i in range(3))  # [B, N, H, K]
-    logits = jnp.einsum("BNHK,BMHK->BHNM", query * head_width**-0.5, key).astype(jnp.float32)
-    if mask is not None:
-      logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    mixed = jnp.einsum("BHNM,BMHK->BNHK", weights, value)
-    residual_initializer = nn.initializers.normal((2 * tower.layers * tower.width) ** -0.5)
-    return nn.DenseGeneral(
-        tower.width, axis=(-2, -1), dtype=self.dtype, kernel_init=residual_initializer, name="out"
-    )(mixed)
+  def __call__(self, x, columns=slice(None)):
+    """x [..., in] -> [..., features], or only those `columns` of it."""
+    kernel = self.param("kernel", nn.initializers.normal(self.deviation), (x.shape[-1], self.features))[:, columns]
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))[columns]
+    flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    flat = flat @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+    return flat.reshape(*x.shape[:-1], -1)
 
 
-class FeedForward(nn.Module):
-  """Two dense layers around the tower's activation."""
-
-  tower: TowerConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x):
-    tower = self.tower
-    initializer = nn.initializers.normal((2 * tower.width) ** -0.5)
-    hidden = nn.Dense(tower.mlp_width, dtype=self.dtype, kernel_init=initializer, name="up")(x)
-    hidden = ACTIVATIONS[tower.activation](hidden)
-    residual_initializer = nn.initializers.normal((2 * tower.layers * tower.width) ** -0.5)
-    return nn.Dense(tower.width, dtype=self.dtype, kernel_init=residual_initializer, name="down")(hidden)
+def _layer_norm(tower, name):
+  """A layer norm in float32, whatever the compute type of the tower."""
+  return nn.LayerNorm(epsilon=tower.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 class Block(nn.Module):
-  """A pre-layer-norm block, in the form that `nn.scan` wants: (carry, mask) -> (carry, nothing)."""
+  """A pre-layer-norm block: multi-head self-attention, then two dense layers around the activation."""
 
   tower: TowerConfig
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, mask):
-    normed = _layer_norm(self.tower, "attention_norm")(x).astype(self.dtype)
-    x = x + Attention(self.tower, self.dtype, name="attention")(normed, mask)
-    normed = _layer_norm(self.tower, "mlp_norm")(x).astype(self.dtype)
-    return x + FeedForward(self.tower, self.dtype, name="mlp")(normed), None
+  def __call__(self, x, mask=None, pick=None):
+    """One step up the tower.
+
+    Args:
+      x: [B, N, W].
+      mask: bool that broadcasts to [B, H, Q, N] (True: row q sees token n); None: every row sees every token.
+      pick: function of x [B, N, W] that gives the rows [B, Q, W] to go on with; None: all of them.
+
+    Returns:
+      [B, Q, W].
+    """
+    tower, width = self.tower, self.tower.width
+    # OpenAI's initialisation of what is added to the residual stream: the deeper the tower, the less.
+    residual_deviation = (2 * tower.layers * width) ** -0.5
+    normed = _layer_norm(tower, "attention_norm")(x).astype(self.dtype)
+    qkv = Dense(3 * width, self.dtype, width**-0.5, name="qkv")
+    if pick is None:
+      query, key, value = jnp.split(qkv(normed), 3, axis=-1)
+    else:
+      query = qkv(pick(normed), slice(0, width))
+      key, value = jnp.split(qkv(normed, slice(width, None)), 2, axis=-1)
+      x = pick(x)
+    x = x + Dense(width, self.dtype, residual_deviation, name="out")(self._attend(query, key, value, mask))
+    normed = _layer_norm(tower, "mlp_norm")(x).astype(self.dtype)
+    hidden = ACTIVATIONS[tower.activation](Dense(tower.mlp_width, self.dtype, (2 * width) ** -0.5, name="up")(normed))
+    return x + Dense(width, self.dtype, residual_deviation, name="down")(hidden)
+
+  def _attend(self, query, key, value, mask):
+    """query [B, Q, W], key and value [B, N, W] -> [B, Q, W]; the softmax in float32."""
+    head_width = self.tower.width // self.tower.heads
+    query, key, value = (x.reshape(*x.shape[:2], -1, head_width) for x in (query, key, value))
+    logits = jnp.einsum("BQHK,BNHK->BHQN", query * head_width**-0.5, key).astype(jnp.float32)
+    if mask is not None:
+      logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+    mixed = jnp.einsum("BHQN,BNHK->BQHK", weights, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 class Transformer(nn.Module):
-  """The stack of blocks. Every parameter has a leading axis of length `layers`.
+  """The stack of blocks; every parameter has a leading axis of length `layers`.
 
   Attributes:
     remat: recompute each block in the backward pass instead of storing its insides.
@@ -195,17 +211,31 @@ class Transformer(nn.Module):
   remat: bool
 
   @nn.compact
-  def __call__(self, x, mask=None):
+  def __call__(self, x, mask=None, pick=None, picked_mask=None):
+    """x [B, N, W] -> [B, N, W], or only the rows that `pick` takes out of it (see `Block`).
+
+    Whatever the last block does for other rows is for nothing, in a tower of two a good third of the work.
+    """
     layers = self.tower.layers
-    stack = nn.scan(
-        nn.remat(Block, prevent_cse=False) if self.remat else Block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=layers,
-        unroll=layers if layers <= _UNROLLED_LAYERS else 1,
-    )
-    return stack(self.tower, self.dtype, name="blocks")(x, mask)[0]
+    block = Block(self.tower, self.dtype, parent=None)
+
+    def init(key):
+      sample = jnp.zeros((1, 1, self.tower.width), self.dtype)
+      return jax.vmap(lambda key: block.init(key, sample)["params"])(jax.random.split(key, layers))
+
+    stacked = self.param("blocks", init)
+
+    def apply(x, layer, mask, pick):
+      return block.apply({"params": jax.tree.map(lambda leaf: leaf[layer], stacked)}, x, mask, pick)
+
+    if self.remat:
+      apply = jax.checkpoint(apply, static_argnums=3)
+    if layers <= _UNROLLED_LAYERS:
+      for layer in range(layers - 1):
+        x = apply(x, layer, mask, None)
+    else:
+      x, _ = jax.lax.scan(lambda x, layer: (apply(x, layer, mask, None), None), x, jnp.arange(layers - 1))
+    return apply(x, layers - 1, mask if pick is None else picked_mask, pick)
 
 
 class TextTower(nn.Module):
@@ -216,16 +246,22 @@ class TextTower(nn.Module):
   remat: bool
 
   @nn.compact
-  def __call__(self, tokens):
+  def __call__(self, tokens, only=None):
+    """tokens int [B, N] -> [B, N, W], or, with the positions `only` int [B], -> [B, W]."""
     text, length = self.text, tokens.shape[1]
     if length > text.context_length:
       raise ValueError(f"CLIP text tower: {length} tokens, the context holds {text.context_length}")
     embedding = self.param("token_embedding", nn.initializers.normal(0.02), (text.vocabulary_size, text.width))
     position = self.param("position_embedding", nn.initializers.normal(0.01), (text.context_length, text.width))
     x = (embedding[tokens] + position[:length]).astype(self.dtype)  # [B, N, W]
-    mask = np.tril(np.ones((length, length), bool))
-    x = Transformer(text, self.dtype, self.remat, name="transformer")(x, mask)
-    return _layer_norm(text, "final_norm")(x).astype(self.dtype)
+    norm = _layer_norm(text, "final_norm")
+    transformer = Transformer(text, self.dtype, self.remat, name="transformer")
+    causal = np.tril(np.ones((length, length), bool))
+    if only is None:
+      return norm(transformer(x, causal)).astype(self.dtype)
+    pick = lambda x: jnp.take_along_axis(x, only[:, None, None], axis=1)
+    seen = (np.arange(length) <= only[:, None])[:, None, None, :]
+    return norm(transformer(x, causal, pick, seen))[:, 0].astype(self.dtype)
 
 
 class ImageTower(nn.Module):
@@ -238,22 +274,20 @@ class ImageTower(nn.Module):
   @nn.compact
   def __call__(self, images):
     image, grid = self.image, self.image.size // self.image.patch
-    kernel = self.param(
-        "patch_embedding", nn.initializers.normal(image.width**-0.5), (image.patch, image.patch, 3, image.width)
-    )
-    class_token = self.param("class_embedding", nn.initializers.normal(image.width**-0.5), (image.width,))
-    position = self.param(
-        "position_embedding", nn.initializers.normal(image.width**-0.5), (grid * grid + 1, image.width)
-    )
+    initializer = nn.initializers.normal(image.width**-0.5)
+    kernel = self.param("patch_embedding", initializer, (image.patch, image.patch, 3, image.width))
+    class_token = self.param("class_embedding", initializer, (image.width,))
+    position = self.param("position_embedding", initializer, (grid * grid + 1, image.width))
     # Patches do not overlap, so that their convolution is one matmul.
     patches = images.reshape(-1, grid, image.patch, grid, image.patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    patches = patches.reshape(images.shape[0], grid * grid, -1).astype(self.dtype)
-    x = patches @ kernel.reshape(-1, image.width).astype(self.dtype)  # [B, N, W]
+    patches = patches.reshape(-1, image.patch * image.patch * 3).astype(self.dtype)
+    x = patches @ kernel.reshape(-1, image.width).astype(self.dtype)
+    x = x.reshape(-1, grid * grid, image.width)
     class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, image.width))
-    x = jnp.concatenate([class_token, x], axis=1) + position.astype(self.dtype)
+    x = jnp.concatenate([class_token, x], axis=1) + position.astype(self.dtype)  # [B, N, W]
     x = _layer_norm(image, "pre_norm")(x).astype(self.dtype)
-    x = Transformer(image, self.dtype, self.remat, name="transformer")(x)
-    return _layer_norm(image, "final_norm")(x[:, 0]).astype(self.dtype)
+    x = Transformer(image, self.dtype, self.remat, name="transformer")(x, pick=lambda x: x[:, :1])
+    return _layer_norm(image, "final_norm")(x)[:, 0].astype(self.dtype)
 
 
 class Clip(nn.Module):
@@ -300,6 +334,11 @@ class Clip(nn.Module):
     eot = eot_position(tokens, self.config.text.eot_id)
     pooled = jnp.take_along_axis(features, eot[:, None, None], axis=1)[:, 0]
     return TextOutput(features, eot, self.text_projection(pooled))
+
+  def embed_text(self, tokens):
+    """Only the `embedding` of `encode_text`, float32 [B, D], for less work."""
+    eot = eot_position(tokens, self.config.text.eot_id)
+    return self.text_projection(self.text(tokens, eot).astype(jnp.float32))
 
   def encode_image(self, images):
     """Embeds pictures.
