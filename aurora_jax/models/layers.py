@@ -66,6 +66,22 @@ class Dense(nn.Module):
     return y
 
 
+class Conv(nn.Module):
+  """Plain "same" convolution with bias. [B, H, W, I] -> [B, H, W, features]."""
+
+  features: int
+  kernel_size: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    size, inputs = self.kernel_size, x.shape[-1]
+    weight = self.param("weight", scaled_normal(), (size, size, inputs, self.features))
+    bias = self.param("bias", constant(0.0), (self.features,))
+    kernel = (weight / math.sqrt(size * size * inputs)).astype(x.dtype)
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + bias.astype(y.dtype)
+
+
 class LayerNorm(nn.Module):
   """Layer norm over the last axis in float32, epsilon 1e-5."""
 

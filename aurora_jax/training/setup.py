@@ -1,0 +1,133 @@
+"""From an experiment to what the loop runs: data, frozen CLIP, compiled programs, first state, sample grids."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aurora_jax import config as config_lib
+from aurora_jax.data import loader
+from aurora_jax.data.augment import Augment
+from aurora_jax.data.dataset import Dataset
+from aurora_jax.errors import UserError
+from aurora_jax.interop import clip_hf
+from aurora_jax.models import generator as generator_lib
+from aurora_jax.training import step as step_lib
+
+
+class SampleSet(NamedTuple):
+  """Pictures for fixed prompts and latents."""
+
+  images: np.ndarray  # [prompts, latents, R, R, 3] float32
+  prompts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """An experiment, ready to run.
+
+  Attributes:
+    experiment: the configuration.
+    dataset: the training split.
+    clip: the frozen CLIP with its tokenizer.
+    init: () -> TrainState.
+    abstract_state: its shapes and dtypes.
+    batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
+    step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
+    sample: state -> SampleSet.
+  """
+
+  experiment: config_lib.Experiment
+  dataset: Dataset
+  clip: clip_hf.ClipBundle
+  init: Callable
+  abstract_state: Any
+  batches: Callable
+  step: Callable
+  sample: Callable
+
+
+def prepare(experiment: config_lib.Experiment) -> Prepared:
+  """Reads data set and CLIP, builds the programs; compiles nothing yet.
+
+  Raises:
+    UserError: data or CLIP missing, or sizes that do not fit together.
+  """
+  if not experiment.data.path:
+    raise UserError("no data set: --config.data.path DIR (see build-data)")
+  if not experiment.text.clip:
+    raise UserError("no CLIP: --config.text.clip DIR, a run of train-clip or a Hugging Face CLIP folder")
+  dataset = Dataset.open(experiment.data.path, experiment.data.split)
+  loader.check_resolution(dataset, experiment.generator.resolution)
+  clip = clip_hf.load(experiment.text.clip)
+  for name in ("generator", "discriminator"):
+    wanted, width = getattr(experiment, name).text_feature_dim, clip.config.text.width
+    if wanted != width:
+      raise UserError(f"{experiment.text.clip}: text features are {width} wide, {name}.text_feature_dim is {wanted}")
+  module = clip.module()
+  programs = step_lib.build(experiment, module)
+  frozen = _freeze(experiment, dataset, clip)
+  compiled_step = jax.jit(programs.step, donate_argnums=0)
+  compiled_r1 = jax.jit(programs.r1_step, donate_argnums=0)
+  interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
+
+  def step(number, state, batch):
+    state, metrics = compiled_step(state, frozen, batch)
+    if interval and number % interval == 0:
+      state, more = compiled_r1(state, frozen, batch)
+      metrics |= more
+    return state, metrics
+
+  init = functools.partial(jax.jit(programs.init), jax.random.key(experiment.train.seed))
+  return Prepared(
+      experiment=experiment, dataset=dataset, clip=clip, init=init, abstract_state=jax.eval_shape(init),
+      batches=functools.partial(_batches, experiment, dataset, clip), step=step,
+      sample=_sampler(experiment, clip, frozen))
+
+
+def _batches(experiment, dataset, clip, start_step):
+  data = experiment.data
+  return loader.train_batches(
+      dataset, resolution=experiment.generator.resolution, batch_size=experiment.train.batch_size,
+      seed=experiment.train.seed, start_step=start_step, tokenizer=clip.tokenizer,
+      augment=Augment(shift=data.shift, scale=data.scale, rotate=data.rotate, flip=data.flip),
+      primary_caption_probability=data.primary_caption_probability, workers=data.workers)
+
+
+def _freeze(experiment, dataset, clip):
+  """CLIP's variables on the device and the bank of caption embeddings."""
+  module = clip.module()
+  variables = jax.device_put(clip.variables)
+  count = min(experiment.loss.clip_bank, len(dataset))
+  bank = jnp.zeros((0, clip.config.embedding_width))
+  if count:
+    captions = [names[0] for names in dataset.captions()[:count]]
+    encode = jax.jit(lambda v, tokens: module.apply(v, tokens, method="encode_text").embedding)
+    bank = encode(variables, jnp.asarray(clip.tokenizer(captions)))
+  return step_lib.Frozen(variables, bank, jnp.arange(count, dtype=jnp.int32))
+
+
+def _sampler(experiment, clip, frozen):
+  """Fixed prompts and latents through the EMA generator; each prompt on its own, so that a grid never changes meaning."""
+  train, cfg = experiment.train, experiment.generator
+  prompts, latents = tuple(train.sample_prompts), train.sample_latents
+  if not prompts:
+    return None
+  module, generator = clip.module(), generator_lib.Generator(cfg)
+  tokens = jnp.asarray(np.repeat(clip.tokenizer(list(prompts)), latents, axis=0))
+  z = jax.random.normal(jax.random.key(train.seed + 1), (len(prompts), latents, cfg.z_dim)).reshape(-1, cfg.z_dim)
+
+  @jax.jit
+  def generate(ema, buffers, frozen, tokens, z):
+    text = module.apply(frozen.clip, tokens, method="encode_text")
+    return generator.apply({"params": ema, "buffers": buffers}, z, text.features, text.eot).image
+
+  def sample(state):
+    images = np.asarray(generate(state.ema, state.buffers, frozen, tokens, z))
+    return SampleSet(images.reshape(len(prompts), latents, *images.shape[1:]), prompts)
+
+  return sample

@@ -1,0 +1,218 @@
+"""The training step: discriminator on real, generated and mismatched pairs, then generator; lazy R1 as its own program.
+
+Both programs are pure functions `(state, ...) -> (state, metrics)`. The generator runs forward once a step: its images
+serve the discriminator's update (as constants) and, pulled back through the *updated* discriminator, its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aurora_jax import config as config_lib
+from aurora_jax.models import clip as clip_lib
+from aurora_jax.models import discriminator as discriminator_lib
+from aurora_jax.models import generator as generator_lib
+from aurora_jax.training import losses
+from aurora_jax.training import state as state_lib
+
+
+class Frozen(NamedTuple):
+  """What training reads and never changes.
+
+  Attributes:
+    clip: variables of the CLIP.
+    bank: [M, D] caption embeddings, further negatives of the CLIP loss; M may be 0.
+    bank_index: [M] int32, the example each caption of the bank belongs to.
+  """
+
+  clip: Any
+  bank: jax.Array
+  bank_index: jax.Array
+
+
+class Programs(NamedTuple):
+  """The compiled-to-be functions of an experiment.
+
+  Attributes:
+    init: key -> TrainState.
+    step: (state, frozen, batch) -> (state, metrics); batch has `image` [B, R, R, 3], `tokens` [B, N], `index` [B].
+    r1_step: (state, frozen, batch) -> (state, metrics), the discriminator's lazy regularisation.
+  """
+
+  init: Callable
+  step: Callable
+  r1_step: Callable
+
+
+def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
+  """The programs of an experiment.
+
+  Args:
+    experiment: the configuration.
+    clip: the CLIP module whose variables `Frozen` holds.
+
+  Returns:
+    `Programs` of pure, unjitted functions.
+  """
+  cfg, loss_cfg, opt_cfg, train = (experiment.generator, experiment.loss, experiment.optimizer, experiment.train)
+  generator = generator_lib.Generator(cfg)
+  discriminator = discriminator_lib.Discriminator(experiment.discriminator)
+  inputs = experiment.discriminator.input_resolutions
+  batch_size = train.batch_size
+  # StyleGAN2, appendix B: with an extra regularisation step every k, rate and decay shrink by k / (k + 1).
+  lazy = loss_cfg.r1_interval / (loss_cfg.r1_interval + 1) if loss_cfg.r1_gamma else 1.0
+  g_adam = state_lib.adam(opt_cfg, opt_cfg.beta2)
+  d_adam = state_lib.adam(opt_cfg, opt_cfg.beta2**lazy)
+  clip_levels = [r for r in cfg.output_resolutions if r >= loss_cfg.clip_min_resolution]
+
+  def init(key):
+    g_key, d_key = jax.random.split(key)
+    z, text = jnp.zeros((1, cfg.z_dim)), jnp.zeros((1, 2, cfg.text_feature_dim))
+    eot = jnp.zeros((1,), jnp.int32)
+    variables = generator.init(g_key, z, text, eot)
+    pyramid = {r: jnp.zeros((1, r, r, 3)) for r in inputs}
+    d_params = discriminator.init(d_key, pyramid, text, eot)["params"]
+    return state_lib.TrainState(
+        step=jnp.int32(0), generator=variables["params"], buffers=variables["buffers"],
+        ema=jax.tree.map(jnp.copy, variables["params"]), discriminator=d_params,
+        generator_opt=g_adam.init(variables["params"]), discriminator_opt=d_adam.init(d_params))
+
+  def judge(params, pyramid, text_feature):
+    def run(module):
+      return module.judge(module.features(pyramid), text_feature)
+    return discriminator.apply({"params": params}, method=run)
+
+  def encode(params, text):
+    return discriminator.apply({"params": params}, text.features, text.eot, method="encode_text")
+
+  def discriminator_loss(params, real, fake, text):
+    """real, fake: pyramids {r: [B, r, r, 3]}; both travel through the trunk as one batch."""
+
+    def run(module):
+      feature = module.encode_text(text.features, text.eot)
+      other = jnp.roll(feature, 1, axis=0)
+      both = {r: jnp.concatenate([real[r], fake[r]]) for r in inputs}
+      trunk = module.features(both)
+      return module.judge(trunk, jnp.tile(feature, (2, 1))), module.judge(trunk, jnp.tile(other, (2, 1)))
+
+    def halves(logits):
+      parts = [jnp.split(logit.value, 2) for logit in logits]
+      return ([logit._replace(value=part[0]) for logit, part in zip(logits, parts)],
+              [logit._replace(value=part[1]) for logit, part in zip(logits, parts)])
+
+    matched, mismatched = discriminator.apply({"params": params}, method=run)
+    (real_logits, fake_logits), (real_other, fake_other) = halves(matched), halves(mismatched)
+    adversarial = losses.discriminator_adversarial(real_logits, fake_logits, loss_cfg)
+    matching = losses.discriminator_matching(real_other, fake_other, loss_cfg)
+    metrics = {
+        "loss/d_adversarial": adversarial,
+        "loss/d_matching": matching,
+        "d/logit_real": _last_exit(real_logits),
+        "d/logit_fake": _last_exit(fake_logits),
+        "d/logit_mismatched": _last_exit(real_other),
+    }
+    return adversarial + loss_cfg.matching_weight * matching, metrics
+
+  def clip_loss(frozen, key, pyramid, text, index):
+    """Mean over pyramid levels of the symmetric InfoNCE."""
+    scale = loss_cfg.clip_logit_scale or clip.apply(frozen.clip, method="logit_scale")
+    same = index[:, None] == index
+    bank = dict(bank=frozen.bank, same_as_bank=index[:, None] == frozen.bank_index) if loss_cfg.clip_bank else {}
+    total, accuracy = 0.0, 0.0
+    for level in clip_levels:
+      images = pyramid[level]
+      if loss_cfg.clip_augment:
+        images = losses.roughen(jax.random.fold_in(key, level), images)
+      embedding = clip.apply(frozen.clip, images, method="encode_image")
+      loss, accuracy = losses.contrastive_loss(embedding, text.embedding, scale, same, **bank)
+      total = total + loss
+    return total / len(clip_levels), accuracy
+
+  def image_loss(pyramid, d_params, frozen, key, text, index):
+    """The generator's loss as a function of its images."""
+    feature = jax.lax.stop_gradient(encode(d_params, text))
+    fake_logits = judge(d_params, {r: pyramid[r] for r in inputs}, feature)
+    adversarial = losses.generator_adversarial(fake_logits, loss_cfg)
+    metrics, total = {"loss/g_adversarial": adversarial}, adversarial
+    if loss_cfg.generator_matching_weight:
+      other = judge(d_params, {r: pyramid[r] for r in inputs}, jnp.roll(feature, 1, axis=0))
+      matching = losses.weighted_mean(other, loss_cfg, loss_cfg.early_exit_matching, lambda x: jax.nn.softplus(-x))
+      metrics["loss/g_matching"] = matching
+      total = total + loss_cfg.generator_matching_weight * matching
+    if loss_cfg.clip_weight:
+      guidance, accuracy = clip_loss(frozen, key, pyramid, text, index)
+      metrics.update({"loss/g_clip": guidance, "clip/accuracy": accuracy})
+      total = total + loss_cfg.clip_weight * guidance
+    return total, metrics
+
+  def step(state, frozen, batch):
+    key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+    z_key, clip_key = jax.random.split(key)
+    text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
+    z = jax.random.normal(z_key, (batch["image"].shape[0], cfg.z_dim))
+    factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
+
+    def synthesize(params):
+      out = generator.apply({"params": params, "buffers": state.buffers}, z, text.features, text.eot)
+      return (out.pyramid, out.moe_loss), (out.w, out.routing)
+
+    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, state.generator, has_aux=True)
+
+    real = discriminator_lib.image_pyramid(batch["image"], inputs)
+    fake = {r: pyramid[r] for r in inputs}
+    d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
+    d_params, d_opt = state_lib.update(d_adam, d_grad, state.discriminator_opt, state.discriminator,
+                                       opt_cfg.discriminator_lr * lazy * factor)
+
+    cotangent, g_metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, clip_key, text, batch["index"])
+    (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
+    g_params, g_opt = state_lib.update(g_adam, g_grad, state.generator_opt, state.generator,
+                                       opt_cfg.generator_lr * factor)
+
+    decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, g_params)
+    average = state.buffers["w_avg"]
+    average = average + (1 - opt_cfg.w_average_decay) * (jnp.mean(w, axis=0) - average)
+    metrics.update(g_metrics)
+    metrics.update({"loss/moe": moe_loss, "grad_norm/g": optax.global_norm(g_grad),
+                    "grad_norm/d": optax.global_norm(d_grad), "learning_rate": opt_cfg.generator_lr * factor})
+    metrics.update(expert_loads(routing))
+    return state.replace(step=state.step + 1, generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
+                         discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average}), metrics
+
+  def r1_step(state, frozen, batch):
+    text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
+    real = discriminator_lib.image_pyramid(batch["image"], inputs)
+    factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
+
+    def loss(params):
+      feature = encode(params, text)
+      penalty = losses.r1_penalty(lambda pyramid: losses.real_score(judge(params, pyramid, feature)), real)
+      return loss_cfg.r1_gamma / 2 * loss_cfg.r1_interval * penalty, penalty
+
+    gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)
+    params, opt = state_lib.update(d_adam, gradient, state.discriminator_opt, state.discriminator,
+                                   opt_cfg.discriminator_lr * lazy * factor)
+    metrics = {"loss/r1": penalty, "grad_norm/r1": optax.global_norm(gradient)}
+    return state.replace(discriminator=params, discriminator_opt=opt), metrics
+
+  return Programs(init, step, r1_step)
+
+
+def _last_exit(logits):
+  """Mean logit of the highest level at the last exit."""
+  top = max(logit.level for logit in logits)
+  return next(jnp.mean(logit.value) for logit in logits if logit.level == top and logit.exit == 1)
+
+
+def expert_loads(routing):
+  """Share of tokens per expert, {"moe/load/LAYER/EXPERT": scalar}."""
+  loads = {}
+  for layer, item in routing.items():
+    experts = item.logits.shape[-1]
+    share = jnp.mean(jax.nn.one_hot(item.expert, experts), axis=(0, 1))
+    loads.update({f"moe/load/{layer}/{e}": share[e] for e in range(experts)})
+  return loads

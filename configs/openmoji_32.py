@@ -1,0 +1,91 @@
+"""A small Aurora on OpenMoji at 32x32, for two CPU cores: the quickstart's experiment.
+
+All parts of the system at a small size: Fourier input, adaptive kernels, deformable convolutions, L2 attention, sparse
+experts at 8 and 16 pixels, multi-scale discriminator, all four losses.
+"""
+
+from aurora_jax import config as config_lib
+
+PROMPTS = (
+    "red heart", "green circle", "blue square", "grinning face", "globe showing Americas", "banana", "thumbs up",
+    "sun with face", "cat face", "house", "automobile", "red apple", "star", "flag: Japan", "pizza", "umbrella",
+)
+
+
+def get_config(variant=""):
+  config = config_lib.defaults()
+  config.name = "openmoji_32"
+
+  generator = config.generator
+  generator.resolution = 32
+  generator.z_dim = 64
+  generator.w_dim = 128
+  generator.mapping_layers = 2
+  generator.mapping_width = 128
+  generator.mapping_lr_multiplier = 0.1
+  generator.text_feature_dim = 128
+  generator.text_dim = 128
+  generator.text_layers = 1
+  generator.text_heads = 4
+  generator.text_lr_multiplier = 1.0
+  generator.text_attention = "scaled"
+  generator.channels_base = 1024
+  generator.channels_max = 128
+  generator.blocks = {4: 1, 8: 1, 16: 1, 32: 1}
+  generator.adaptive_kernels = {4: 1, 8: 1, 16: 2, 32: 2}
+  generator.attention_depth = {8: 1, 16: 1}
+  generator.experts = {8: 4, 16: 8}
+  generator.heads = 2
+  generator.head_dim = 32
+  generator.conv_residual_gain = 0.7071067811865476
+  generator.attention_residual_gain = 0.7071067811865476
+  generator.deformable_max_resolution = 8
+  generator.output_resolutions = (4, 8, 16, 32)
+
+  discriminator = config.discriminator
+  discriminator.resolution = 32
+  discriminator.channels_base = 1024
+  discriminator.channels_max = 128
+  discriminator.blocks = {32: 1, 16: 1, 8: 1, 4: 1}
+  discriminator.attention_depth = {8: 1}
+  discriminator.heads = 2
+  discriminator.head_dim = 32
+  discriminator.input_resolutions = (32, 8)
+  discriminator.exit_resolutions = (8, 1)
+  discriminator.head_layers = 1
+  discriminator.text_feature_dim = 128
+  discriminator.text_dim = 128
+  discriminator.text_layers = 0
+  discriminator.text_heads = 4
+  discriminator.text_lr_multiplier = 1.0
+
+  loss = config.loss
+  loss.level_weights = {32: 0.7, 8: 0.3}
+  loss.matching_weight = 0.5
+  loss.r1_gamma = 1.0
+  loss.r1_interval = 8
+  loss.clip_weight = 0.2
+  loss.clip_min_resolution = 32
+  loss.clip_logit_scale = 30.0
+  loss.clip_bank = 2000
+  loss.clip_augment = True
+
+  optimizer = config.optimizer
+  optimizer.generator_lr = 0.0025
+  optimizer.discriminator_lr = 0.0025
+  optimizer.attention_weight_decay = 0.0
+  optimizer.final_lr_fraction = 0.1
+  optimizer.ema_half_life_images = 5_000.0
+
+  config.data.path = "datasets/openmoji_32"
+  config.text.clip = "runs/openmoji_32_clip"
+
+  train = config.train
+  train.total_steps = 4000
+  train.batch_size = 16
+  train.checkpoint_every = 1000
+  train.log_every = 50
+  train.sample_every = 500
+  train.sample_prompts = PROMPTS
+  train.sample_latents = 2
+  return config
