@@ -70,8 +70,7 @@ class Generator:
   zero_init_attention: bool = True
   deformable_max_resolution: int = 16  # modulated transformation module (MTM) up to here; 0 turns it off
   output_resolutions: tuple[int, ...] = (4, 8, 16, 32, 64)
-  # How the experts of a layer are evaluated (ops/moe.py): "bucket" computes each token once, "dense" computes every
-  # expert on every token (the oracle).
+  # How the experts of a layer are evaluated: "bucket", "grouped" or "dense", see ops/moe.py.
   moe_backend: str = "bucket"
   router_z_weight: float = 0.001  # released
   router_balance_weight: float = 0.001  # released
@@ -98,8 +97,8 @@ class Generator:
              f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap")
     _require(self.text_attention in ("uniform", "independent", "scaled"),
              f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}")
-    _require(self.moe_backend in ("dense", "bucket"),
-             f"generator.moe_backend must be 'dense' or 'bucket', got {self.moe_backend!r}")
+    _require(self.moe_backend in ("dense", "bucket", "grouped"),
+             f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}")
     _require(self.text_dim % self.text_heads == 0,
              f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
     _require(self.compute_dtype in ("float32", "bfloat16"),

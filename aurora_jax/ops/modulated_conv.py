@@ -35,8 +35,14 @@ def demodulation(weight, style, mix=None, eps=1e-8):
     squared = style_squared @ norms
   else:
     # |sum_k m_k W_k|^2 needs the filters' inner products only: a K x K tensor per (input, output) channel.
-    gram = jnp.einsum("khwio,lhwio->klio", weight, weight)
-    squared = jnp.einsum("bi,bk,bl,klio->bo", style_squared, mix, mix, gram, optimize=True)
+    # Pair by pair, as elementwise sums: a batched product over (i, o) would be a matrix product of K x K matrices.
+    kernels = weight.shape[0]
+    squared = 0.0
+    for k in range(kernels):
+      for l in range(k, kernels):
+        inner = jnp.sum(weight[k] * weight[l], axis=(0, 1))  # [I, O]
+        pair = mix[:, k] * mix[:, l] * (1.0 if k == l else 2.0)
+        squared = squared + (style_squared @ inner) * pair[:, None]
   return jax.lax.rsqrt(squared + eps)
 
 
@@ -133,5 +139,6 @@ def modulated_taps(taps, weight, style, mix=None):
   if mix is None:
     y = taps @ matrix[0]
   else:
-    y = jnp.einsum("bpm,bk,kmo->bpo", taps, mix.astype(dtype), matrix, optimize=True)
+    each = taps @ matrix.transpose(1, 0, 2).reshape(matrix.shape[1], -1)  # [B, P, K * O]
+    y = jnp.einsum("bpko,bk->bpo", each.reshape(*each.shape[:2], kernels, outputs), mix.astype(dtype))
   return y * demodulation(weight, style, mix)[:, None].astype(dtype)

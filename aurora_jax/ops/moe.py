@@ -1,8 +1,12 @@
 """Sparse mixture of experts: which expert a token goes to, and the experts' GEGLU feed-forward.
 
-Two backends behind `expert_ffn`: `dense` computes every expert on every token (the oracle); `bucket` sorts tokens into
-one bucket per expert and computes each token once. Nothing is ever dropped: the bucket's capacity is chosen from a
-ladder by the fullest expert of the step, and the last rung takes any load.
+Three backends behind `expert_ffn`, all exact, none ever drops a token:
+
+  dense    every expert on every token, masked: the oracle, E times the work;
+  bucket   one bucket of C slots per expert, one batched product; C comes from a ladder by the fullest expert of the
+           step, and the last rung takes any load. Best on accelerators with balanced experts;
+  grouped  tokens in tiles of one expert each, the expert's weights repeated per tile. Costs the same however unbalanced
+           the experts are; best for the small widths of a CPU run, where repeating weights is cheap.
 
   G images (groups), N tokens of an image, T = G * N tokens, D width, F hidden width, E experts, C capacity
 """
@@ -16,6 +20,8 @@ import jax.numpy as jnp
 
 # Rungs of the ladder as multiples of the mean load T / E.
 CAPACITY_FACTORS = (1.25, 2.0)
+
+BACKENDS = ("dense", "bucket", "grouped")
 
 
 class ExpertParams(NamedTuple):
@@ -93,6 +99,18 @@ def position_in_expert(expert, experts):
   return position, queue[-1]
 
 
+def _through_slots(x, slot, slots, feed_forward):
+  """Moves each token to its slot, applies `feed_forward` [slots, D] -> [slots, D] and moves the results back.
+
+  A slot number beyond `slots` means no slot: zeros. Empty slots hold zeros.
+  """
+  tokens = x.shape[0]
+  token_of_slot = jnp.full(slots, tokens, jnp.int32)
+  token_of_slot = token_of_slot.at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
+  out = feed_forward(_take_rows(x, token_of_slot, slot))
+  return _take_rows(out, slot, token_of_slot)
+
+
 def bucket_ffn(x, expert, position, params, capacity):
   """Each token through its own expert, in buckets of `capacity` slots; tokens beyond it would give zeros.
 
@@ -105,14 +123,37 @@ def bucket_ffn(x, expert, position, params, capacity):
   Returns:
     [T, D].
   """
-  tokens, width = x.shape
   experts = params.in_weight.shape[0]
-  slot = expert * capacity + jnp.where(position < capacity, position, experts * capacity)  # [T]
-  token_of_slot = jnp.full(experts * capacity, tokens, jnp.int32)
-  token_of_slot = token_of_slot.at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-  buckets = _take_rows(x, token_of_slot, slot).reshape(experts, capacity, width)
-  out = geglu_ffn(buckets, params).reshape(experts * capacity, width)
-  return _take_rows(out, slot, token_of_slot)
+  slots = experts * capacity
+  slot = jnp.where(position < capacity, expert * capacity + position, slots)
+  return _through_slots(x, slot, slots,
+                        lambda buckets: geglu_ffn(buckets.reshape(experts, capacity, -1), params).reshape(slots, -1))
+
+
+def grouped_ffn(x, expert, position, load, params, tile=64):
+  """Each token through its own expert, in tiles of `tile` slots that belong to one expert each.
+
+  Args:
+    x: [T, D].
+    expert, position: [T] int32.
+    load: [E] int32, tokens per expert.
+    params: ExpertParams.
+    tile: slots of a tile.
+
+  Returns:
+    [T, D].
+  """
+  tokens, experts = x.shape[0], params.in_weight.shape[0]
+  tiles = -(-tokens // tile) + experts - 1  # the most that any load needs
+  ends = jnp.cumsum(-(-load // tile))  # [E], in tiles
+  starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+  slot = starts[expert] * tile + position
+  owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), experts - 1)  # [tiles]
+  # A product with a one-hot matrix: its gradient is a product too, where a gather's would be a scatter of whole matrices.
+  selector = jax.nn.one_hot(owner, experts, dtype=params.in_weight.dtype)
+  repeated = jax.tree.map(lambda p: jnp.tensordot(selector, p, 1), params)
+  return _through_slots(x, slot, tiles * tile,
+                        lambda slots: geglu_ffn(slots.reshape(tiles, tile, -1), repeated).reshape(tiles * tile, -1))
 
 
 def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FACTORS):
@@ -122,17 +163,20 @@ def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FA
     x: [T, D].
     expert: [T] int32.
     params: ExpertParams.
-    backend: "bucket" or "dense".
-    capacity_factors: ascending multiples of T / E to try before the rung that takes any load.
+    backend: one of `BACKENDS`.
+    capacity_factors: of "bucket": ascending multiples of T / E to try before the rung that takes any load.
 
   Returns:
-    [T, D]. Both backends agree; no token is dropped.
+    [T, D]. All backends agree; no token is dropped.
   """
   if backend == "dense":
     return dense_ffn(x, expert, params)
-  if backend != "bucket":
-    raise ValueError(f"no MoE backend {backend!r}; there are 'bucket' and 'dense'")
   tokens, experts = x.shape[0], params.in_weight.shape[0]
+  if backend == "grouped":
+    position, load = position_in_expert(expert, experts)
+    return grouped_ffn(x, expert, position, load, params)
+  if backend != "bucket":
+    raise ValueError(f"no MoE backend {backend!r}; there are {', '.join(BACKENDS)}")
   capacities = [math.ceil(factor * tokens / experts) for factor in capacity_factors]
   capacities = sorted({min(capacity, tokens) for capacity in capacities})
   position, load = position_in_expert(expert, experts)

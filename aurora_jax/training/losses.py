@@ -77,7 +77,7 @@ def contrastive_loss(image_embedding, text_embedding, scale, same=None, bank=Non
     image_embedding, text_embedding: [B, D], not normalised; row i of one belongs to row i of the other.
     scale: the factor on cosines.
     same: bool [B, B] or None; where True outside the diagonal, the two rows are no negatives of each other.
-    bank: [M, D] or None, captions that are further negatives for the images.
+    bank: [M, D] on the unit sphere or None, captions that are further negatives for the images.
     same_as_bank: bool [B, M]; where True, the bank's caption is no negative of that row.
 
   Returns:
@@ -91,7 +91,7 @@ def contrastive_loss(image_embedding, text_embedding, scale, same=None, bank=Non
   right = jnp.diagonal(logits)
   by_text = jnp.mean(jax.nn.logsumexp(logits, axis=0) - right)
   if bank is not None:
-    others = jnp.where(same_as_bank, -jnp.inf, scale * images @ normalize(bank).T)
+    others = jnp.where(same_as_bank, -jnp.inf, scale * images @ bank.T)
     logits = jnp.concatenate([logits, others], axis=1)
   by_image = jnp.mean(jax.nn.logsumexp(logits, axis=1) - right)
   accuracy = jnp.mean((jnp.argmax(logits, axis=1) == jnp.arange(len(logits))).astype(jnp.float32))

@@ -16,6 +16,7 @@ from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
+from aurora_jax.models.clip import normalize
 from aurora_jax.training import step as step_lib
 
 
@@ -106,7 +107,7 @@ def _freeze(experiment, dataset, clip):
   bank = jnp.zeros((0, clip.config.embedding_width))
   if count:
     captions = [names[0] for names in dataset.captions()[:count]]
-    encode = jax.jit(lambda v, tokens: module.apply(v, tokens, method="encode_text").embedding)
+    encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding))
     bank = encode(variables, jnp.asarray(clip.tokenizer(captions)))
   return step_lib.Frozen(variables, bank, jnp.arange(count, dtype=jnp.int32))
 

@@ -24,7 +24,7 @@ class Frozen(NamedTuple):
 
   Attributes:
     clip: variables of the CLIP.
-    bank: [M, D] caption embeddings, further negatives of the CLIP loss; M may be 0.
+    bank: [M, D] caption embeddings on the unit sphere, further negatives of the CLIP loss; M may be 0.
     bank_index: [M] int32, the example each caption of the bank belongs to.
   """
 
