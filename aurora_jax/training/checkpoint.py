@@ -213,6 +213,7 @@ def read(folder, abstract_state, step=None):
 
   step = _chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
+  _quieten_orbax()
   _check_same_leaves(path, abstract_state)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -228,6 +229,29 @@ def stored_config(folder, step=None):
     if path.is_file() and path.name == "metadata":
       return json.loads(path.read_text(encoding="utf-8")).get("experiment")
   return None
+
+
+def describe(folder, step=None):
+  """What a checkpoint's state consists of, without reading it.
+
+  Returns:
+    {top-level part of the state: (arrays, values, bytes)}.
+
+  Raises:
+    UserError: no such checkpoint, or one that cannot be read.
+  """
+  path = pathlib.Path(os.path.abspath(folder)) / str(_chosen(folder, step))
+  _quieten_orbax()
+  try:
+    tree = _stored_tree(path)
+  except Exception as error:  # pylint: disable=broad-except
+    raise _unreadable(path, error) from error
+  parts = {}
+  for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    leaves, values, size = parts.get(_name(keys[:1]), (0, 0, 0))
+    count = int(np.prod(leaf.shape))
+    parts[_name(keys[:1])] = leaves + 1, values + count, size + count * np.dtype(leaf.dtype).itemsize
+  return parts
 
 
 def fingerprint(folder, step=None):
@@ -246,6 +270,7 @@ def fingerprint(folder, step=None):
   step = _chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
   digest = hashlib.sha256()
+  _quieten_orbax()
   try:
     tree = _stored_tree(path)
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)

@@ -85,7 +85,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   folder = run_folder.RunFolder(run_dir)
   primary = jax.process_index() == 0
   newest = checkpoint.newest(folder.checkpoints)
-  changes = run_folder.refuse_changes(folder, experiment, allow_config_change) if newest is not None else {}
+  changes = run_folder.refuse_changes(folder, experiment, allow_config_change)
   if newest is not None and newest >= train.total_steps:
     _tell(primary, f"{folder.path}: all {train.total_steps:,} steps are done (newest checkpoint: step {newest:,}); "
           "--config.train.total_steps=N goes further")

@@ -14,9 +14,11 @@ import json
 import os
 import pathlib
 import tempfile
+import time
 
 from aurora_jax import config
 from aurora_jax.errors import UserError
+from aurora_jax.training import checkpoint
 
 try:
   import fcntl
@@ -119,16 +121,34 @@ def held(path):
   except OSError as error:
     raise UserError(f"workdir {path} cannot be written to: {error.strerror or error}") from error
   try:
-    if fcntl is not None:
-      try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise UserError(f"workdir {path}: another process is training in it") from error
-      except OSError:  # a file system without locks
-        pass
+    if not _lock(descriptor, attempts=5):
+      raise UserError(f"workdir {path}: another process is training in it")
     yield
   finally:
     os.close(descriptor)
+
+
+def is_held(path):
+  """Whether a process trains in the folder now."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    return not _lock(descriptor)
+  finally:
+    os.close(descriptor)  # and with it the lock
+
+
+def _lock(descriptor, attempts=1):
+  """Takes the lock if nobody has it. `is_held` of another process may have it for a moment: hence the attempts."""
+  for attempt in range(attempts if fcntl is not None else 0):
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return True
+    except BlockingIOError:
+      if attempt + 1 < attempts:
+        time.sleep(0.05)
+    except OSError:  # a file system without locks
+      return True
+  return fcntl is None
 
 
 def write_atomically(path, text):
@@ -170,7 +190,7 @@ def refuse_changes(folder, experiment, allowed=()):
   """Refuses to go on with a run under a configuration that computes something else.
 
   Args:
-    folder: `RunFolder`, with a config.json or without.
+    folder: `RunFolder`; without a checkpoint in it anything goes.
     experiment: `Experiment`.
     allowed: names of fields ("loss.clip_weight") or groups ("loss") that may differ besides FREE_FIELDS.
 
@@ -185,8 +205,8 @@ def refuse_changes(folder, experiment, allowed=()):
   for name in allowed:
     if name not in fields and not any(field.startswith(f"{name}.") for field in fields):
       raise UserError(f"--allow-config-change {name}: the config has no such field or group")
-  if not folder.config.is_file():
-    return {}
+  if checkpoint.newest(folder.checkpoints) is None or not folder.config.is_file():
+    return {}  # nothing was kept: whatever stands there begins anew
   changes = config_changes(_read_json(folder.config), experiment)
   refused = [name for name in changes if not _is_allowed(name, allowed)]
   if refused:

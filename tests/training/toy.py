@@ -24,7 +24,8 @@ from aurora_jax.training import loop
 @flax.struct.dataclass
 class ToyState:
   step: jax.Array
-  params: dict
+  generator: dict
+  discriminator: dict
   ema: dict
   opt: object
 
@@ -57,7 +58,7 @@ _OPTIMIZER = optax.adam(1e-2)
 @functools.partial(jax.jit, static_argnames="width")
 def _init(key, width=4):
   params = {"w": jax.random.normal(key, (16, width)), "b": jnp.zeros(width)}
-  return ToyState(jnp.zeros((), jnp.int32), params, params, _OPTIMIZER.init(params))
+  return ToyState(jnp.zeros((), jnp.int32), params, {"scale": jnp.ones(3)}, params, _OPTIMIZER.init(params))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="every_third")
@@ -66,14 +67,15 @@ def _step(state, batch, key, every_third):
     noise = jax.random.normal(jax.random.fold_in(key, state.step), batch["image"].shape)
     return jnp.mean(jnp.square((batch["image"] + noise) @ params["w"] + params["b"]))
 
-  value, gradient = jax.value_and_grad(loss)(state.params)
+  value, gradient = jax.value_and_grad(loss)(state.generator)
   update, opt = _OPTIMIZER.update(gradient, state.opt)
-  params = optax.apply_updates(state.params, update)
+  params = optax.apply_updates(state.generator, update)
   ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
   metrics = {"loss/g": value + batch["poison"][0], "moe/load/layer": jnp.arange(3.0) + value}
   if every_third:
     metrics["r1"] = 2.0 * value
-  return ToyState(state.step + 1, params, ema, opt), metrics
+  discriminator = {"scale": state.discriminator["scale"] * 0.9 + value}
+  return ToyState(state.step + 1, params, discriminator, ema, opt), metrics
 
 
 @dataclasses.dataclass

@@ -1,0 +1,77 @@
+"""Trains a text-to-image generator, or goes on with a run that was stopped.
+
+The experiment is a file in configs/; any of its values can be set on the command line as --config.GROUP.NAME=VALUE.
+Everything that the run makes lies in the folder --workdir:
+
+  checkpoints/   the full state every train.checkpoint_every steps, the newest few
+  samples/       pictures for the same prompts and latents, every train.sample_every steps
+  metrics.jsonl  losses and other numbers, one JSON object per line; tensorboard/ has them for TensorBoard
+  report.html    everything on one page, for a browser
+  config.json    the experiment
+
+Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved. The same command
+again goes on from there, and from the newest checkpoint after a crash; the result is the same as without the stop.
+An experiment that differs from the stored one is refused, field by field, unless --allow-config-change lets it.
+
+Example (after build-data and train-clip):
+  python -m aurora_jax train --config configs/openmoji_32.py --config.data.path=datasets/openmoji \\
+      --config.text.clip=clips/conditioner --workdir runs/openmoji
+
+Exit status: 0 done or stopped cleanly, 2 wrong input (one line says what), 3 a loss became NaN or infinite.
+"""
+
+import time
+
+from aurora_jax import config
+from aurora_jax.training import run_folder
+
+
+def add_arguments(parser):
+  parser.add_argument("--config", metavar="FILE[:VARIANT]", help="the experiment, e.g. configs/openmoji_32.py; "
+                      "--config.train.total_steps=N and the like set single values")
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, made if missing")
+  parser.add_argument("--allow-config-change", action="append", default=[], metavar="FIELD",
+                      help="go on although this field (loss.clip_weight) or group (loss) differs from the stored "
+                           "experiment; may be given several times")
+
+
+def run(args):
+  started = time.monotonic()
+  experiment = config.load(args.config_argv)
+  # Wrong input is best said before the seconds that JAX, data and CLIP take.
+  run_folder.check_writable(args.workdir)
+  run_folder.refuse_changes(run_folder.RunFolder(args.workdir), experiment, args.allow_config_change)
+
+  from aurora_jax.training import loop, setup  # pylint: disable=g-import-not-at-top
+
+  prepared = setup.prepare(experiment)
+  print(_sizes(prepared.abstract_state), flush=True)
+  outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
+                     allow_config_change=args.allow_config_change, started=started)
+  return outcome.status
+
+
+def write_samples(step, samples, folder):
+  """Writes the sample grid of a step: one row of latents per prompt.
+
+  Args:
+    step: int.
+    samples: has `images` [P, L, R, R, 3] in [-1, 1] and `prompts`, P strings.
+    folder: `RunFolder`.
+
+  Returns:
+    The PIL picture.
+  """
+  from aurora_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
+
+  columns = 2 if len(samples.prompts) > 6 else 1
+  picture = pictures.captioned_rows(samples.images, samples.prompts, columns=columns)
+  pictures.save_png(picture, folder.sample_picture(step))
+  return picture
+
+
+def _sizes(state):
+  from clu import parameter_overview  # pylint: disable=g-import-not-at-top
+
+  counts = {name: parameter_overview.count_parameters(getattr(state, name)) for name in ("generator", "discriminator")}
+  return ", ".join(f"{name} {count / 1e6:,.2f} M parameters" for name, count in counts.items())
