@@ -1,6 +1,8 @@
 """Windows, metrics.jsonl and TensorBoard."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -60,7 +62,9 @@ def test_history_leaves_out_what_was_lost(tmp_path):
   assert kept == [("start", 0), ("train", 10), ("resume", 10), ("train", 20)]
 
 
-def test_tensorboard_reads_the_event_files(tmp_path):
+def test_tensorboard_reads_the_event_files(tmp_path, monkeypatch):
+  # With a module of this name TensorBoard reads by itself and does not import TensorFlow, which takes seconds.
+  monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
   from tensorboard.backend.event_processing import event_accumulator
 
   folder = RunFolder(tmp_path)
