@@ -368,21 +368,14 @@ def load(config_argv):
     values(["aurora_jax", *config_argv])
     config = values.config.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-    raise UserError(_config_flag_message(error, config_argv)) from error
+    raise UserError(_one_line(error)) from error
   return from_mapping(config)
 
 
-def _config_flag_message(error, config_argv):
-  """One line for what ml_collections says in many."""
-  for argument in config_argv:
-    if argument.startswith("--config.") and argument[len("--config."):].split("=")[0] in str(error):
-      path = argument[len("--config."):].split("=")[0]
-      known = defaults()
-      for part in path.split("."):
-        if not (isinstance(known, Mapping) or hasattr(known, "keys")) or part not in known:
-          names = list(known.keys()) if hasattr(known, "keys") else []
-          close = difflib.get_close_matches(part, [str(n) for n in names], n=1)
-          hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(map(str, names))}"
-          return f"config: no field '{path}'{hint}"
-        known = known[part]
-  return "config: " + str(error).strip().splitlines()[0]
+def _one_line(error):
+  """The line of ml_collections' many that says what is wrong."""
+  text = str(error).replace("\\n", "\n").replace("\\'", "'")  # a KeyError's text is quoted, sometimes twice
+  lines = [line.strip() for line in text.splitlines() if line.strip(" '\"")]
+  if "Traceback" in text:  # the config file itself raised: its exception is the last line
+    return f"config: {lines[-1].partition(': ')[2] or lines[-1]}"
+  return "config: " + "; ".join(line.strip("'\"") for line in lines)

@@ -13,6 +13,8 @@ PROMPTS = (
 
 
 def get_config(variant=""):
+  if variant not in ("", "test"):
+    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'test'")
   config = config_lib.defaults()
   config.name = "openmoji_32"
 
@@ -36,6 +38,7 @@ def get_config(variant=""):
   generator.attention_depth = {8: 1}
   generator.experts = {8: 8}
   generator.moe_backend = "grouped"
+  generator.router_balance_weight = 0.01
   generator.heads = 2
   generator.head_dim = 32
   generator.conv_residual_gain = 0.7071067811865476
@@ -89,4 +92,13 @@ def get_config(variant=""):
   train.sample_every = 500
   train.sample_prompts = PROMPTS
   train.sample_latents = 2
+  if variant == "test":
+    train.total_steps = 6
+    train.batch_size = 4
+    train.checkpoint_every = 2
+    train.log_every = 2
+    train.sample_every = 3
+    train.sample_prompts = PROMPTS[:2]
+    loss.r1_interval = 2
+    loss.clip_bank = 8
   return config

@@ -195,16 +195,17 @@ class Checkpoints:
     return restored.state, restored.progress
 
 
-def read(folder, abstract_state, step=None):
-  """Reads the state of a checkpoint without being the run that writes there. For sampling and evaluation.
+def read(folder, abstract_state, parts, step=None):
+  """Reads some parts of a checkpoint's state without being the run that writes there. For sampling and evaluation.
 
   Args:
     folder: path of `checkpoints/`.
     abstract_state: as of `Checkpoints.restore`.
+    parts: names of the state's fields to read; the others (optimisers, say) are left on the disk.
     step: which one; None takes the newest.
 
   Returns:
-    (step, state).
+    (step, {part: its tree}).
 
   Raises:
     UserError: as of `Checkpoints.restore`.
@@ -215,11 +216,17 @@ def read(folder, abstract_state, step=None):
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
   _quieten_orbax()
   _check_same_leaves(path, abstract_state)
+  wanted = {part: _with_shardings(getattr(abstract_state, part)) for part in parts}
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return step, checkpointer.restore(path / "state", _with_shardings(abstract_state))
+    stored = _stored_tree(path)
+    item = {name: wanted.get(name, jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)) for name, tree in stored.items()}
+    how = jax.tree.map(
+        lambda leaf: ocp.RestoreArgs() if leaf is ocp.PLACEHOLDER else ocp.ArrayRestoreArgs(sharding=leaf.sharding), item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      restored = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how))
   except Exception as error:  # pylint: disable=broad-except
     raise _unreadable(path, error) from error
+  return step, {part: restored[part] for part in parts}
 
 
 def stored_config(folder, step=None):

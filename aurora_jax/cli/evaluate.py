@@ -1,0 +1,68 @@
+"""Measures a run by a named protocol: a table on the terminal, a line in metrics.jsonl, and the run's report.html.
+
+Protocol caption-retrieval (the only one so far): a second CLIP, the judge, ranks all captions of the data set for every
+generated picture. Train the judge with another seed than the generator's CLIP, on all pictures:
+
+  python -m aurora_jax train-clip --data datasets/openmoji_32 --out clips/judge --split all --seed 1
+  python -m aurora_jax evaluate --workdir runs/openmoji_32 --judge clips/judge
+"""
+
+import contextlib
+import time
+
+from rich import console as rich_console
+from rich import table as rich_table
+
+PROTOCOLS = ("caption-retrieval",)
+
+
+def add_arguments(parser):
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, as of `train`")
+  parser.add_argument("--protocol", default=PROTOCOLS[0], choices=PROTOCOLS, help="what to measure")
+  parser.add_argument("--judge", required=True, metavar="DIR", help="a CLIP folder that the run did not train with")
+  parser.add_argument("--data", metavar="DIR", help="the data set (default: the run's own)")
+  parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
+  parser.add_argument("--seed", type=int, default=0, help="of the latents (default 0)")
+
+
+def run(args):
+  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
+  from aurora_jax.evaluation import caption_retrieval, judge, report, trained  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import metrics, run_folder  # pylint: disable=g-import-not-at-top
+
+  started = time.monotonic()
+  model = trained.load(args.workdir, args.step, batch_size=64)
+  with progress(f"judging step {model.step:,}") as update:
+    result = caption_retrieval.evaluate(model, judge.load_judge(args.judge), args.data or model.experiment.data.path,
+                                        seed=args.seed, on_progress=lambda words, done, total: update(done, total))
+  path = run_folder.RunFolder(args.workdir).metrics
+  rows = metrics.history(path)
+  with contextlib.closing(metrics.MetricsFile(path)) as file:
+    file.write("judge", model.step, rows[-1]["seconds"] if rows else 0.0, result.figures)
+  page = report.write_report(args.workdir, result.panels)
+  _print(result, model.step, time.monotonic() - started)
+  print(f"report: {page}")
+
+
+def _print(result, step, seconds):
+  """The figures as a table, the real pictures' beside them."""
+  figures = result.figures
+  console = rich_console.Console(width=100)
+  table = rich_table.Table(title=f"caption retrieval by the judge, step {step:,} ({seconds:.0f} s)", title_justify="left")
+  for column in ("right caption first", "generated", "real pictures", "chance"):
+    table.add_column(column, justify="left" if column.startswith("right") else "right")
+  for words, prefix in (("training captions", ""), ("held-out captions", "heldout_")):
+    for name in sorted((n for n in figures if n.startswith(f"judge/{prefix}top1_of_")), key=lambda n: n.endswith("all")):
+      short = name.removeprefix(f"judge/{prefix}top1_")
+      among = f"among all {figures[f'judge/{prefix}captions']:.0f}" if short == "of_all" else f"among {short[3:]}"
+      real = figures.get(f"judge/{prefix}real_top1_{short}")
+      table.add_row(f"{words}, {among}", f"{100 * figures[name]:.1f} %", "" if real is None else f"{100 * real:.1f} %",
+                    f"{100 * figures[f'judge/{prefix}chance_{short}']:.2f} %")
+  console.print(table)
+  if result.colours:
+    words = "; ".join(f"{c.caption} {c.generated.hue:.0f}° (real {c.real.hue:.0f}°{'' if c.agrees else ', WRONG'})"
+                      for c in result.colours)
+    console.print(f"mean hue: {words}: {sum(c.agrees for c in result.colours)} of {len(result.colours)} right")
+  if "judge/heldout_diversity_within" in figures:
+    console.print(f"diversity: pictures of one caption differ by {figures['judge/heldout_diversity_within']:.2f} RMS, of "
+                  f"different captions by {figures['judge/heldout_diversity_between']:.2f} (range 2)")

@@ -1,0 +1,122 @@
+"""Protocol "caption-retrieval": does an independent CLIP, the judge, recognise what the generated pictures show?
+
+Every training caption and every held-out caption is sampled (EMA weights, random latents, no truncation); the judge, a
+CLIP that the generator and its losses never saw, ranks all captions of the data set for each picture. The same figures
+of the real pictures say what is within reach. Five prompts that name a colour are compared with their real pictures by
+hue.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from aurora_jax.data import loader
+from aurora_jax.data.dataset import Dataset
+from aurora_jax.evaluation import judge as judge_lib
+from aurora_jax.evaluation import report
+from aurora_jax.evaluation import trained as trained_lib
+
+COLOUR_PROMPTS = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
+HELD_OUT_LATENTS = 4
+HELD_OUT_SHOWN = 12
+EXPERT_EXAMPLES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Figures by name (see `judge.judge_figures`), the colour checks, and the panels of the report."""
+
+  figures: dict
+  colours: tuple
+  panels: report.Panels
+
+
+class _Split:
+  """Pictures and primary captions of one split of a data set; empty if there is no such split."""
+
+  def __init__(self, path, name, resolution):
+    names = Dataset.open(path, "train").manifest["splits"]
+    self.dataset = Dataset.open(path, name) if name in names else None
+    self.captions = [captions[0] for captions in self.dataset.captions()] if self.dataset else []
+    self.resolution = resolution
+
+  def pictures(self, numbers=None):
+    return loader.to_float(loader.load_images(self.dataset, self.resolution, numbers))
+
+  def picture(self, caption):
+    """The real picture of a caption, or None."""
+    if caption not in self.captions:
+      return None
+    return self.pictures([self.captions.index(caption)])[0]
+
+
+def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, seed=0,
+             on_progress: Callable = lambda words, done, total: None) -> Result:
+  """Runs the protocol.
+
+  Args:
+    model: the generator.
+    judge: the judge.
+    data_path: the data set with the splits "train" and, if there is one, "heldout".
+    seed: of the latents.
+    on_progress: called with (words, done, total).
+
+  Returns:
+    `Result`.
+  """
+  resolution = model.experiment.generator.resolution
+  train, heldout = (_Split(data_path, name, resolution) for name in ("train", "heldout"))
+  captions = train.captions + heldout.captions
+
+  def sample(words, prompts, latents, routing=False):
+    return model.sample(prompts, latents=latents, seed=seed, routing=routing,
+                        on_batch=lambda done, total: on_progress(words, done, total))
+
+  figures = {}
+  images = sample("training captions", train.captions, 1).images
+  figures |= judge_lib.judge_figures(judge, images, np.arange(len(train.captions)), captions)
+  real = train.pictures()[:, None]
+  figures |= judge_lib.judge_figures(judge, real, np.arange(len(train.captions)), captions, "judge/real_")
+  examples = ()
+  if heldout.captions:
+    numbers = np.arange(len(heldout.captions)) + len(train.captions)
+    images = sample("held-out captions", heldout.captions, HELD_OUT_LATENTS).images
+    figures |= judge_lib.judge_figures(judge, images, numbers, captions, "judge/heldout_")
+    real = heldout.pictures()
+    figures |= judge_lib.judge_figures(judge, real[:, None], numbers, captions, "judge/heldout_real_")
+    shown = np.linspace(0, len(heldout.captions) - 1, min(HELD_OUT_SHOWN, len(heldout.captions))).astype(int)
+    examples = tuple(report.HeldOutExample(heldout.captions[i], real[i], images[i]) for i in shown)
+
+  colours = _colours(sample, train)
+  if colours:
+    figures |= judge_lib.colour_figures([example.check for example in colours])
+  panels = report.Panels(
+      figures=figures, heldout=examples, colours=colours, expert_examples=_experts(model, sample, train.captions),
+      notes=(f"EMA weights at step {model.step:,}, random latents, no truncation; "
+             f"{len(train.captions):,} training and {len(heldout.captions):,} held-out captions compete.",))
+  return Result(figures, tuple(example.check for example in colours), panels)
+
+
+def _colours(sample, train):
+  prompts = [prompt for prompt in COLOUR_PROMPTS if prompt in train.captions]
+  if not prompts:
+    return ()
+  images = sample("colour prompts", prompts, 8).images
+  examples = []
+  for prompt, generated in zip(prompts, images):
+    real = train.picture(prompt)
+    examples.append(report.ColourExample(judge_lib.check_colour(prompt, generated, real), real, generated))
+  return tuple(examples)
+
+
+def _experts(model, sample, captions):
+  prompts = [prompt for prompt in model.experiment.train.sample_prompts][:EXPERT_EXAMPLES] or captions[:EXPERT_EXAMPLES]
+  samples = sample("expert maps", prompts, 1, routing=True)
+  if not samples.routing:
+    return ()
+  experts = {layer: model.experts_of(layer) for layer in samples.routing}
+  return tuple(
+      report.ExpertExample(prompt, samples.images[p, 0],
+                           {layer: index[p, 0] for layer, index in samples.routing.items()}, experts)
+      for p, prompt in enumerate(prompts))

@@ -1,0 +1,32 @@
+"""OpenMoji at 64x64 on two CPU cores, for an hour: the quickstart's experiment one resolution up.
+
+  python -m aurora_jax build-data --source openmoji --out datasets/openmoji_64 --resolution 64
+  python -m aurora_jax train-clip --data datasets/openmoji_64 --out clips/openmoji_64 --resolution 32 --seconds 240
+  python -m aurora_jax train --config configs/openmoji_64.py --workdir runs/openmoji_64 \\
+      --config.data.path=datasets/openmoji_64 --config.text.clip=clips/openmoji_64
+
+Variant `test`: the same at a few steps.
+"""
+
+from configs import openmoji_32
+
+
+def get_config(variant=""):
+  config = openmoji_32.get_config(variant)
+  config.name = "openmoji_64"
+  generator, discriminator = config.generator, config.discriminator
+  generator.resolution = discriminator.resolution = 64
+  generator.blocks = {4: 1, 8: 1, 16: 1, 32: 1, 64: 1}
+  generator.adaptive_kernels = {4: 2, 8: 2, 16: 1, 32: 1, 64: 1}
+  generator.channels_base = discriminator.channels_base = 1024
+  generator.output_resolutions = (4, 8, 16, 32, 64)
+  discriminator.blocks = {64: 1, 32: 1, 16: 1, 8: 1, 4: 1}
+  discriminator.input_resolutions = (64, 16)
+  discriminator.exit_resolutions = (16, 1)
+  config.loss.level_weights = {64: 0.7, 16: 0.3}
+  config.data.path = "datasets/openmoji_64"
+  config.text.clip = "clips/openmoji_64"
+  if not variant:
+    config.train.total_steps = 20_000
+    config.train.sample_every = 1_000
+  return config

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# From nothing to pictures on a laptop CPU, in about a quarter of an hour: installs what is needed, builds a data set of
+# real image-text pairs (OpenMoji), trains two small CLIPs and a small Aurora on it, measures it and writes a report.
+#
+#   bash launch/quickstart.sh [FOLDER]      FOLDER: where everything goes, default runs/quickstart
+#
+# Run it again to go on where it stopped; a new FOLDER starts afresh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/quickstart}
+minutes=${QUICKSTART_MINUTES:-14.2}  # for everything, downloads included; training gets what the rest leaves
+begin=$(date +%s)
+
+bash launch/setup.sh
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+aurora() { .venv/bin/python -m aurora_jax "$@"; }
+say() { printf '\n== %s (%d s so far)\n' "$1" $(($(date +%s) - begin)); }
+
+say "1/5  data: OpenMoji pictures and their names, as sharded tfrecords"
+[ -f "$out/data/manifest.json" ] || aurora build-data --source openmoji --out "$out/data" --resolution 32 --shards 8
+
+say "2/5  two small CLIPs: one guides the generator, the other one judges it"
+[ -f "$out/clip/config.json" ] || aurora train-clip --data "$out/data" --out "$out/clip" --split train --seed 0 --seconds 75
+[ -f "$out/judge/config.json" ] || aurora train-clip --data "$out/data" --out "$out/judge" --split all --seed 1 --seconds 75
+
+say "3/5  the generator"
+left=$(awk -v minutes="$minutes" -v used=$(($(date +%s) - begin)) 'BEGIN { left = minutes * 60 - used - 40; print (left > 60 ? left : 60) }')
+aurora train --config configs/openmoji_32.py --workdir "$out/run" --config.data.path="$out/data" \
+  --config.text.clip="$out/clip" --config.train.max_seconds="$left"
+
+say "4/5  what the judge says"
+aurora evaluate --workdir "$out/run" --judge "$out/judge"
+
+say "5/5  pictures"
+aurora sample --workdir "$out/run" --out "$out/grid.png" --latents 4 --columns 2 \
+  --prompt "red heart" --prompt "green circle" --prompt "blue square" --prompt "grinning face" \
+  --prompt "globe showing Americas" --prompt "banana" --prompt "thumbs up" --prompt "red apple"
+
+cat <<TEXT
+
+Done in $(($(date +%s) - begin)) seconds.
+  pictures    $out/grid.png
+  report      $out/run/report.html
+  training    $out/run/samples/
+Your own prompts:
+  .venv/bin/python -m aurora_jax sample --workdir $out/run --prompt "red heart" --out mine.png
+TEXT

@@ -1,0 +1,97 @@
+"""The discriminator: its size, its fifteen predictions, independence of levels and samples, second derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aurora_jax import config
+from aurora_jax.models import discriminator
+
+CFG = config.Discriminator(
+    resolution=16, channels_base=256, channels_max=32, blocks=config.PerResolution({16: 1, 8: 2, 4: 1}),
+    attention_depth=config.PerResolution({8: 1}), heads=2, head_dim=4, input_resolutions=(16, 8, 4),
+    exit_resolutions=(8, 4, 1), head_layers=1, text_feature_dim=6, text_dim=8, text_layers=1, text_heads=2,
+    text_lr_multiplier=1.0)
+
+
+@pytest.fixture(scope="module")
+def setting():
+  keys = jax.random.split(jax.random.key(0), 4)
+  image = jax.random.normal(keys[0], (4, 16, 16, 3))
+  pyramid = discriminator.image_pyramid(image, CFG.input_resolutions)
+  text, eot = jax.random.normal(keys[1], (4, 5, 6)), jnp.array([1, 2, 3, 4])
+  model = discriminator.Discriminator(CFG)
+  params = jax.jit(model.init)(keys[2], pyramid, text, eot)
+  # Zero-initialised output layers get values, so that every path carries signal.
+  params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(keys[3], p.shape), params)
+  return model, params, pyramid, text, eot
+
+
+def test_full_size_is_gigagans():
+  count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(discriminator.abstract_params(config.Discriminator())))
+  assert abs(count / 381.4e6 - 1) < 0.01  # GigaGAN, Table A2: 381.4 M
+
+
+def test_full_model_makes_fifteen_predictions():
+  cfg = config.Discriminator()
+  pairs = [(level, exit_resolution) for level in cfg.input_resolutions for exit_resolution in cfg.exit_resolutions
+           if exit_resolution < level]
+  assert len(pairs) == 15
+
+
+def test_every_level_is_judged_at_every_exit_below_it(setting):
+  model, params, pyramid, text, eot = setting
+  logits = jax.jit(model.apply)(params, pyramid, text, eot)
+  found = {(logit.level, logit.exit): logit.value.shape for logit in logits}
+  assert found == {(16, 8): (4, 8, 8), (16, 4): (4, 4, 4), (8, 4): (4, 4, 4),
+                   (16, 1): (4, 1, 1), (8, 1): (4, 1, 1), (4, 1): (4, 1, 1)}
+
+
+def test_levels_and_samples_do_not_mix(setting):
+  model, params, pyramid, text, eot = setting
+  apply = jax.jit(model.apply)
+  before = {(l.level, l.exit): l.value for l in apply(params, pyramid, text, eot)}
+  changed = {**pyramid, 8: pyramid[8].at[2].add(1.0)}
+  after = {(l.level, l.exit): l.value for l in apply(params, changed, text, eot)}
+  for key, value in before.items():
+    same = np.isclose(value, after[key], rtol=1e-4, atol=1e-4).all(axis=(1, 2))
+    assert same.tolist() == [True, True, key[0] != 8, True], key
+
+
+def test_text_reaches_every_prediction(setting):
+  model, params, pyramid, text, eot = setting
+  apply = jax.jit(model.apply)
+  before, after = apply(params, pyramid, text, eot), apply(params, pyramid, text.at[0].add(1.0), eot)
+  for a, b in zip(before, after):
+    assert np.abs(a.value[0] - b.value[0]).max() > 1e-4
+    np.testing.assert_allclose(a.value[1:], b.value[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_r1_gradient_matches_finite_differences(setting):
+  """The penalty differentiates twice through everything, attention at zero distance (tied queries and keys) included."""
+  from aurora_jax.training import losses
+
+  model, params, pyramid, text, eot = setting
+
+  def penalty(params):
+    score = lambda images: losses.real_score(model.apply(params, images, text, eot))
+    return losses.r1_penalty(score, pyramid)
+
+  gradient = jax.jit(jax.grad(penalty))(params)
+  assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
+  keys = iter(jax.random.split(jax.random.key(5), 200))
+  direction = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+  value = jax.jit(lambda t: penalty(jax.tree.map(lambda p, d: p + t * d, params, direction)))
+  step = 2e-3
+  numeric = (value(step) - value(-step)) / (2 * step)
+  exact = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+  assert numeric == pytest.approx(float(exact), rel=2e-2)
+
+
+def test_minibatch_std_sees_only_its_own_group():
+  x = jnp.concatenate([jnp.zeros((2, 4, 4, 3)), jax.random.normal(jax.random.key(0), (2, 4, 4, 3))])
+  out = discriminator.minibatch_std(x, 2)
+  assert out.shape == (4, 4, 4, 4)
+  assert np.abs(out[:2, ..., 3]).max() < 1e-3
+  assert out[2:, ..., 3].min() > 0.1
