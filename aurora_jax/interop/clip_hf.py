@@ -237,8 +237,14 @@ def _read_config(folder: pathlib.Path) -> ClipConfig:
   if values.get("model_type") != "clip":
     raise UserError(f"{path} describes a model of type '{values.get('model_type')}', not 'clip'")
   # Old configs repeat a tower's values under "..._dict"; those win there too.
-  text = {**_TEXT_DEFAULTS, **(values.get("text_config") or {}), **(values.get("text_config_dict") or {})}
-  image = {**_IMAGE_DEFAULTS, **(values.get("vision_config") or {}), **(values.get("vision_config_dict") or {})}
+  text, image = (
+      defaults | (values.get(f"{tower}_config") or {}) | (values.get(f"{tower}_config_dict") or {})
+      for tower, defaults in (("text", _TEXT_DEFAULTS), ("vision", _IMAGE_DEFAULTS))
+  )
+  for tower, defaults in ((text, _TEXT_DEFAULTS), (image, _IMAGE_DEFAULTS)):
+    for name, default in defaults.items():
+      if not isinstance(tower[name], type(default)):
+        raise UserError(f"{path}: {name} is {tower[name]!r}, where {default!r} would be usual")
   if image["num_channels"] != 3:
     raise UserError(f"{path}: images of {image['num_channels']} channels are not supported, only 3")
   colours = {}
