@@ -351,6 +351,16 @@ def _check_same_leaves(path, abstract_state):
     raise UserError(f"checkpoint {path} is of another architecture: {'; '.join(problems[:3])}{more}")
 
 
+def place(state, abstract_state):
+  """Puts a fresh state where a restored one would be, so that both run the same compiled programs.
+
+  A program is compiled anew for arguments that are bound to their device (restored ones are) after it was compiled for
+  unbound ones, and is another entry in JAX's compilation cache on disk.
+  """
+  return jax.tree.map(lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), state,
+                      _with_shardings(abstract_state))
+
+
 def _with_shardings(abstract_state):
   """Gives every leaf a sharding: its own, else the default device."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

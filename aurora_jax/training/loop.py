@@ -105,7 +105,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
       display.doing("initialising")
-      state, step, stored = prepared.init(), 0, {}
+      state, step, stored = checkpoint.place(prepared.init(), prepared.abstract_state), 0, {}
       log.note("start", 0, 0.0, {"devices": _devices()})
       _tell(primary, f"{folder.path}: a new run of {train.total_steps:,} steps")
     else:
@@ -288,7 +288,8 @@ class _Trainer:
         INTERRUPT: f"stopped at step {step:,} of {total:,}",
         TERMINATED: f"stopped at step {step:,} of {total:,} (SIGTERM)",
     }[reason]
-    _tell(True, f"{self._folder.path}: {words}; {where}" + ("" if reason == DONE else "; the same command goes on"))
+    again = "goes on" if saved is not None else "begins again"
+    _tell(True, f"{self._folder.path}: {words}; {where}" + ("" if reason == DONE else f"; the same command {again}"))
 
 
 def _devices():

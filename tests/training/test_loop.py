@@ -121,6 +121,13 @@ def test_every_restart_counts_the_time_on(tmp_path):
   assert 0 < resumed["seconds"] <= before + 1e-3 and after["seconds"] > resumed["seconds"]
 
 
+def test_a_resumed_run_uses_the_programs_of_a_fresh_one(tmp_path):
+  toy.run(tmp_path, **{"train.total_steps": 4})
+  compiled = toy._step._cache_size()
+  assert toy.run(tmp_path)[1].step == 12
+  assert toy._step._cache_size() == compiled
+
+
 def test_killed_at_any_moment(uninterrupted, tmp_path):
   """SIGKILL, during a save as likely as not; the next start ends with the state of an uninterrupted run."""
   steps = ["--set", "train.total_steps=400", "--set", "train.checkpoint_every=2", "--set", "train.log_every=1"]
