@@ -8,8 +8,8 @@ convolution). Levels that are at the same resolution travel through a block toge
 """
 
 import math
-from typing import NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,20 +20,22 @@ from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import resample
 
 
-class Feature(NamedTuple):
+@flax.struct.dataclass
+class Feature:
   """What the trunk holds of one level at one exit, before any text is looked at."""
 
-  level: int  # resolution at which the image entered
-  exit: int  # resolution of the feature map; 1 is the last
   feature: jax.Array  # [B, exit, exit, C]
+  level: int = flax.struct.field(pytree_node=False)  # resolution at which the image entered
+  exit: int = flax.struct.field(pytree_node=False)  # resolution of the feature map; 1 is the last
 
 
-class Logit(NamedTuple):
+@flax.struct.dataclass
+class Logit:
   """One prediction: positive means real and matching."""
 
-  level: int
-  exit: int
   value: jax.Array  # [B, exit, exit] float32
+  level: int = flax.struct.field(pytree_node=False)
+  exit: int = flax.struct.field(pytree_node=False)
 
 
 class ResidualBlock(nn.Module):
@@ -156,12 +158,12 @@ class Discriminator(nn.Module):
             x = self.trunk[f"r{r}_attention{k}"](x)
         x = self.trunk[f"r{r}_block{i}"](x)
       if r > 4 and r // 2 in cfg.exit_resolutions:
-        found += [Feature(level, r // 2, part) for level, part in zip(levels, jnp.split(x, len(levels)))]
+        found += [Feature(part, level, r // 2) for level, part in zip(levels, jnp.split(x, len(levels)))]
     for level, part in zip(levels, jnp.split(x, len(levels))):
       if cfg.minibatch_std:
         part = minibatch_std(part, cfg.minibatch_std)
       part = layers.leaky_relu(self.last(part.reshape(part.shape[0], 1, 1, -1)))
-      found.append(Feature(level, 1, part))
+      found.append(Feature(part, level, 1))
     return found
 
   def judge(self, features, text):
@@ -173,7 +175,7 @@ class Discriminator(nn.Module):
       name = f"r{exit_resolution}"
       value = self.conditional[name](x, jnp.tile(text, (len(group), 1)).astype(x.dtype)) + self.unconditional[name](x)[..., 0]
       parts = jnp.split(value.astype(jnp.float32), len(group))
-      logits += [Logit(f.level, f.exit, part) for f, part in zip(group, parts)]
+      logits += [Logit(part, f.level, f.exit) for f, part in zip(group, parts)]
     return logits
 
   def __call__(self, pyramid, text, eot):

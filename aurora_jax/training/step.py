@@ -100,8 +100,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
 
     def halves(logits):
       parts = [jnp.split(logit.value, 2) for logit in logits]
-      return ([logit._replace(value=part[0]) for logit, part in zip(logits, parts)],
-              [logit._replace(value=part[1]) for logit, part in zip(logits, parts)])
+      return ([logit.replace(value=part[0]) for logit, part in zip(logits, parts)],
+              [logit.replace(value=part[1]) for logit, part in zip(logits, parts)])
 
     matched, mismatched = discriminator.apply({"params": params}, method=run)
     (real_logits, fake_logits), (real_other, fake_other) = halves(matched), halves(mismatched)

@@ -15,8 +15,8 @@ CFG = config.Loss(level_weights=config.PerResolution({8: 0.5}), level_weight_def
 
 
 def logits(*values):
-  return [Logit(8, 4, jnp.full((2, 4, 4), values[0])), Logit(8, 1, jnp.full((2, 1, 1), values[1])),
-          Logit(4, 1, jnp.full((2, 1, 1), values[2]))]
+  return [Logit(jnp.full((2, 4, 4), values[0]), level=8, exit=4), Logit(jnp.full((2, 1, 1), values[1]), level=8, exit=1),
+          Logit(jnp.full((2, 1, 1), values[2]), level=4, exit=1)]
 
 
 def softplus(x):

@@ -1,0 +1,55 @@
+"""Optimiser, schedule and averages against torch and by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from aurora_jax import config
+from aurora_jax.training import state
+
+
+def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
+  cfg = config.Optimizer(attention_weight_decay=0.0)
+  params = {"a": {"weight": jnp.array([1.0, -2.0, 3.0])}}
+  optimizer = state.adam(cfg, 0.99)
+  opt_state = optimizer.init(params)
+  assert len([leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape == (3,)]) == 1  # no first moment is stored
+  theirs = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+  adam = torch.optim.Adam([theirs], lr=0.01, betas=(0.0, 0.99), eps=1e-8)
+  rng = np.random.default_rng(0)
+  for _ in range(5):
+    gradient = rng.normal(size=3).astype(np.float32)
+    params, opt_state = state.update(optimizer, {"a": {"weight": jnp.asarray(gradient)}}, opt_state, params, 0.01)
+    theirs.grad = torch.tensor(gradient)
+    adam.step()
+  np.testing.assert_allclose(params["a"]["weight"], theirs.detach().numpy(), rtol=1e-5)
+
+
+def test_weight_decay_reaches_attention_matrices_only():
+  cfg = config.Optimizer(attention_weight_decay=0.1)
+  params = {"r8_block0_attention": {"in": {"weight": jnp.ones(2)}, "norm": {"norm": {"bias": jnp.ones(2)}}},
+            "r8_block0_conv": {"weight": jnp.ones(2)}}
+  optimizer = state.adam(cfg, 0.99)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updated, _ = state.update(optimizer, zeros, optimizer.init(params), params, 0.5)
+  assert updated["r8_block0_attention"]["in"]["weight"].tolist() == pytest.approx([0.95, 0.95])
+  assert updated["r8_block0_attention"]["norm"]["norm"]["bias"].tolist() == [1.0, 1.0]
+  assert updated["r8_block0_conv"]["weight"].tolist() == [1.0, 1.0]
+
+
+def test_learning_rate_factor():
+  cfg = config.Optimizer(warmup_steps=10, final_lr_fraction=0.1)
+  assert state.learning_rate_factor(cfg, 0, 1000) == pytest.approx(0.1, rel=1e-3)
+  assert state.learning_rate_factor(cfg, 500, 1000) == pytest.approx(0.55, rel=1e-3)
+  assert state.learning_rate_factor(cfg, 1000, 1000) == pytest.approx(0.1, rel=1e-5)
+  assert state.learning_rate_factor(config.Optimizer(), 123, 1000) == 1.0
+
+
+def test_ema_decay_has_its_half_life_and_ramps_up():
+  cfg = config.Optimizer(ema_half_life_images=1000.0, ema_ramp_up=0.0)
+  assert state.ema_decay(cfg, jnp.int32(0), 100) ** 10 == pytest.approx(0.5, rel=1e-4)
+  ramped = config.Optimizer(ema_half_life_images=1000.0, ema_ramp_up=0.5)
+  assert state.ema_decay(ramped, jnp.int32(1), 100) == pytest.approx(0.5, rel=1e-4)  # half-life 100 of 200 images
+  assert state.ema_decay(ramped, jnp.int32(10**6), 100) == pytest.approx(float(state.ema_decay(cfg, jnp.int32(0), 100)))

@@ -1,0 +1,113 @@
+"""One training step of the whole system at a toy size: what moves, what does not, and that nothing depends on chance."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aurora_jax import config
+from aurora_jax.models import clip as clip_lib
+from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
+from aurora_jax.training import state as state_lib
+from aurora_jax.training import step as step_lib
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
+
+
+@pytest.fixture(scope="module")
+def system():
+  """Programs, frozen CLIP, first state and a batch; both programs compiled once."""
+  experiment = config.load([f"--config={CONFIG}:test"])
+  clip = clip_lib.Clip(_clip_config())
+  keys = jax.random.split(jax.random.key(1), 3)
+  tokens = jnp.array([[48, 3 + i, 5, 49, 0, 0, 0, 0] for i in range(4)])
+  image = jax.random.uniform(keys[0], (4, 16, 16, 3), minval=-1)
+  variables = clip.init(keys[1], tokens, image)
+  programs = step_lib.build(experiment, clip)
+  frozen = step_lib.Frozen(variables, jnp.zeros((0, 16)), jnp.zeros(0, jnp.int32))
+  batch = {"image": image, "tokens": tokens, "index": jnp.arange(4)}
+  first = jax.jit(programs.init)(jax.random.key(0))
+  return dataclasses.make_dataclass("System", ["experiment", "programs", "frozen", "batch", "first", "step", "r1_step"])(
+      experiment, programs, frozen, batch, first, jax.jit(programs.step), jax.jit(programs.r1_step))
+
+
+def moved(before, after):
+  """Names of leaves that changed."""
+  flat = jax.tree_util.tree_flatten_with_path(before)[0]
+  return {jax.tree_util.keystr(path) for (path, a), b in zip(flat, jax.tree.leaves(after)) if not np.array_equal(a, b)}
+
+
+def test_a_step_moves_both_networks_and_all_metrics_are_finite(system):
+  state, metrics = system.step(system.first, system.frozen, system.batch)
+  assert int(state.step) == 1
+  assert all(np.isfinite(value) for value in metrics.values())
+  for name in ("loss/d_adversarial", "loss/d_matching", "loss/g_adversarial", "loss/g_clip", "loss/moe"):
+    assert name in metrics
+  loads = [float(value) for name, value in metrics.items() if name.startswith("moe/load/")]
+  assert len(loads) == 4 and sum(loads) == pytest.approx(1.0, rel=1e-5)
+  generator = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(system.first.generator)[0]}
+  still = generator - moved(system.first.generator, state.generator)
+  # Zero-initialised output layers hold back the gradient of what lies behind them in the first step.
+  behind = ("attention", "text_head", "mtm", "affine", "mapping")
+  assert all(any(word in name for word in behind) for name in still), still
+  assert "['synthesis']['r16_block0_conv']['conv1']['weight']" not in still
+  assert len(moved(system.first.discriminator, state.discriminator)) > 40
+
+
+def test_everything_moves_after_a_few_steps(system):
+  state = system.first
+  for _ in range(3):
+    state, _ = system.step(state, system.frozen, system.batch)
+  generator = jax.tree_util.tree_flatten_with_path(system.first.generator)[0]
+  still = {jax.tree_util.keystr(path) for path, _ in generator} - moved(system.first.generator, state.generator)
+  assert not still, still
+
+
+def test_averages_follow_their_formulas(system):
+  state, _ = system.step(system.first, system.frozen, system.batch)
+  optimizer = system.experiment.optimizer
+  decay = state_lib.ema_decay(optimizer, jnp.int32(0), system.experiment.train.batch_size)
+  expected = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), system.first.ema, state.generator)
+  for ours, theirs in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+  assert np.abs(state.buffers["w_avg"]).max() > 0
+  np.testing.assert_array_equal(state.buffers["synthesis"]["input"]["freqs"],
+                                system.first.buffers["synthesis"]["input"]["freqs"])
+
+
+def test_r1_moves_the_discriminator_only(system):
+  state, metrics = system.r1_step(system.first, system.frozen, system.batch)
+  assert np.isfinite(metrics["loss/r1"]) and metrics["loss/r1"] > 0
+  assert moved(system.first.discriminator, state.discriminator)
+  assert not moved((system.first.generator, system.first.ema, system.first.buffers, system.first.step),
+                   (state.generator, state.ema, state.buffers, state.step))
+
+
+def test_the_same_step_is_the_same_bit_by_bit_and_the_next_one_draws_anew(system):
+  one, first = system.step(system.first, system.frozen, system.batch)
+  two, _ = system.step(system.first, system.frozen, system.batch)
+  assert not moved(one, two)
+  _, later = system.step(system.first.replace(step=jnp.int32(1)), system.frozen, system.batch)
+  assert first["d/logit_fake"] != later["d/logit_fake"] or first["loss/g_clip"] != later["loss/g_clip"]
+
+
+def test_generator_descends_on_its_own_loss(system):
+  """Many steps of the generator against a discriminator that barely moves lower its adversarial loss."""
+  optimizer = dataclasses.replace(system.experiment.optimizer, discriminator_lr=0.0, generator_lr=0.01)
+  loss = dataclasses.replace(system.experiment.loss, clip_weight=0.0)
+  experiment = dataclasses.replace(system.experiment, optimizer=optimizer, loss=loss)
+  step = jax.jit(step_lib.build(experiment, clip_lib.Clip(_clip_config())).step)
+  state, losses = system.first, []
+  for _ in range(20):
+    state, metrics = step(state, system.frozen, system.batch)
+    losses.append(float(metrics["loss/g_adversarial"]))
+  assert np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def _clip_config():
+  tower = dict(width=32, layers=1, heads=2, mlp_width=64)
+  return ClipConfig(text=TextConfig(vocabulary_size=50, context_length=8, eot_id=49, **tower),
+                    image=ImageConfig(size=16, patch=8, **tower), embedding_width=16)
