@@ -1,8 +1,7 @@
 """Hugging Face CLIP folders: read (downloaded ones and our own) and written (so that `transformers` reads ours).
 
 A folder holds `config.json`, `model.safetensors` (or shards with an index, or `pytorch_model.bin`), the tokenizer's
-files and `preprocessor_config.json`. Our tree stacks the blocks of a tower on a leading axis and keeps query, key and
-value in one kernel; one table of names serves both directions.
+files and `preprocessor_config.json`.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ import safetensors.numpy
 
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
+from aurora_jax.interop import clip_names
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, abstract_variables
 
 _NAMES_IN_AN_ERROR = 6
@@ -73,91 +73,6 @@ class ClipBundle:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table of names
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How one array looks here, given how it looks there, and back."""
-
-  to_ours: Callable[[np.ndarray], np.ndarray]
-  to_theirs: Callable[[np.ndarray], np.ndarray]
-
-
-_SAME = _Layout(lambda x: x, lambda x: x)
-_DENSE = _Layout(np.transpose, np.transpose)  # [out, in] <-> [in, out]
-_PATCHES = _Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # [W, C, P, P] <-> [P, P, C, W]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-  """One tensor of the Hugging Face model and its place in our tree.
-
-  Attributes:
-    name: its name in the state dict.
-    shape: its shape there.
-    path: the keys of our leaf, joined by "/".
-    index: the part of that leaf which it fills; () is all of it.
-    layout: the change of layout.
-  """
-
-  name: str
-  shape: tuple[int, ...]
-  path: str
-  index: tuple = ()
-  layout: _Layout = _SAME
-
-
-def _norm_entries(theirs, ours, width, index=()) -> Iterator[_Entry]:
-  yield _Entry(f"{theirs}.weight", (width,), f"{ours}/scale", index)
-  yield _Entry(f"{theirs}.bias", (width,), f"{ours}/bias", index)
-
-
-def _dense_entries(theirs, ours, shape, index) -> Iterator[_Entry]:
-  yield _Entry(f"{theirs}.weight", shape, f"{ours}/kernel", index, _DENSE)
-  yield _Entry(f"{theirs}.bias", shape[:1], f"{ours}/bias", index)
-
-
-def _block_entries(tower, theirs, ours) -> Iterator[_Entry]:
-  """The blocks of one tower."""
-  width = tower.width
-  for layer in range(tower.layers):
-    source, target = f"{theirs}.encoder.layers.{layer}", f"{ours}/transformer/blocks"
-    for number, letter in enumerate("qkv"):
-      index = (layer, ..., slice(number * width, (number + 1) * width))
-      yield from _dense_entries(f"{source}.self_attn.{letter}_proj", f"{target}/qkv", (width, width), index)
-    yield from _dense_entries(f"{source}.self_attn.out_proj", f"{target}/out", (width, width), (layer,))
-    yield from _dense_entries(f"{source}.mlp.fc1", f"{target}/up", (tower.mlp_width, width), (layer,))
-    yield from _dense_entries(f"{source}.mlp.fc2", f"{target}/down", (width, tower.mlp_width), (layer,))
-    yield from _norm_entries(f"{source}.layer_norm1", f"{target}/attention_norm", width, (layer,))
-    yield from _norm_entries(f"{source}.layer_norm2", f"{target}/mlp_norm", width, (layer,))
-
-
-def _entries(config: ClipConfig) -> Iterator[_Entry]:
-  """Every tensor of the Hugging Face CLIPModel of this config."""
-  text, image, width = config.text, config.image, config.embedding_width
-  theirs = "text_model.embeddings"
-  yield _Entry(f"{theirs}.token_embedding.weight", (text.vocabulary_size, text.width), "text/token_embedding")
-  yield _Entry(f"{theirs}.position_embedding.weight", (text.context_length, text.width), "text/position_embedding")
-  yield from _block_entries(text, "text_model", "text")
-  yield from _norm_entries("text_model.final_layer_norm", "text/final_norm", text.width)
-  yield _Entry("text_projection.weight", (width, text.width), "text_projection/kernel", layout=_DENSE)
-
-  theirs = "vision_model.embeddings"
-  patches = (image.width, 3, image.patch, image.patch)
-  positions = ((image.size // image.patch) ** 2 + 1, image.width)
-  yield _Entry(f"{theirs}.class_embedding", (image.width,), "image/class_embedding")
-  yield _Entry(f"{theirs}.patch_embedding.weight", patches, "image/patch_embedding", layout=_PATCHES)
-  yield _Entry(f"{theirs}.position_embedding.weight", positions, "image/position_embedding")
-  yield from _norm_entries("vision_model.pre_layrnorm", "image/pre_norm", image.width)  # spelt so, there
-  yield from _block_entries(image, "vision_model", "image")
-  yield from _norm_entries("vision_model.post_layernorm", "image/final_norm", image.width)
-  yield _Entry("visual_projection.weight", (width, image.width), "image_projection/kernel", layout=_DENSE)
-
-  yield _Entry("logit_scale", (), "log_scale")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -191,7 +106,7 @@ def load(folder: str | os.PathLike) -> ClipBundle:
 def _fill(config: ClipConfig, weights: dict[str, Callable], folder: pathlib.Path) -> dict[str, Any]:
   """Our parameter tree from named tensors; every misfit goes into one error."""
   abstract = abstract_variables(config)["params"]
-  entries = {entry.name: entry for entry in _entries(config)}
+  entries = {entry.name: entry for entry in clip_names.entries(config)}
   missing = sorted(entries.keys() - weights.keys())
   # Old files carry the position numbers as a buffer.
   unknown = sorted(name for name in weights.keys() - entries.keys() if not name.endswith("position_ids"))
@@ -204,10 +119,7 @@ def _fill(config: ClipConfig, weights: dict[str, Callable], folder: pathlib.Path
     if array.shape != entry.shape:
       misshapen.append(f"{name} {list(array.shape)} instead of {list(entry.shape)}")
       continue
-    leaf = params
-    for key in entry.path.split("/"):
-      leaf = leaf[key]
-    leaf[entry.index] = entry.layout.to_ours(array)
+    entry.leaf(params)[entry.index] = entry.layout.to_ours(array)
   problems = []
   for what, names in (("missing", missing), ("left over", unknown), ("misshapen", misshapen)):
     if names:
@@ -385,11 +297,9 @@ def _state_dict(bundle: ClipBundle) -> dict[str, np.ndarray]:
   """The Hugging Face state dict, float32."""
   params = jax.tree.map(np.asarray, bundle.variables["params"])
   state = {}
-  for entry in _entries(bundle.config):
-    leaf = params
-    for key in entry.path.split("/"):
-      leaf = leaf[key]
-    state[entry.name] = np.ascontiguousarray(entry.layout.to_theirs(leaf[entry.index]), np.float32).reshape(entry.shape)
+  for entry in clip_names.entries(bundle.config):
+    array = entry.layout.to_theirs(entry.leaf(params)[entry.index])
+    state[entry.name] = np.ascontiguousarray(array, np.float32).reshape(entry.shape)
   return state
 
 

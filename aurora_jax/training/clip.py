@@ -273,8 +273,8 @@ def train_clip(
   """
   if (steps is None) == (seconds is None):
     raise UserError("give either a number of steps or of seconds")
-  if (steps if seconds is None else seconds) <= 0:
-    raise UserError(f"nothing to train: {steps if seconds is None else seconds} {'steps' if seconds is None else 's'}")
+  if steps is not None and steps < 1 or seconds is not None and not seconds > 0:
+    raise UserError(f"nothing to train: {f'{steps} steps' if seconds is None else f'{seconds} seconds'}")
   if settings.batch_size < 2:
     raise UserError(f"a batch of {settings.batch_size} has no negatives; it must hold at least 2 pairs")
   started = time.monotonic()
