@@ -74,7 +74,7 @@ def run(args):
   dataset = clip.Joined(*splits.values()) if args.split == "all" else splits["train"]
   fields = {field.name for field in dataclasses.fields(clip.ClipTraining)}
   settings = clip.ClipTraining(**{name: value for name, value in vars(args).items() if name in fields})
-  seconds = args.seconds if args.steps or args.seconds else _DEFAULT_SECONDS
+  seconds = _DEFAULT_SECONDS if args.steps is None and args.seconds is None else args.seconds
   started = time.monotonic()
   bundle, steps = _train(dataset, settings, args.steps, seconds)
   figures = _measure(bundle, splits, settings.resolution)
