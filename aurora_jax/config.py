@@ -194,6 +194,8 @@ class Optimizer:
 
   generator_lr: float = 0.0025
   discriminator_lr: float = 0.0025
+  # On biases; an equalised bias moves by the full rate while a weight moves by rate / sqrt(fan_in). 1: as StyleGAN2.
+  bias_lr_factor: float = 1.0
   beta2: float = 0.99
   eps: float = 1e-8
   attention_weight_decay: float = 0.01  # GigaGAN A2: on attention matrices only, decoupled

@@ -66,6 +66,9 @@ def main(argv=None):
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  # Compiled programs are kept in the user's cache folder: the same command starts faster the second time.
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "aurora_jax", "jax"))
   selected, _ = build_parser().parse_known_args(argv[:1])
   name = selected.command
   module = importlib.import_module(f"aurora_jax.cli.{name.replace('-', '_')}")

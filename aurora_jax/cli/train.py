@@ -42,12 +42,17 @@ def run(args):
   run_folder.check_writable(args.workdir)
   run_folder.refuse_changes(run_folder.RunFolder(args.workdir), experiment, args.allow_config_change)
 
+  import jax  # pylint: disable=g-import-not-at-top
+
+  from aurora_jax.evaluation import report  # pylint: disable=g-import-not-at-top
   from aurora_jax.training import loop, setup  # pylint: disable=g-import-not-at-top
 
   prepared = setup.prepare(experiment)
   print(_sizes(prepared.abstract_state), flush=True)
   outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
                      allow_config_change=args.allow_config_change, started=started)
+  if jax.process_index() == 0 and outcome.reason != loop.ALREADY_DONE:
+    print(f"report: {report.write_report(args.workdir)}")
   return outcome.status
 
 

@@ -66,11 +66,15 @@ def learning_rate_factor(cfg, step, total_steps):
   return warm * (floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
 
-def update(optimizer, gradients, opt_state, params, learning_rate):
-  """One optimiser step. Returns (params, opt_state)."""
+def update(cfg, optimizer, gradients, opt_state, params, learning_rate):
+  """One optimiser step; biases at their own fraction of the learning rate. Returns (params, opt_state)."""
   updates, opt_state = optimizer.update(gradients, opt_state, params)
-  params = jax.tree.map(lambda p, u: p - learning_rate * u.astype(p.dtype), params, updates)
-  return params, opt_state
+
+  def move(path, param, step):
+    rate = learning_rate * (cfg.bias_lr_factor if path[-1].key == "bias" else 1.0)
+    return param - rate * step.astype(param.dtype)
+
+  return jax.tree_util.tree_map_with_path(move, params, updates), opt_state
 
 
 def ema_decay(cfg: config_lib.Optimizer, step, batch_size):

@@ -164,12 +164,12 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
     real = discriminator_lib.image_pyramid(batch["image"], inputs)
     fake = {r: pyramid[r] for r in inputs}
     d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
-    d_params, d_opt = state_lib.update(d_adam, d_grad, state.discriminator_opt, state.discriminator,
+    d_params, d_opt = state_lib.update(opt_cfg, d_adam, d_grad, state.discriminator_opt, state.discriminator,
                                        opt_cfg.discriminator_lr * lazy * factor)
 
     cotangent, g_metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, clip_key, text, batch["index"])
     (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
-    g_params, g_opt = state_lib.update(g_adam, g_grad, state.generator_opt, state.generator,
+    g_params, g_opt = state_lib.update(opt_cfg, g_adam, g_grad, state.generator_opt, state.generator,
                                        opt_cfg.generator_lr * factor)
 
     decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
@@ -194,7 +194,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
       return loss_cfg.r1_gamma / 2 * loss_cfg.r1_interval * penalty, penalty
 
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)
-    params, opt = state_lib.update(d_adam, gradient, state.discriminator_opt, state.discriminator,
+    params, opt = state_lib.update(opt_cfg, d_adam, gradient, state.discriminator_opt, state.discriminator,
                                    opt_cfg.discriminator_lr * lazy * factor)
     metrics = {"loss/r1": penalty, "grad_norm/r1": optax.global_norm(gradient)}
     return state.replace(discriminator=params, discriminator_opt=opt), metrics

@@ -21,7 +21,7 @@ def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
   rng = np.random.default_rng(0)
   for _ in range(5):
     gradient = rng.normal(size=3).astype(np.float32)
-    params, opt_state = state.update(optimizer, {"a": {"weight": jnp.asarray(gradient)}}, opt_state, params, 0.01)
+    params, opt_state = state.update(cfg, optimizer, {"a": {"weight": jnp.asarray(gradient)}}, opt_state, params, 0.01)
     theirs.grad = torch.tensor(gradient)
     adam.step()
   np.testing.assert_allclose(params["a"]["weight"], theirs.detach().numpy(), rtol=1e-5)
@@ -33,7 +33,7 @@ def test_weight_decay_reaches_attention_matrices_only():
             "r8_block0_conv": {"weight": jnp.ones(2)}}
   optimizer = state.adam(cfg, 0.99)
   zeros = jax.tree.map(jnp.zeros_like, params)
-  updated, _ = state.update(optimizer, zeros, optimizer.init(params), params, 0.5)
+  updated, _ = state.update(cfg, optimizer, zeros, optimizer.init(params), params, 0.5)
   assert updated["r8_block0_attention"]["in"]["weight"].tolist() == pytest.approx([0.95, 0.95])
   assert updated["r8_block0_attention"]["norm"]["norm"]["bias"].tolist() == [1.0, 1.0]
   assert updated["r8_block0_conv"]["weight"].tolist() == [1.0, 1.0]
@@ -53,3 +53,12 @@ def test_ema_decay_has_its_half_life_and_ramps_up():
   ramped = config.Optimizer(ema_half_life_images=1000.0, ema_ramp_up=0.5)
   assert state.ema_decay(ramped, jnp.int32(1), 100) == pytest.approx(0.5, rel=1e-4)  # half-life 100 of 200 images
   assert state.ema_decay(ramped, jnp.int32(10**6), 100) == pytest.approx(float(state.ema_decay(cfg, jnp.int32(0), 100)))
+
+
+def test_biases_move_at_their_own_rate():
+  cfg = config.Optimizer(bias_lr_factor=0.1, attention_weight_decay=0.0)
+  params = {"a": {"weight": jnp.zeros(1), "bias": jnp.zeros(1)}}
+  optimizer = state.adam(cfg, 0.99)
+  moved, _ = state.update(cfg, optimizer, jax.tree.map(jnp.ones_like, params), optimizer.init(params), params, 0.5)
+  assert float(moved["a"]["weight"][0]) == pytest.approx(-0.5, rel=1e-4)
+  assert float(moved["a"]["bias"][0]) == pytest.approx(-0.05, rel=1e-4)

@@ -1,0 +1,155 @@
+"""The user's way, command by command, on a small real data set: data, CLIP, training with a stop, pictures, figures."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from aurora_jax import config
+
+ROOT = pathlib.Path(__file__).parents[2]
+COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
+SHAPES = ("circle", "square", "bar")
+
+
+def command(*args, **options):
+  """Runs `python -m aurora_jax ARGS`; returns the finished process."""
+  return subprocess.run([sys.executable, "-m", "aurora_jax", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                        check=False, timeout=600, **options)
+
+
+def succeed(*args):
+  done = command(*args)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done
+
+
+def fail(words, *args):
+  """The command ends with status 2 and one line on stderr that holds `words`."""
+  done = command(*args)
+  lines = done.stderr.strip().splitlines()
+  assert (done.returncode, len(lines)) == (2, 1), done.stderr[-3000:]
+  assert words in lines[0]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A folder of pictures with captions, built into a data set, with a CLIP and a judge trained on it."""
+  home = tmp_path_factory.mktemp("home")
+  pictures = home / "pictures"
+  pictures.mkdir()
+  for colour, value in COLOURS.items():
+    for shape in SHAPES:
+      image = Image.new("RGB", (24, 24), "white")
+      draw = ImageDraw.Draw(image)
+      box = (4, 9, 20, 15) if shape == "bar" else (4, 4, 20, 20)
+      (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=value)
+      image.save(pictures / f"{colour}-{shape}.png")
+      (pictures / f"{colour}-{shape}.txt").write_text(f"{colour} {shape}\n")
+  succeed("build-data", "--source", "folder", "--path", pictures, "--out", home / "data", "--resolution", 16,
+          "--shards", 2, "--heldout", 0.2)
+  for name, seed, split in (("clip", 0, "train"), ("judge", 1, "all")):
+    succeed("train-clip", "--data", home / "data", "--out", home / name, "--seed", seed, "--split", split, "--steps", 3,
+            "--resolution", 16, "--image-width", 32, "--text-width", 32, "--image-layers", 1, "--text-layers", 1,
+            "--heads", 2, "--embedding-width", 16, "--batch-size", 8)
+  return home
+
+
+def train_args(home, run, *more):
+  return ("train", "--config", "configs/aurora_64.py:test", "--workdir", home / run, f"--config.data.path={home / 'data'}",
+          f"--config.text.clip={home / 'clip'}", *more)
+
+
+def fingerprint(run):
+  return succeed("inspect", run, "--fingerprint").stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def run(home):
+  """An uninterrupted run of six steps."""
+  done = succeed(*train_args(home, "run"))
+  assert "all 6 steps are done" in done.stdout
+  return home / "run"
+
+
+def test_a_run_leaves_what_it_promises(run):
+  assert config.from_json((run / "config.json").read_text()).name == "aurora_64"
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  trained = [line for line in lines if line["kind"] == "train"]
+  assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+  assert all(np.isfinite(line["loss/g_adversarial"]) for line in trained)
+  assert "loss/r1" in trained[0] and "loss/r1" not in trained[1]
+  assert (run / "samples" / "step-00000006.png").is_file()
+  assert list((run / "tensorboard").glob("events*"))
+  assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [2, 4, 6]
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_state(home, run):
+  process = subprocess.Popen([sys.executable, "-m", "aurora_jax", *map(str, train_args(home, "killed"))], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  deadline = time.monotonic() + 500
+  while not (home / "killed" / "checkpoints" / "2").is_dir() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  done = succeed(*train_args(home, "killed"))
+  assert "going on from the checkpoint of step" in done.stdout or "all 6 steps are done" in done.stdout
+  assert fingerprint(home / "killed") == fingerprint(run)
+
+
+def test_sample_writes_a_grid_and_singles_and_repeats_itself(run, tmp_path):
+  args = ("sample", "--workdir", run, "--prompt", "red circle", "--prompt", "blue bar", "--latents", 2, "--psi", 0.5)
+  succeed(*args, "--out", tmp_path / "one.png", "--singles", tmp_path / "singles")
+  succeed(*args, "--out", tmp_path / "two.png")
+  one, two = (np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "two.png"))
+  assert np.array_equal(one, two)
+  assert len(list((tmp_path / "singles").glob("*.png"))) == 4
+  assert Image.open(tmp_path / "singles" / "0000-00.png").size == (16, 16)
+
+
+def test_evaluate_measures_and_reports(home, run):
+  done = succeed("evaluate", "--workdir", run, "--judge", home / "judge")
+  assert "training captions, among all" in done.stdout
+  figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+  assert figures["kind"] == "judge" and 0 <= figures["judge/top1_of_all"] <= 1
+  page = (run / "report.html").read_text()
+  assert "r8_block0_layer0" in page or "8" in page
+  assert page.count("data:image/png;base64,") > 4 and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_bad_input_is_one_line_and_status_2(home, run, tmp_path):
+  out = tmp_path / "x.png"
+  fail("nowhere", *train_args(home, "bad", "--config.data.path=nowhere"))
+  fail("trian", *train_args(home, "bad", "--config.trian.total_steps=3"))
+  (tmp_path / "empty").mkdir()
+  fail("empty", *train_args(home, "bad", f"--config.data.path={tmp_path / 'empty'}"))
+  (tmp_path / "file").write_text("")
+  fail("file", *train_args(home, tmp_path / "file" / "run"))
+  assert not (home / "bad").exists()
+  fail("10,000 characters", "sample", "--workdir", run, "--prompt", "x" * 10_000, "--out", out)
+  fail("nowhere", "sample", "--workdir", "nowhere", "--prompt", "x", "--out", out)
+  fail("between 0 and 1", "sample", "--workdir", run, "--prompt", "x", "--psi", 3, "--out", out)
+  fail("nowhere", "evaluate", "--workdir", run, "--judge", "nowhere")
+  assert not out.exists()
+
+
+def test_a_truncated_shard_is_named(home, tmp_path):
+  import shutil
+
+  shutil.copytree(home / "data", tmp_path / "data")
+  shard = sorted((tmp_path / "data").glob("*train*.tfrecord"))[0]
+  shard.write_bytes(shard.read_bytes()[:-7])
+  fail(shard.name, *train_args(home, "cut", f"--config.data.path={tmp_path / 'data'}"))
+  assert not (home / "cut").exists()
+
+
+def test_a_clip_of_another_width_is_refused(home):
+  fail("text features are 32 wide, generator.text_feature_dim is 48",
+       *train_args(home, "wide", "--config.generator.text_feature_dim=48"))
