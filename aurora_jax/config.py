@@ -113,6 +113,10 @@ class Generator:
     """Feature channels at a resolution."""
     return min(self.channels_base // resolution, self.channels_max)
 
+  def for_sampling(self):
+    """The same generator with every sample by itself, as the released scripts run it, whatever the batch."""
+    return dataclasses.replace(self, text_attention="independent") if self.text_attention == "uniform" else self
+
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
@@ -250,7 +254,6 @@ class Train:
   sample_every: int = 1000
   sample_prompts: tuple[str, ...] = ()
   sample_latents: int = 2
-  sample_psi: float = 1.0  # truncation of the sample grids toward the per-prompt mean; 1: none
   init_from: str = ""  # a converted checkpoint to start from
 
   def __post_init__(self):

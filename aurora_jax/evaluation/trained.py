@@ -69,9 +69,7 @@ def load(workdir, step=None, batch_size=32):
   experiment = folder.experiment()
   abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   step, state = checkpoint.read(folder.checkpoints, abstract, ("ema", "buffers"), step)
-  cfg = experiment.generator
-  if cfg.text_attention == "uniform":  # each prompt by itself, as the released scripts run it
-    cfg = dataclasses.replace(cfg, text_attention="independent")
+  cfg = experiment.generator.for_sampling()
   return Trained(folder.path, experiment, step, {"params": state["ema"], "buffers": state["buffers"]},
                  clip_hf.load(experiment.text.clip),
                  sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size))

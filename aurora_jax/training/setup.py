@@ -58,6 +58,12 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   Raises:
     UserError: data or CLIP missing, or sizes that do not fit together.
   """
+  mesh = experiment.mesh
+  if (mesh.data, mesh.expert, mesh.fsdp) != (1, 1, False):
+    raise UserError(f"mesh.data={mesh.data}, mesh.expert={mesh.expert}, mesh.fsdp={mesh.fsdp}: this version trains on one "
+                    "device only")
+  if experiment.train.init_from:
+    raise UserError(f"train.init_from={experiment.train.init_from}: this version cannot start from a checkpoint yet")
   if not experiment.data.path:
     raise UserError("no data set: --config.data.path DIR (see build-data)")
   if not experiment.text.clip:
@@ -114,7 +120,7 @@ def _freeze(experiment, dataset, clip):
 
 def _sampler(experiment, clip, frozen):
   """Fixed prompts and latents through the EMA generator; each prompt on its own, so that a grid never changes meaning."""
-  train, cfg = experiment.train, experiment.generator
+  train, cfg = experiment.train, experiment.generator.for_sampling()
   prompts, latents = tuple(train.sample_prompts), train.sample_latents
   if not prompts:
     return None

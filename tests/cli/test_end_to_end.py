@@ -128,6 +128,7 @@ def test_bad_input_is_one_line_and_status_2(home, run, tmp_path):
   out = tmp_path / "x.png"
   fail("nowhere", *train_args(home, "bad", "--config.data.path=nowhere"))
   fail("trian", *train_args(home, "bad", "--config.trian.total_steps=3"))
+  fail("mesh.data=2", *train_args(home, "bad", "--config.mesh.data=2"))
   (tmp_path / "empty").mkdir()
   fail("empty", *train_args(home, "bad", f"--config.data.path={tmp_path / 'empty'}"))
   (tmp_path / "file").write_text("")
