@@ -86,7 +86,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 2600
+  train.total_steps = 3300
   train.batch_size = 16
   train.checkpoint_every = 500
   train.log_every = 50

@@ -123,11 +123,6 @@ def normalize(embedding):
   return embedding * jax.lax.rsqrt(jnp.sum(jnp.square(embedding), axis=-1, keepdims=True) + 1e-12)
 
 
-def _layer_norm(tower, name):
-  """A layer norm in float32, whatever the compute type of the tower."""
-  return nn.LayerNorm(epsilon=tower.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
-
-
 class Dense(nn.Module):
   """A dense layer on the last axis.
 
