@@ -388,6 +388,8 @@ def _quieten_orbax():
   logger = logging.getLogger("absl")
   if not any(isinstance(entry, _NotFromOrbax) for entry in logger.filters):
     logger.addFilter(_NotFromOrbax())
+    # Of several writes that fail together Orbax collects one; asyncio would print the others when they are swept up.
+    logging.getLogger("asyncio").addFilter(_NotFromOrbax())
     previous = sys.unraisablehook
     sys.unraisablehook = lambda event: None if _is_from_a_closed_loop(event) else previous(event)
 
@@ -398,7 +400,8 @@ def _is_from_a_closed_loop(event):
 
 
 class _NotFromOrbax(logging.Filter):
-  """Drops what Orbax logs."""
+  """Drops what Orbax logs, and what is logged about its tasks."""
 
   def filter(self, record):
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+    where = f"{os.sep}orbax{os.sep}"
+    return where not in record.pathname and where not in record.getMessage()
