@@ -23,7 +23,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aurora_jax.data import loader
 from aurora_jax.data.dataset import Dataset, read_manifest
-from aurora_jax.errors import UserError
 from aurora_jax.evaluation import judge
 from aurora_jax.interop import clip_hf
 from aurora_jax.training import clip

@@ -211,11 +211,13 @@ def build_tokenizer(captions, settings: ClipTraining) -> Tokenizer:
 def measure_colours(dataset, resolution):
   """Mean and standard deviation of each colour in [0, 1], two tuples of three, from some of the pictures.
 
-  Drawings on white are far from the statistics of photographs; centred, they are learnt faster.
+  Drawings on white are far from the statistics of photographs; centred, they are learnt faster. Rounded, they are the
+  same for both splits of a data set, so that a compilation cache serves the second training as well.
   """
   numbers = np.unique(np.linspace(0, len(dataset) - 1, _MEASURED_PICTURES).astype(int))
   pixels = loader.load_images(dataset, resolution, numbers).reshape(-1, 3) / 255
-  return tuple(pixels.mean(axis=0).tolist()), tuple(np.maximum(pixels.std(axis=0), 0.01).tolist())
+  mean, deviation = pixels.mean(axis=0).round(1), np.maximum(pixels.std(axis=0).round(1), 0.1)
+  return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
 def clip_config(settings: ClipTraining, tokenizer: Tokenizer, colours) -> ClipConfig:

@@ -10,10 +10,14 @@ from aurora_jax.data import tokenizer as tokenizer_lib
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 
-CAPTIONS = ["red heart", "blue heart", "red circle", "grinning face", "grinning cat with smiling eyes", "keycap: 10"] * 3
+CAPTIONS = [
+    "red heart", "blue heart", "red circle", "grinning face", "grinning cat with smiling eyes", "keycap: 10",
+] * 3
 BYTES = 512  # a byte inside a word, and at its end
-ODD_TEXTS = ["", " ", "\t two\n spaces ", "I'M HERE, they'll see", "naïve café Ünï", "猫と犬", "👩‍🚀🚀", "1234567890", "a_b-c!?",
-             "x" * 500, "\x00\x7f", "ﬁ ½ Ⅷ"]
+ODD_TEXTS = [
+    "", " ", "\t two\n spaces ", "I'M HERE, they'll see", "naïve café Ünï", "猫と犬", "👩‍🚀🚀", "1234567890", "a_b-c!?",
+    "x" * 500, "\x00\x7f", "ﬁ ½ Ⅷ",
+]
 
 
 @pytest.fixture(scope="module")
