@@ -65,9 +65,3 @@ def smooth_transposed(x):
     taps = [_slice(padded, axis, k, size) for k in range(4)]
     x = 0.25 * (taps[0] + taps[3]) + 0.75 * (taps[1] + taps[2])
   return x
-
-
-def box_downsample(x, factor):
-  """Mean over squares of factor x factor pixels. x: [B, H, W, C]."""
-  batch, height, width, channels = x.shape
-  return x.reshape(batch, height // factor, factor, width // factor, factor, channels).mean((2, 4))

@@ -120,7 +120,7 @@ def test_evaluate_measures_and_reports(home, run):
   figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
   assert figures["kind"] == "judge" and 0 <= figures["judge/top1_of_all"] <= 1
   page = (run / "report.html").read_text()
-  assert "r8_block0_layer0" in page or "8" in page
+  assert "experts of r8_block0_layer0" in page
   assert page.count("data:image/") > 4 and "http://" not in page.replace("http://www.w3.org", "")
 
 
