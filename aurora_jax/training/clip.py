@@ -25,6 +25,7 @@ from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop.clip_hf import ClipBundle
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig
+from aurora_jax.training import compiling
 from aurora_jax.training import losses
 from aurora_jax.training.clip_augment import Augmentation, augment
 
@@ -155,8 +156,7 @@ def init_state(config: ClipConfig, settings: ClipTraining) -> TrainState:
     params = Clip(config).init(init_key, tokens, images)["params"]
     return TrainState(jnp.zeros((), jnp.int32), augment_key, params, _optimizer(settings).init(params))
 
-  # Runs once: better compiled fast than fast when compiled.
-  return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(settings.seed))
+  return jax.jit(init, compiler_options=compiling.options(runs_once=True))(jax.random.key(settings.seed))
 
 
 def make_step(config: ClipConfig, settings: ClipTraining):

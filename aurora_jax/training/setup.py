@@ -17,6 +17,7 @@ from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models.clip import normalize
+from aurora_jax.training import compiling
 from aurora_jax.training import step as step_lib
 
 
@@ -78,8 +79,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   module = clip.module()
   programs = step_lib.build(experiment, module)
   frozen = _freeze(experiment, dataset, clip)
-  compiled_step = jax.jit(programs.step, donate_argnums=0)
-  compiled_r1 = jax.jit(programs.r1_step, donate_argnums=0)
+  compiled_step = jax.jit(programs.step, donate_argnums=0, compiler_options=compiling.options())
+  compiled_r1 = jax.jit(programs.r1_step, donate_argnums=0, compiler_options=compiling.options())
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
 
   def step(number, state, batch):
@@ -89,9 +90,10 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
       metrics |= more
     return state, metrics
 
-  init = functools.partial(jax.jit(programs.init), jax.random.key(experiment.train.seed))
+  key = jax.random.key(experiment.train.seed)
+  init = functools.partial(jax.jit(programs.init, compiler_options=compiling.options(runs_once=True)), key)
   return Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, init=init, abstract_state=jax.eval_shape(init),
+      experiment=experiment, dataset=dataset, clip=clip, init=init, abstract_state=jax.eval_shape(programs.init, key),
       batches=functools.partial(_batches, experiment, dataset, clip), step=step,
       sample=_sampler(experiment, clip, frozen))
 
