@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a generator; resumes by itself from --workdir",
     "sample": "prompts to a PNG grid",
     "evaluate": "metrics of a run by a named protocol",
+    "bench": "measurements of this project on this machine",
     "inspect": "a run, a data set or a config, in words",
 }
 

@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
     in_bias = self.param("in_bias", layers.constant(0.0), stack + (2 * hidden,))
     out_weight = self.param("out_weight", layers.scaled_normal(), stack + (hidden, channels))
     out_bias = self.param("out_bias", layers.constant(0.0), stack + (channels,))
-    params = moe.ExpertParams(in_weight / channels**0.5, in_bias, out_weight / hidden**0.5, out_bias)
+    params = moe.ExpertParams(in_weight, in_bias, out_weight, out_bias)
     tokens = x.reshape(batch * height * width, channels)
     if self.experts == 1:
       out = moe.geglu_ffn(tokens, jax.tree.map(lambda p: p[0], params))

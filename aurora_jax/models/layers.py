@@ -1,7 +1,8 @@
 """Building blocks of generator and discriminator, all with an equalised learning rate (arXiv 1710.10196).
 
 A stored weight is ~ N(0, 1) / lr_multiplier and is multiplied by lr_multiplier / sqrt(fan_in) at run time; a stored bias
-by lr_multiplier. That scaling is part of the parameterisation, so checkpoints move between systems unchanged.
+by lr_multiplier. That scaling is part of the parameterisation, so checkpoints move between systems unchanged. It is done
+to the activations: a scaled copy of every weight would cost more memory and time than the products of a single image.
 
   B batch, H height, W width, N tokens, D channels, K kernels
 """
@@ -59,7 +60,7 @@ class Dense(nn.Module):
   def __call__(self, x):
     inputs = x.shape[-1]
     weight = self.param("weight", scaled_normal(self.lr_multiplier, self.weight_scale), (inputs, self.features))
-    y = x @ (weight * (self.lr_multiplier / math.sqrt(inputs))).astype(x.dtype)
+    y = (x @ weight.astype(x.dtype)) * (self.lr_multiplier / math.sqrt(inputs))
     if self.use_bias:
       bias = self.param("bias", constant(self.bias_init, self.lr_multiplier), (self.features,))
       y = y + (bias * self.lr_multiplier).astype(x.dtype)
@@ -77,9 +78,9 @@ class Conv(nn.Module):
     size, inputs = self.kernel_size, x.shape[-1]
     weight = self.param("weight", scaled_normal(), (size, size, inputs, self.features))
     bias = self.param("bias", constant(0.0), (self.features,))
-    kernel = (weight / math.sqrt(size * size * inputs)).astype(x.dtype)
-    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return y + bias.astype(y.dtype)
+    y = jax.lax.conv_general_dilated(x, weight.astype(x.dtype), (1, 1), "SAME",
+                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y / math.sqrt(size * size * inputs) + bias.astype(y.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -119,9 +120,8 @@ class ModulatedConv(nn.Module):
   def __call__(self, x, w):
     inputs, size = x.shape[-1], self.kernel_size
     weight = self.param("weight", scaled_normal(), (self.kernels, size, size, inputs, self.features))
-    weight = weight / math.sqrt(size * size * inputs)
     bias = self.param("bias", constant(0.0), (self.features,))
-    style = Dense(inputs, bias_init=1.0, name="style")(w)
+    style = Dense(inputs, bias_init=1.0, name="style")(w) / math.sqrt(size * size * inputs)
     mix = None
     if self.kernels > 1:
       mix = jax.nn.softmax(Dense(self.kernels, bias_init=1.0, name="mix")(w), axis=-1)
@@ -139,9 +139,9 @@ class ModulatedConv(nn.Module):
     mtm_weight = self.param("mtm_weight", scaled_normal(), (1, 3, 3, inputs, outputs))
     mtm_bias = self.param("mtm_bias", constant(0.0), (outputs,))
     mtm_scale = self.param("mtm_scale", constant(0.0), (outputs,))
-    mtm_style = Dense(inputs, bias_init=1.0, name="mtm_style")(w)
+    mtm_style = Dense(inputs, bias_init=1.0, name="mtm_style")(w) / math.sqrt(9 * inputs)
     # The norm of the unscaled filter, as released (demodulation's epsilon aside the scale would cancel).
-    prediction = modulated.modulated_conv(x, mtm_weight / math.sqrt(9 * inputs), mtm_style)
+    prediction = modulated.modulated_conv(x, mtm_weight, mtm_style)
     prediction = prediction.astype(jnp.float32) * mtm_scale + mtm_bias
     offsets = prediction[..., :18].reshape(batch, height, width, 9, 2)
     mask = 2 * jax.nn.sigmoid(prediction[..., 18:])

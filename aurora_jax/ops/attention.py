@@ -16,8 +16,13 @@ def safe_sqrt(x):
 
 
 def _attend(logits, values, dtype):
-  weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(dtype)
-  return jnp.einsum("banm,bmad->bnad", weights, values)
+  """Softmax in float32, normalised after the product with the values: D numbers per query instead of M."""
+  logits = logits.astype(jnp.float32)
+  highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  weights = jnp.exp(logits - highest)
+  total = jnp.sum(weights, axis=-1).swapaxes(1, 2)  # [B, N, A]
+  out = jnp.einsum("banm,bmad->bnad", weights.astype(dtype), values)
+  return (out / total[..., None]).astype(dtype)
 
 
 def _l2_attend(queries, keys, values):

@@ -1,9 +1,12 @@
 """Modulated, demodulated convolution with sample-adaptive kernels (StyleGAN2; GigaGAN, arXiv 2303.05511, section 3.1).
 
 The filter of sample b is W_b = sum_k mix[b, k] W_k, its input channels scaled by the style, its output channels by the
-demodulation coefficient. Both scalings move to the activations, so no per-sample filter is ever built:
+demodulation coefficient. Both scalings move to the activations, so without adaptive kernels all samples share a filter:
 
   y = conv(x * style, W) * demodulation
+
+With K kernels there are two ways. On small maps the K scaled copies of the input go through one convolution, which costs
+K convolutions and no filter of a sample's own. On large maps the filters are mixed per sample, which costs one.
 
 The released code also divides filters and style by their RMS before demodulating; demodulation cancels that.
 
@@ -44,6 +47,27 @@ def demodulation(weight, style, mix=None, eps=1e-8):
         pair = mix[:, k] * mix[:, l] * (1.0 if k == l else 2.0)
         squared = squared + (style_squared @ inner) * pair[:, None]
   return jax.lax.rsqrt(squared + eps)
+
+
+# Maps of at least this many pixels mix filters instead of inputs.
+_MIXED_FILTERS_FROM = 256
+
+
+def _demodulation_of_mixed(kernels, style, eps=1e-8):
+  """The factor of `demodulation` from filters that are already mixed. kernels [B, kh, kw, I, O], style [B, I] -> [B, O]."""
+  norms = jnp.sum(jnp.square(kernels.astype(jnp.float32)), axis=(1, 2))  # [B, I, O]
+  squared = jnp.einsum("bi,bio->bo", jnp.square(style.astype(jnp.float32)), norms)
+  return jax.lax.rsqrt(squared + eps)
+
+
+def _conv_per_sample(x, kernels):
+  """Each sample with its own filter. x [B, H, W, I], kernels [B, kh, kw, I, O] -> [B, H, W, O]."""
+  conv = lambda image, kernel: _conv(image[None], kernel, "SAME")[0]
+  if len(x) == 1:
+    return conv(x[0], kernels[0])[None]
+  # One after the other on a CPU, where a grouped convolution would be slow; as one grouped convolution elsewhere.
+  return jax.lax.platform_dependent(x, kernels, cpu=lambda x, k: jax.lax.map(lambda item: conv(*item), (x, k)),
+                                    default=jax.vmap(conv))
 
 
 def _conv(x, kernel, padding):
@@ -95,8 +119,8 @@ def modulated_conv(x, weight, style, mix=None, *, demodulate=True, upsample=Fals
 
   Args:
     x: [B, H, W, I].
-    weight: [K, kh, kw, I, O], with the equalised learning rate's factor applied.
-    style: [B, I].
+    weight: [K, kh, kw, I, O].
+    style: [B, I], with the equalised learning rate's factor applied.
     mix: [B, K] weights of the kernels (a softmax), or None for K = 1.
     demodulate: whether output channels are scaled to unit filter norm.
     upsample: stride-2 transposed convolution and FIR filter; 3x3 kernels only.
@@ -106,6 +130,17 @@ def modulated_conv(x, weight, style, mix=None, *, demodulate=True, upsample=Fals
   """
   dtype = x.dtype
   x = x * style[:, None, None].astype(dtype)
+  if mix is not None and x.shape[1] * x.shape[2] >= _MIXED_FILTERS_FROM:
+    kernels = jnp.tensordot(mix.astype(weight.dtype), weight, 1)  # [B, kh, kw, I, O]
+    factor = _demodulation_of_mixed(kernels, style) if demodulate else None
+    kernels = kernels.astype(dtype)
+    if upsample:
+      y = resample.smooth_transposed(jax.vmap(lambda image, kernel: transposed_conv(image[None], kernel)[0])(x, kernels))
+    elif kernels.shape[1:3] == (1, 1):
+      y = jnp.einsum("bhwi,bio->bhwo", x, kernels[:, 0, 0])
+    else:
+      y = _conv_per_sample(x, kernels)
+    return y * factor[:, None, None].astype(dtype) if demodulate else y
   if mix is not None:
     x = _mixed_input(x, mix)
   kernel = _stacked_kernel(weight).astype(dtype)

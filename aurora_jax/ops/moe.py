@@ -25,7 +25,7 @@ BACKENDS = ("dense", "bucket", "grouped")
 
 
 class ExpertParams(NamedTuple):
-  """The experts' weights, stacked, with the equalised learning rate's factors applied."""
+  """The experts' weights as they are stored, stacked; `geglu_ffn` applies the equalised learning rate's factors."""
 
   in_weight: jax.Array  # [E, D, 2 F]: value and gate
   in_bias: jax.Array  # [E, 2 F]
@@ -43,11 +43,12 @@ def geglu_ffn(x, params):
   Returns:
     [..., C, D].
   """
-  dtype = x.dtype
-  hidden = x @ params.in_weight.astype(dtype) + params.in_bias[..., None, :].astype(dtype)
+  dtype, width, inner = x.dtype, x.shape[-1], params.out_weight.shape[-2]
+  # The factors 1 / sqrt(fan in) go onto the activations, which are the smaller ones.
+  hidden = (x @ params.in_weight.astype(dtype)) / math.sqrt(width) + params.in_bias[..., None, :].astype(dtype)
   value, gate = jnp.split(hidden, 2, axis=-1)
   hidden = value * jax.nn.gelu(gate, approximate=False)
-  return hidden @ params.out_weight.astype(dtype) + params.out_bias[..., None, :].astype(dtype)
+  return (hidden @ params.out_weight.astype(dtype)) / math.sqrt(inner) + params.out_bias[..., None, :].astype(dtype)
 
 
 def dense_ffn(x, expert, params):
@@ -130,30 +131,55 @@ def bucket_ffn(x, expert, position, params, capacity):
                         lambda buckets: geglu_ffn(buckets.reshape(experts, capacity, -1), params).reshape(slots, -1))
 
 
-def grouped_ffn(x, expert, position, load, params, tile=64):
-  """Each token through its own expert, in tiles of `tile` slots that belong to one expert each.
+# Tiles whose weights, all together, are larger than this go one after the other.
+_REPEATED_BYTES = 1 << 27
+
+
+def _tile_size(tokens, experts):
+  """Slots of a tile: about half an expert's mean load, a power of two from 64 to 256."""
+  half = max(1, tokens // (2 * experts))
+  return min(256, max(64, 1 << (half.bit_length() - 1)))
+
+
+def grouped_ffn(x, expert, position, load, params):
+  """Each token through its own expert, in tiles of slots that belong to one expert each.
+
+  Small experts: the weights are repeated per tile and all tiles go through one batched product. Large ones: one tile
+  after the other, and those that hold no token are passed over.
 
   Args:
     x: [T, D].
     expert, position: [T] int32.
     load: [E] int32, tokens per expert.
     params: ExpertParams.
-    tile: slots of a tile.
 
   Returns:
     [T, D].
   """
   tokens, experts = x.shape[0], params.in_weight.shape[0]
+  tile = _tile_size(tokens, experts)
   tiles = -(-tokens // tile) + experts - 1  # the most that any load needs
   ends = jnp.cumsum(-(-load // tile))  # [E], in tiles
   starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
   slot = starts[expert] * tile + position
   owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), experts - 1)  # [tiles]
-  # A product with a one-hot matrix: its gradient is a product too, where a gather's would be a scatter of whole matrices.
-  selector = jax.nn.one_hot(owner, experts, dtype=params.in_weight.dtype)
-  repeated = jax.tree.map(lambda p: jnp.tensordot(selector, p, 1), params)
-  return _through_slots(x, slot, tiles * tile,
-                        lambda slots: geglu_ffn(slots.reshape(tiles, tile, -1), repeated).reshape(tiles * tile, -1))
+
+  def all_at_once(slots):
+    # A product with a one-hot matrix: its gradient is a product too, where a gather's would be a scatter of matrices.
+    selector = jax.nn.one_hot(owner, experts, dtype=params.in_weight.dtype)
+    repeated = jax.tree.map(lambda p: jnp.tensordot(selector, p, 1), params)
+    return geglu_ffn(slots.reshape(tiles, tile, -1), repeated)
+
+  def one_by_one(slots):
+    def feed_forward(item):
+      index, rows = item
+      run = lambda rows: geglu_ffn(rows, jax.tree.map(lambda p: p[owner[index]], params))
+      return jax.lax.cond(index < ends[-1], run, jnp.zeros_like, rows)
+    return jax.lax.map(feed_forward, (jnp.arange(tiles), slots.reshape(tiles, tile, -1)))
+
+  weights = sum(p.size * p.dtype.itemsize for p in params) // experts * tiles
+  apply = all_at_once if weights <= _REPEATED_BYTES else one_by_one
+  return _through_slots(x, slot, tiles * tile, lambda slots: apply(slots).reshape(tiles * tile, -1))
 
 
 def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FACTORS):
