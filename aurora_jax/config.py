@@ -113,9 +113,20 @@ class Generator:
     """Feature channels at a resolution."""
     return min(self.channels_base // resolution, self.channels_max)
 
-  def for_sampling(self):
-    """The same generator with every sample by itself, as the released scripts run it, whatever the batch."""
-    return dataclasses.replace(self, text_attention="independent") if self.text_attention == "uniform" else self
+  def for_sampling(self, backend):
+    """The same generator as it is sampled from: results as the released scripts give them, ways that suit the machine.
+
+    Every sample is by itself, whatever the batch. On a CPU experts and attention work in pieces that fit its cache.
+
+    Args:
+      backend: "cpu", "gpu" or "tpu".
+    """
+    changes = {"remat": False}
+    if self.text_attention == "uniform":
+      changes["text_attention"] = "independent"
+    if backend == "cpu":
+      changes |= {"moe_backend": "grouped", "attention_chunk": min(128, self.attention_chunk)}
+    return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ def sample_speed(cfg: config_lib.Generator, batches, repeats: int = 5):
   Yields:
     `SampleSpeed`.
   """
-  flops, variables, cfg = useful_flops(cfg), random_variables(cfg), cfg.for_sampling()
+  flops, variables, cfg = useful_flops(cfg), random_variables(cfg), cfg.for_sampling(jax.default_backend())
   run = jax.jit(lambda *arguments: generator_lib.Generator(cfg).apply(*arguments).image)
   rng = np.random.default_rng(1)
   for batch in batches:

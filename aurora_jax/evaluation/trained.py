@@ -69,7 +69,7 @@ def load(workdir, step=None, batch_size=32):
   experiment = folder.experiment()
   abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   step, state = checkpoint.read(folder.checkpoints, abstract, ("ema", "buffers"), step)
-  cfg = experiment.generator.for_sampling()
+  cfg = experiment.generator.for_sampling(jax.default_backend())
   return Trained(folder.path, experiment, step, {"params": state["ema"], "buffers": state["buffers"]},
                  clip_hf.load(experiment.text.clip),
                  sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size))

@@ -1,6 +1,6 @@
 """Attention by Euclidean distance (Lipschitz attention, arXiv 2006.04710; GigaGAN section 3.1) and by dot product.
 
-  B batch, N queries, M keys, A heads, D head width
+  B batch, N queries, M keys, A heads, G = B * A, D head width
 """
 
 import functools
@@ -15,24 +15,32 @@ def safe_sqrt(x):
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def _attend(logits, values, dtype):
-  """Softmax in float32, normalised after the product with the values: D numbers per query instead of M."""
+def _heads_first(x):
+  """[B, N, A, D] -> [B * A, N, D]: one batch axis, which XLA's CPU products want; with two they are four times slower."""
+  return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _heads_last(x, heads):
+  """[B * A, N, D] -> [B, N, A, D]."""
+  return x.reshape(-1, heads, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _attend(logits, values):
+  """Softmax in float32, normalised after the product with the values: D numbers per query instead of M.
+
+  logits [G, N, M], values [G, M, D] -> [G, N, D].
+  """
   logits = logits.astype(jnp.float32)
   highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
   weights = jnp.exp(logits - highest)
-  total = jnp.sum(weights, axis=-1).swapaxes(1, 2)  # [B, N, A]
-  out = jnp.einsum("banm,bmad->bnad", weights.astype(dtype), values)
-  return (out / total[..., None]).astype(dtype)
+  return ((weights.astype(values.dtype) @ values) / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)
 
 
-def _l2_attend(queries, keys, values):
-  dtype = values.dtype
-  queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
-  squared = (jnp.einsum("bnad,bnad->ban", queries, queries)[..., None]
-             + jnp.einsum("bmad,bmad->bam", keys, keys)[:, :, None]
-             - 2 * jnp.einsum("bnad,bmad->banm", queries, keys))
+def _l2_attend(queries, keys, key_squares, values):
+  """queries [G, N, D], keys [G, D, M], key_squares [G, 1, M], all float32, values [G, M, D] -> [G, N, D]."""
+  squared = jnp.sum(jnp.square(queries), axis=-1, keepdims=True) + key_squares - 2 * (queries @ keys)
   distance = safe_sqrt(jnp.maximum(squared, 0.0))
-  return _attend(-distance * queries.shape[-1]**-0.5, values, dtype)
+  return _attend(-distance * queries.shape[-1]**-0.5, values)
 
 
 def l2_attention(queries, keys, values, *, chunk=None):
@@ -46,15 +54,32 @@ def l2_attention(queries, keys, values, *, chunk=None):
   Returns:
     [B, N, A, D], the dtype of `values`. Distances and softmax are float32.
   """
-  count = queries.shape[1]
+  heads = queries.shape[2]
+  queries, keys, values = _heads_first(queries.astype(jnp.float32)), _heads_first(keys.astype(jnp.float32)), _heads_first(values)
+  attend = functools.partial(_chunked_l2_attend, chunk=chunk)
+  if chunk is None or queries.shape[1] <= chunk or len(queries) == heads:
+    return _heads_last(attend(queries, keys, values), heads)
+  # A CPU takes one sample after the other, so that a chunk's logits stay in its cache.
+  by_sample = lambda *args: jax.lax.map(lambda one: attend(*one), [x.reshape(-1, heads, *x.shape[1:]) for x in args])
+  out = jax.lax.platform_dependent(queries, keys, values, default=attend,
+                                   cpu=lambda *args: by_sample(*args).reshape(queries.shape[:2] + values.shape[2:]))
+  return _heads_last(out, heads)
+
+
+def _chunked_l2_attend(queries, keys, values, chunk):
+  """queries [G, N, D], keys [G, M, D], float32, values [G, M, D] -> [G, N, D]."""
+  # What every chunk needs of the keys is made once, in the layout that the product wants.
+  keys = keys.swapaxes(1, 2)
+  attend = functools.partial(_l2_attend, keys=keys, key_squares=jnp.sum(jnp.square(keys), axis=1, keepdims=True),
+                             values=values)
+  groups, count, width = queries.shape
   if chunk is None or count <= chunk:
-    return _l2_attend(queries, keys, values)
+    return attend(queries)
   if count % chunk:
     raise ValueError(f"attention chunk {chunk} does not divide {count} queries")
-  chunks = queries.reshape(queries.shape[0], count // chunk, chunk, *queries.shape[2:]).swapaxes(0, 1)
-  attend = jax.checkpoint(functools.partial(_l2_attend, keys=keys, values=values))
-  out = jax.lax.map(attend, chunks)  # [N / chunk, B, chunk, A, D]
-  return out.swapaxes(0, 1).reshape(queries.shape)
+  chunks = queries.reshape(groups, count // chunk, chunk, width).swapaxes(0, 1)
+  out = jax.lax.map(jax.checkpoint(attend), chunks)  # [N / chunk, G, chunk, D]
+  return out.swapaxes(0, 1).reshape(groups, count, values.shape[-1])
 
 
 def dot_attention(queries, keys, values, mask=None):
@@ -68,7 +93,9 @@ def dot_attention(queries, keys, values, mask=None):
   Returns:
     [B, N, A, D], the dtype of `values`.
   """
-  logits = jnp.einsum("bnad,bmad->banm", queries, keys) * queries.shape[-1]**-0.5
+  batch, _, heads, width = queries.shape
+  logits = (_heads_first(queries) @ _heads_first(keys).swapaxes(1, 2)) * width**-0.5  # [B * A, N, M]
   if mask is not None:
+    mask = jnp.broadcast_to(mask, (batch, heads, *logits.shape[1:])).reshape(logits.shape)
     logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-  return _attend(logits, values, values.dtype)
+  return _heads_last(_attend(logits, _heads_first(values)), heads)

@@ -122,7 +122,7 @@ def _freeze(experiment, dataset, clip):
 
 def _sampler(experiment, clip, frozen):
   """Fixed prompts and latents through the EMA generator; each prompt on its own, so that a grid never changes meaning."""
-  train, cfg = experiment.train, experiment.generator.for_sampling()
+  train, cfg = experiment.train, experiment.generator.for_sampling(jax.default_backend())
   prompts, latents = tuple(train.sample_prompts), train.sample_latents
   if not prompts:
     return None
