@@ -4,25 +4,21 @@ A folder holds `config.json`, `model.safetensors` (or shards with an index, or `
 files and `preprocessor_config.json`.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import secrets
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
-from aurora_jax.interop import clip_names
+from aurora_jax.interop import clip_names, tensor_files
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, abstract_variables
 
 _NAMES_IN_AN_ERROR = 6
@@ -99,11 +95,10 @@ def load(folder: str | os.PathLike) -> ClipBundle:
     raise UserError(
         f"{folder}: the tokenizer has {tokenizer.vocabulary_size} entries, the model only {config.text.vocabulary_size}"
     )
-  with _open_weights(folder) as weights:
-    return ClipBundle(config, {"params": _fill(config, weights, folder)}, tokenizer)
+  return ClipBundle(config, {"params": _fill(config, _open_weights(folder), folder)}, tokenizer)
 
 
-def _fill(config: ClipConfig, weights: dict[str, Callable], folder: pathlib.Path) -> dict[str, Any]:
+def _fill(config: ClipConfig, weights: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """Our parameter tree from named tensors; every misfit goes into one error."""
   abstract = abstract_variables(config)["params"]
   entries = {entry.name: entry for entry in clip_names.entries(config)}
@@ -115,11 +110,11 @@ def _fill(config: ClipConfig, weights: dict[str, Callable], folder: pathlib.Path
   for name, entry in entries.items():
     if name in missing:
       continue
-    array = weights[name]()
+    array = weights[name]
     if array.shape != entry.shape:
       misshapen.append(f"{name} {list(array.shape)} instead of {list(entry.shape)}")
       continue
-    entry.leaf(params)[entry.index] = entry.layout.to_ours(array)
+    entry.leaf(params)[entry.index] = entry.layout.to_ours(array.read())
   problems = []
   for what, names in (("missing", missing), ("left over", unknown), ("misshapen", misshapen)):
     if names:
@@ -191,19 +186,12 @@ def _tower_values(values: dict) -> dict:
   }
 
 
-@contextlib.contextmanager
-def _open_weights(folder: pathlib.Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
-  """Gives, per name, a function that reads the tensor; the files stay open inside the `with`."""
-  with contextlib.ExitStack() as stack:
-    weights = {}
-    for path in _weight_files(folder):
-      try:
-        weights.update(_open_torch(path) if path.suffix == ".bin" else _open_safetensors(path, stack))
-      except UserError:
-        raise
-      except Exception as error:  # each library has its own exceptions for a damaged file
-        raise UserError(f"cannot read the weights in {path}: {error}") from error
-    yield weights
+def _open_weights(folder: pathlib.Path) -> dict[str, Any]:
+  """The arrays of a folder's weight files by name; they stay on the disk until they are read."""
+  weights = {}
+  for path in _weight_files(folder):
+    weights |= {name: value for name, value in tensor_files.read(path).items() if tensor_files.is_array(value)}
+  return weights
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -219,21 +207,6 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"{folder}: shards of the weights are missing: {', '.join(absent) or 'all'}")
       return files
   raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
-
-
-def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], np.ndarray]]:
-  file = stack.enter_context(safetensors.safe_open(path, framework="np"))
-  return {name: lambda name=name: file.get_tensor(name) for name in file.keys()}
-
-
-def _open_torch(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
-  try:
-    import torch  # only here: everything else works without it
-  except ImportError as error:
-    raise UserError(f"{path} needs PyTorch to be read; install torch or use a safetensors file") from error
-  # weights_only: the file is a pickle, and nothing in it may run.
-  state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-  return {name: lambda name=name: state[name].to(torch.float32).numpy() for name in state}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,230 @@
+"""Files of named arrays: PyTorch's (.pth, .pt, .bin) and safetensors, read one array at a time and written likewise.
+
+Nothing in a file is ever run. PyTorch's zip files are read by `torch_zip`, with or without PyTorch: it reads the same
+either way, and `torch.load(mmap=True)` would count the mapped file as memory beside the model. PyTorch's format before
+1.6 is left to `torch.load(weights_only=True)`.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import warnings
+import zipfile
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from aurora_jax.errors import UserError
+from aurora_jax.interop import torch_zip
+from aurora_jax.interop.stored_array import StoredArray
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+}
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = TORCH_SUFFIXES + (".safetensors",)
+
+
+def read(path):
+  """What a file of arrays holds.
+
+  Args:
+    path: .pth, .pt, .bin (PyTorch) or .safetensors.
+
+  Returns:
+    A mapping, possibly nested, whose arrays are `StoredArray` (or, of PyTorch's format before 1.6, `TorchArray`),
+    besides whatever plain values the file has.
+
+  Raises:
+    UserError: no such file, of another kind, cut off, or with code in it: one line that names it.
+  """
+  path = pathlib.Path(path)
+  if path.suffix not in SUFFIXES:
+    raise UserError(f"{path}: weights are read from {', '.join(SUFFIXES)}")
+  _refuse_other_kinds(path)
+  if path.suffix == ".safetensors":
+    return _read_safetensors(path)
+  content = torch_zip.read(path) if zipfile.is_zipfile(path) else _read_old_torch(path)
+  if not isinstance(content, Mapping):
+    raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
+  return content
+
+
+def is_array(value):
+  """Whether a value of `read`'s mapping is an array."""
+  return isinstance(value, (StoredArray, TorchArray))
+
+
+class TorchArray:
+  """A tensor that PyTorch has loaded, with the interface of `StoredArray`."""
+
+  def __init__(self, tensor):
+    self._tensor = tensor.detach()
+    self.shape = tuple(tensor.shape)
+
+  def read(self):
+    """The tensor as a numpy array."""
+    import torch  # pylint: disable=g-import-not-at-top
+
+    if self._tensor.dtype == torch.bfloat16:  # numpy has none of its own
+      return self._tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return self._tensor.numpy()
+
+  def __array__(self, dtype=None, copy=None):
+    array = self.read()
+    return np.array(array, dtype=dtype) if copy else np.asarray(array, dtype=dtype)
+
+
+def _refuse_other_kinds(path):
+  """Says what a file is that holds no weights: missing, empty, a web page, a pointer to a large file, a cut-off zip."""
+  try:
+    with open(path, "rb") as stream:
+      head = stream.read(64)
+  except IsADirectoryError as error:
+    raise UserError(f"{path} is a folder, not a file of weights") from error
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+  if not head:
+    raise UserError(f"{path} is empty")
+  if path.suffix in TORCH_SUFFIXES and not zipfile.is_zipfile(path):
+    torch_zip.refuse_code(path)  # the oldest pickles are text
+  if head.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+    begin = " ".join(head[:40].decode().split())
+    raise UserError(f"{path} is a text file, not weights (it begins with '{begin}'): was the download a web page, or a "
+                    "pointer to the file?")
+  if path.suffix != ".safetensors" and head.startswith(b"PK") and not zipfile.is_zipfile(path):
+    raise UserError(f"{path} is cut off: its {path.stat().st_size:,} bytes begin as a zip file and do not end as one")
+
+
+def _read_safetensors(path):
+  try:
+    with safetensors.safe_open(path, framework="np"):
+      pass  # it checks that the offsets fill the file
+    with open(path, "rb") as stream:
+      size = int.from_bytes(stream.read(8), "little")
+      header = json.loads(stream.read(size))
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
+    raise UserError(f"{path} is no safetensors file, or is cut off: {error}") from error
+  header.pop("__metadata__", None)
+  unknown = sorted({entry["dtype"] for entry in header.values()} - _SAFETENSORS_DTYPES.keys())
+  if unknown:
+    raise UserError(f"{path} has arrays of type {', '.join(unknown)}, which cannot be read")
+  return {name: StoredArray(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]),
+                            np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]))
+          for name, entry in header.items()}
+
+
+def _read_old_torch(path):
+  """PyTorch's format before 1.6, which only PyTorch reads."""
+  try:
+    import torch  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise UserError(f"{path} is no zip file: PyTorch's format before 1.6 needs PyTorch to be read (install torch, or "
+                    "use a safetensors file), and any other is no weights") from error
+  try:
+    with warnings.catch_warnings(action="ignore"):  # about pickles that are none
+      # weights_only: the file is a pickle, and nothing in it may run.
+      content = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:  # a damaged pickle can raise anything
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = next((line for line in lines if "error:" in line), lines[0])
+    raise UserError(f"{path} cannot be read by PyTorch as weights: {reason}") from error
+
+  def wrap(value):
+    if isinstance(value, torch.Tensor):
+      return TorchArray(value)
+    return {name: wrap(entry) for name, entry in value.items()} if isinstance(value, Mapping) else value
+
+  return wrap(content)
+
+
+@contextlib.contextmanager
+def written_beside(path, *, overwrite=False):
+  """Yields a path beside `path`, renamed to it when the block ends well and removed otherwise.
+
+  Raises:
+    UserError: `path` exists (without `overwrite`), or cannot be written.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise UserError(f"{path} is a folder, not a file")
+  if path.exists() and not overwrite:
+    raise UserError(f"{path} exists; choose another name or say --overwrite")
+  beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield beside
+    os.replace(beside, path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+  finally:
+    with contextlib.suppress(OSError):
+      beside.unlink()
+
+
+def write_safetensors(path, shapes, arrays):
+  """Writes float32 arrays as they come, so that they need not be in memory together.
+
+  Args:
+    path: the file; overwritten.
+    shapes: {name: shape} of all of them.
+    arrays: iterable of (name, array), every name once, in any order.
+  """
+  offset, header = 0, {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say "pt"
+  for name, shape in shapes.items():
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+    offset += size
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with open(path, "wb") as stream:
+    stream.write(len(text).to_bytes(8, "little") + text)
+    left = set(shapes)
+    for name, array in arrays:
+      array = np.asarray(array, "<f4", order="C")
+      if array.shape != tuple(shapes[name]):
+        raise ValueError(f"{name} is {array.shape}, announced as {shapes[name]}")
+      left.remove(name)
+      stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+      stream.write(array.data if array.ndim else array.tobytes())
+    if left:
+      raise ValueError(f"not written: {sorted(left)}")
+    stream.truncate(8 + len(text) + offset)
+
+
+def write_torch(path, state_dicts):
+  """Writes {key: {name: float32 array}} as `torch.save` does. Names of the same array object share a storage.
+
+  Args:
+    path: the file; overwritten.
+    state_dicts: mapping of mappings.
+
+  Raises:
+    UserError: PyTorch is not installed.
+  """
+  torch = require_torch(path)
+  tensors = {}
+
+  def tensor(array):
+    if id(array) not in tensors:
+      tensors[id(array)] = torch.from_numpy(array)
+    return tensors[id(array)]
+
+  torch.save({key: {name: tensor(array) for name, array in arrays.items()} for key, arrays in state_dicts.items()},
+             path)
+
+
+def require_torch(path):
+  """PyTorch, or a UserError that says how to do without."""
+  try:
+    import torch  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise UserError(f"{path}: writing this format needs PyTorch (pip install torch); a .safetensors file does not"
+                    ) from error
+  return torch
