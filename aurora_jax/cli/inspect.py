@@ -96,6 +96,11 @@ def _run_lines(path):
   yield f"run        {path} ({experiment.name})"
   yield f"trains     {_networks_in_words(experiment)}"
   yield f"on         {experiment.data.path} [{experiment.data.split}], text by {experiment.text.clip}"
+  parts = checkpoint.only_parts(folder.checkpoints) if steps else None
+  if parts is not None:
+    yield f"converted  {', '.join(parts)}: to sample from, or to begin a run with (--config.train.init_from={path})"
+    yield f"saved      {_bytes(checkpoint.size_bytes(folder.checkpoints, steps[-1]))}"
+    return
   yield (f"progress   step {last['step']:,} of {train.total_steps:,}, {last['step'] * train.batch_size:,} images in "
          f"batches of {train.batch_size}, {progress.duration(last['seconds'])} of training")
   if measured:

@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "prompts to a PNG grid",
     "evaluate": "metrics of a run by a named protocol",
     "bench": "measurements of this project on this machine",
+    "convert": "a released PyTorch checkpoint to ours, and back",
     "inspect": "a run, a data set or a config, in words",
 }
 

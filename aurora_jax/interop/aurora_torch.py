@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aurora_jax import config as config_lib
 from aurora_jax.errors import UserError
+from aurora_jax.interop.aurora_config import config_from_released, config_to_released  # noqa: F401
 from aurora_jax.models import generator
 
 # Per layout: the released array as ours, and back. Both are permutations, hence exact.
@@ -30,92 +30,6 @@ class Entry(NamedTuple):
   names: tuple[str, ...]  # released names: one per expert if `stacked`, else all names of the same tensor
   layout: str
   stacked: bool = False
-
-
-_CONSTRUCTOR = {
-    # released keyword: (our field, its type); per-resolution mappings have string keys there
-    "resolution": ("resolution", int),
-    "z_dim": ("z_dim", int),
-    "w_dim": ("w_dim", int),
-    "mapping_layers": ("mapping_layers", int),
-    "mapping_fmaps": ("mapping_width", int),
-    "mapping_lr_mul": ("mapping_lr_multiplier", float),
-    "clip_out_dim": ("text_feature_dim", int),
-    "context_dim": ("text_dim", int),
-    "num_layers_text_enc": ("text_layers", int),
-    "text_lr_mul": ("text_lr_multiplier", float),
-    "text_head_gain": ("text_residual_gain", float),
-    "fmaps_base": ("channels_base", int),
-    "fmaps_max": ("channels_max", int),
-    "num_block_per_res": ("blocks", dict),
-    "num_adaptive_kernels": ("adaptive_kernels", dict),
-    "attn_depth": ("attention_depth", dict),
-    "num_experts": ("experts", dict),
-    "num_heads": ("heads", int),
-    "head_dim": ("head_dim", int),
-    "residual_gain": ("conv_residual_gain", float),
-    "attn_gain": ("attention_residual_gain", float),
-    "zero_out": ("zero_init_attention", bool),
-}
-
-# Keywords with one value that our generator implements.
-_FIXED = {
-    "init_res": 4, "image_channels": 3, "repeat_w": True, "normalize_z": True, "mapping_use_wscale": True,
-    "mapping_wscale_gain": 1.0, "use_class_label": False, "use_text_cond": True, "use_w_cond": False, "dropout": 0.0,
-    "text_use_wscale": True, "text_wscale_gain": 1.0, "normalize_text_cond": True, "fourier_feat": True,
-    "demodulate": True, "use_wscale": True, "wscale_gain": 1.0, "lr_mul": 1.0, "filter_kernel": (1, 3, 3, 1),
-    "conv_clamp": None, "l2_attention": True, "tie": False, "scale_in": False, "include_ff": True, "glu": False,
-    "mask_self": False, "final_tanh": False, "mtm": True, "skip_connection": True, "attn_ch_factor": 1,
-}
-
-# No effect on weights or results.
-_IGNORED = {"label_dim", "embedding_bias", "embedding_use_wscale", "embedding_wscale_gain",
-            "embedding_lr_mul", "normalize_class_embed", "use_checkpoint", "checkpoint_res", "eps", "embedding_dim"}
-
-
-def config_from_released(kwargs):
-  """The released constructor's keyword arguments as our configuration.
-
-  Args:
-    kwargs: mapping of `Text2ImageGenerator`'s keyword arguments; those left out take its defaults.
-
-  Returns:
-    A `config.Generator`.
-
-  Raises:
-    UserError: a keyword that does not exist, or a value that this generator does not implement.
-  """
-  fields = {"text_attention": "uniform"}
-  for name, value in kwargs.items():
-    if name in _CONSTRUCTOR:
-      field, kind = _CONSTRUCTOR[name]
-      fields[field] = config_lib.PerResolution({int(k): int(v) for k, v in value.items()}) if kind is dict else kind(value)
-    elif name in _FIXED:
-      value = tuple(value) if isinstance(value, list) else value
-      if value != _FIXED[name]:
-        raise UserError(f"released configuration: {name}={value!r} is not supported, only {_FIXED[name]!r}")
-    elif name not in _IGNORED | {"attn_resolutions", "ms_training_res"}:
-      raise UserError(f"released configuration: no keyword {name!r}")
-  cfg = config_lib.Generator(**{"output_resolutions": (4,), **_sized(fields)})
-  fields["text_heads"] = cfg.heads
-  attention = {int(r) for r in kwargs.get("attn_resolutions") or cfg.attention_depth}
-  for field in ("attention_depth", "experts"):
-    fields[field] = config_lib.PerResolution({r: v for r, v in getattr(cfg, field).items() if r in attention})
-  outputs = kwargs.get("ms_training_res") or cfg.resolutions
-  fields["output_resolutions"] = tuple(sorted(int(r) for r in outputs))
-  return config_lib.Generator(**fields)
-
-
-def _sized(fields):
-  """Keeps of every per-resolution mapping what is within the resolution, so that defaults of 64 pixels fit smaller ones."""
-  top = fields.get("resolution", config_lib.Generator.resolution)
-  defaults = config_lib.Generator()
-  for name in ("blocks", "adaptive_kernels", "attention_depth", "experts"):
-    values = fields.get(name, getattr(defaults, name))
-    fields[name] = config_lib.PerResolution({r: v for r, v in values.items() if r <= top})
-  if fields.get("heads", defaults.heads) != defaults.heads:
-    fields.setdefault("text_heads", fields["heads"])
-  return fields
 
 
 def _dense(path, name, bias=True):
@@ -240,12 +154,13 @@ def layer_names(cfg):
   return names
 
 
-def import_generator(state_dict, cfg):
-  """The released weights as our variables.
+def import_generator(state_dict, cfg, on_progress=None):
+  """The released weights as our variables. Arrays are taken one at a time: never a second copy of the model.
 
   Args:
-    state_dict: mapping name -> array (anything `np.asarray` takes).
+    state_dict: mapping name -> array (anything with a shape that `np.asarray` takes, `interop.tensor_files`' too).
     cfg: `config.Generator` that fits it.
+    on_progress: called with (arrays done, of how many).
 
   Returns:
     {"params": ..., "buffers": ...}, numpy float32.
@@ -253,48 +168,54 @@ def import_generator(state_dict, cfg):
   Raises:
     UserError (a ValueError): lists what is missing, left over or misshapen.
   """
-  left, missing, misshapen = set(state_dict), [], []
-  variables = {}
-
-  def take(name):
-    if name not in state_dict:
-      missing.append(name)
-      return None
-    left.discard(name)
-    return np.asarray(state_dict[name], dtype=np.float32)
-
-  expected = expected_shapes(cfg)
-  for entry in entries(cfg):
+  _check_names_and_shapes(state_dict, cfg)
+  variables, problems = {}, []
+  table = list(entries(cfg))
+  for done, entry in enumerate(table):
+    if on_progress is not None:
+      on_progress(done, len(table))
     to_ours = _LAYOUTS[entry.layout][0]
-    arrays = [take(name) for name in entry.names]
-    if any(array is None for array in arrays):
-      continue
-    bad = [(name, array.shape) for name, array in zip(entry.names, arrays) if array.shape != expected[name]]
-    if bad:
-      misshapen += [f"{name} is {shape}, expected {expected[name]}" for name, shape in bad]
-      continue
+    array = np.asarray(state_dict[entry.names[0]], dtype=np.float32)
     if entry.stacked:
-      value = np.stack([to_ours(array) for array in arrays])
+      value = np.empty((len(entry.names), *to_ours(array).shape), np.float32)
+      for expert, name in enumerate(entry.names):
+        value[expert] = to_ours(np.asarray(state_dict[name], dtype=np.float32))
     else:
-      if any(not np.array_equal(arrays[0], other) for other in arrays[1:]):
-        misshapen.append(f"{' and '.join(entry.names)} should be the same tensor and differ")
-      value = np.ascontiguousarray(to_ours(arrays[0]))
+      if any(not np.array_equal(array, np.asarray(state_dict[name], dtype=np.float32)) for name in entry.names[1:]):
+        problems.append(f"{' and '.join(entry.names)} should be the same tensor and differ")
+      value = np.array(to_ours(array), order="C")  # of its own: the caller's array may change
     node = variables
     for part in entry.path[:-1]:
       node = node.setdefault(part, {})
     node[entry.path[-1]] = value
   names, taps = fir_buffers(cfg)
-  for name in names:
-    array = take(name)
-    if array is not None and not np.allclose(array, taps, atol=1e-6):
-      misshapen.append(f"{name} is not the filter [1, 3, 3, 1]")
-  problems = []
-  for what, items in (("missing", missing), ("left over", sorted(left)), ("misshapen", misshapen)):
-    if items:
-      problems.append(f"{len(items)} {what}: {', '.join(items[:8])}{', ...' if len(items) > 8 else ''}")
+  problems += [f"{name} is not the filter [1, 3, 3, 1]" for name in names
+               if not np.allclose(np.asarray(state_dict[name], dtype=np.float32), taps, atol=1e-6)]
+  if problems:
+    raise UserError(f"the checkpoint does not fit the configuration; {_some(problems)}")
+  return variables
+
+
+def released_shapes(cfg):
+  """Shape of every array of the released state dict, {name: shape}, without allocating it."""
+  return expected_shapes(cfg) | {name: (4, 4) for name in fir_buffers(cfg)[0]}
+
+
+def _check_names_and_shapes(state_dict, cfg):
+  """Raises UserError for a state dict of another model; reads none of its arrays."""
+  expected = released_shapes(cfg)
+  missing = [name for name in expected if name not in state_dict]
+  left_over = sorted(set(state_dict) - expected.keys())
+  misshapen = [f"{name} is {np.shape(state_dict[name])}, expected {shape}" for name, shape in expected.items()
+               if name in state_dict and np.shape(state_dict[name]) != shape]
+  problems = [f"{len(items)} {what}: {_some(items)}"
+              for what, items in (("missing", missing), ("left over", left_over), ("misshapen", misshapen)) if items]
   if problems:
     raise UserError("the checkpoint does not fit the configuration; " + "; ".join(problems))
-  return variables
+
+
+def _some(items, most=8):
+  return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
 
 
 def export_generator(variables, cfg):
@@ -305,24 +226,30 @@ def export_generator(variables, cfg):
     cfg: `config.Generator`.
 
   Returns:
-    dict name -> numpy float32 array, contiguous.
+    dict name -> numpy float32 array, contiguous; all names of one tensor have the same array.
   """
-  state_dict = {}
+  return dict(exported(variables, cfg))
+
+
+def exported(variables, cfg):
+  """`export_generator`'s arrays one at a time: yields (name, array)."""
   for entry in entries(cfg):
     value = variables
     for part in entry.path:
       value = value[part]
-    to_torch = _LAYOUTS[entry.layout][1]
-    values = list(np.asarray(value)) if entry.stacked else [np.asarray(value)] * len(entry.names)
-    for name, array in zip(entry.names, values):
-      state_dict[name] = np.ascontiguousarray(to_torch(array))
+    value, to_torch = np.asarray(value), _LAYOUTS[entry.layout][1]
+    if entry.stacked:
+      for name, expert in zip(entry.names, value):
+        yield name, np.array(to_torch(expert), np.float32, order="C")
+    else:
+      array = np.array(to_torch(value), np.float32, order="C")
+      yield from ((name, array) for name in entry.names)
   names, taps = fir_buffers(cfg)
-  state_dict.update({name: taps.copy() for name in names})
-  return state_dict
+  yield from ((name, taps.copy()) for name in names)
 
 
 def expected_shapes(cfg):
-  """Shape of every released tensor, {name: shape}, from the model's own shapes without allocating it."""
+  """Shape of every released tensor but the FIR filters, {name: shape}, from the model's own abstract shapes."""
   abstract = generator.abstract_variables(cfg)
   shapes = {}
   for entry in entries(cfg):

@@ -30,6 +30,7 @@ except ImportError:  # not a Unix: no lock there
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
     "train.keep_checkpoints", "data.workers",
+    "train.init_from",  # a run that goes on has left its beginning behind
 })
 _NOTHING = "(nothing)"
 
@@ -199,7 +200,7 @@ def refuse_changes(folder, experiment, allowed=()):
 
   Raises:
     UserError: other fields differ (all are named, old -> new), a name in `allowed` does not exist, config.json cannot
-      be read.
+      be read, or the newest checkpoint is a converted one, with which no run can go on.
   """
   fields = _flatten(json.loads(config.to_json(experiment)))
   for name in allowed:
@@ -207,8 +208,12 @@ def refuse_changes(folder, experiment, allowed=()):
       raise UserError(f"--allow-config-change {name}: the config has no such field or group")
   if checkpoint.newest(folder.checkpoints) is None or not folder.config.is_file():
     return {}  # nothing was kept: whatever stands there begins anew
+  parts = checkpoint.only_parts(folder.checkpoints)
+  if parts is not None:
+    raise UserError(f"{folder.path} is a converted checkpoint ({', '.join(parts)}, no optimiser), not a run that could "
+                    f"go on: train with another --workdir and --config.train.init_from={folder.path}")
   changes = config_changes(_read_json(folder.config), experiment)
-  refused = [name for name in changes if not _is_allowed(name, allowed)]
+  refused = [name for name in changes if not is_allowed(name, allowed)]
   if refused:
     words = "; ".join(f"{name} {_show(changes[name][0])} -> {_show(changes[name][1])}" for name in refused)
     flags = " ".join(f"--allow-config-change {name}" for name in refused)
@@ -217,7 +222,8 @@ def refuse_changes(folder, experiment, allowed=()):
   return changes
 
 
-def _is_allowed(name, allowed):
+def is_allowed(name, allowed):
+  """Whether a field may differ from the stored one: always (FREE_FIELDS), or because it or its group was named."""
   return name in FREE_FIELDS or any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
 
 

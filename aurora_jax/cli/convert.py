@@ -1,0 +1,131 @@
+"""Takes a checkpoint of the released PyTorch code into a run's folder, or a run's generator back into that code.
+
+Released to ours (.pth, .pt, .bin or .safetensors; the folder can be sampled from, inspected and trained on):
+  python -m aurora_jax convert aurora_v1.pth runs/aurora_v1 --config configs/aurora_64.py --config.text.clip=CLIP
+  python -m aurora_jax convert model.pth runs/model --released-config model.json --clip CLIP
+  python -m aurora_jax train --workdir runs/tuned --config configs/aurora_64.py \\
+      --config.train.init_from=runs/aurora_v1 --config.generator.text_attention=independent \\
+      --config.data.path=DATA --config.text.clip=CLIP
+
+Ours to released (averaged weights; beside it model.json, the released constructor's keyword arguments):
+  python -m aurora_jax convert runs/tuned model.pth
+  python -m aurora_jax convert runs/tuned model.safetensors --step 4000
+
+A .pth file holds generator_smooth (the averaged weights) and / or generator, as the released scripts load it; a
+.safetensors file is a bare state dict. Both load with strict=True there. Nothing in a file is ever run: a pickle with
+anything but tensors and plain values in it is refused. Writing .pth needs PyTorch, nothing else does.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from aurora_jax import config as config_lib
+from aurora_jax.errors import UserError
+
+
+def add_arguments(parser):
+  parser.add_argument("source", metavar="SOURCE", help="a released weight file, or a run's folder")
+  parser.add_argument("target", metavar="TARGET", help="the run's folder to make, or the weight file to write")
+  parser.add_argument("--config", metavar="FILE[:VARIANT]", help="to ours: the experiment that the weights belong to, "
+                      "e.g. configs/aurora_64.py; --config.GROUP.NAME=VALUE sets single values")
+  parser.add_argument("--released-config", metavar="JSON", help="to ours, in place of --config: the released "
+                      "constructor's keyword arguments (default: the .json beside the weight file, if there is one)")
+  parser.add_argument("--clip", metavar="DIR", help="to ours: the CLIP folder, the same as --config.text.clip=DIR")
+  parser.add_argument("--weights", choices=("ema", "generator", "both"), help="to ours: which of the file's sets "
+                      "(default both, each to its own part); to released: which to write (default ema)")
+  parser.add_argument("--step", type=int, metavar="S", help="to released: of the checkpoint (default: the newest)")
+  parser.add_argument("--overwrite", action="store_true", help="replace the file, or an earlier conversion")
+
+
+def run(args):
+  source = pathlib.Path(args.source)
+  if not source.exists():
+    raise UserError(f"nothing to convert at {source}: it does not exist")
+  if source.is_dir():
+    _to_released(args)
+  else:
+    _to_ours(args)
+
+
+def _to_released(args):
+  others = {"--config": args.config_argv, "--released-config": args.released_config, "--clip": args.clip}
+  for name, given in others.items():
+    if given:
+      raise UserError(f"{name} is for the other way: {args.source} is a run's folder and has its own config")
+
+  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import exchange  # pylint: disable=g-import-not-at-top
+
+  done = exchange.export_released(args.source, args.target, args.weights or "ema", args.step,
+                                  overwrite=args.overwrite, stage=progress)
+  sets = " and ".join(f"{part} as {name}" if name else part for part, name in done.weights.items())
+  print(f"{done.path}: {sets} of step {done.step:,}, {done.values / 1e6:,.2f} M parameters; the constructor's "
+        f"arguments in {done.path.with_suffix('.json')}")
+
+
+def _to_ours(args):
+  if args.step is not None:
+    raise UserError(f"--step is for a run's folder, {args.source} is a file")
+  if pathlib.Path(args.target).suffix in (".pth", ".pt", ".bin", ".safetensors"):
+    raise UserError(f"{args.source} is a weight file, so the target must be a run's folder, not {args.target}")
+
+  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import exchange  # pylint: disable=g-import-not-at-top
+
+  experiment, notes = _experiment(args)
+  done = exchange.import_released(args.source, args.target, experiment, args.weights or "both",
+                                  overwrite=args.overwrite, stage=progress)
+  for note in (*notes, *done.notes):
+    print(f"note: {note}")
+  sets = ", ".join(f"{part} from {name or 'the state dict'}" for part, name in done.weights.items())
+  print(f"{done.path}: {sets}, {done.values / 1e6:,.2f} M parameters")
+
+
+def _experiment(args):
+  """The experiment of the imported weights, and what was decided on the way."""
+  from aurora_jax.training import exchange  # pylint: disable=g-import-not-at-top
+
+  beside = pathlib.Path(args.source).with_suffix(".json")
+  released = args.released_config
+  if args.config_argv and released:
+    raise UserError("--config and --released-config say the same: give one of them")
+  if not args.config_argv and not released and not beside.is_file():
+    raise UserError("which generator is it? --config configs/NAME.py, or --released-config FILE.json with the released "
+                    "constructor's keyword arguments")
+  notes = []
+  if args.config_argv:
+    experiment = config_lib.load(args.config_argv)
+    if args.clip:
+      experiment = dataclasses.replace(experiment, text=config_lib.Text(clip=args.clip))
+  else:
+    path = pathlib.Path(released or beside)
+    experiment = exchange.experiment_of(_released_generator(path), pathlib.Path(args.target).name, args.clip or "")
+    if not released:
+      notes.append(f"the generator is that of {path}")
+  generator, field = experiment.generator, "generator.text_attention"
+  asked_for = any(flag.startswith(f"--config.{field}=") for flag in args.config_argv)
+  if generator.text_attention == "scaled" and not asked_for:
+    generator = dataclasses.replace(generator, text_attention="independent")
+    notes.append(f"{field} is 'independent', what the weights were trained for, instead of the config's 'scaled' "
+                 f"(--config.{field}=scaled keeps it)")
+  if not experiment.text.clip:
+    notes.append("no CLIP is named, so nothing can be sampled yet: give --clip DIR, or set text.clip in config.json")
+  return dataclasses.replace(experiment, generator=generator), notes
+
+
+def _released_generator(path):
+  from aurora_jax.interop import aurora_torch  # pylint: disable=g-import-not-at-top
+
+  try:
+    kwargs = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read as JSON: {error}") from error
+  if not isinstance(kwargs, dict):
+    raise UserError(f"{path} must hold an object of keyword arguments, not a {type(kwargs).__name__}")
+  try:
+    cfg = aurora_torch.config_from_released(kwargs)
+  except (UserError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"{path}: {error}") from error
+  # The same for a batch of one, as the released scripts run it, and keeps the samples of a batch apart.
+  return dataclasses.replace(cfg, text_attention="independent")
