@@ -265,7 +265,8 @@ class Train:
   sample_every: int = 1000
   sample_prompts: tuple[str, ...] = ()
   sample_latents: int = 2
-  init_from: str = ""  # a converted checkpoint to start from
+  # A checkpoint to begin with (of `convert` or any run; its folder, or RUN/checkpoints/STEP): networks, not optimisers.
+  init_from: str = ""
 
   def __post_init__(self):
     for name in ("total_steps", "batch_size", "checkpoint_every", "log_every", "sample_every"):

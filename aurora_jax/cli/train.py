@@ -12,6 +12,7 @@ Everything that the run makes lies in the folder --workdir:
 Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved. The same command
 again goes on from there, and from the newest checkpoint after a crash; the result is the same as without the stop.
 An experiment that differs from the stored one is refused, field by field, unless --allow-config-change lets it.
+--config.train.init_from=RUN begins a new run with the networks of another one, or of a checkpoint of `convert`.
 
 Example (after build-data and train-clip):
   python -m aurora_jax train --config configs/openmoji_32.py --config.data.path=datasets/openmoji \\
@@ -23,7 +24,7 @@ Exit status: 0 done or stopped cleanly, 2 wrong input (one line says what), 3 a 
 import time
 
 from aurora_jax import config
-from aurora_jax.training import run_folder
+from aurora_jax.training import checkpoint, initial, run_folder
 
 
 def add_arguments(parser):
@@ -40,7 +41,10 @@ def run(args):
   experiment = config.load(args.config_argv)
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
   run_folder.check_writable(args.workdir)
-  run_folder.refuse_changes(run_folder.RunFolder(args.workdir), experiment, args.allow_config_change)
+  folder = run_folder.RunFolder(args.workdir)
+  run_folder.refuse_changes(folder, experiment, args.allow_config_change)
+  if experiment.train.init_from and checkpoint.newest(folder.checkpoints) is None:
+    initial.check(experiment, args.allow_config_change)
 
   import jax  # pylint: disable=g-import-not-at-top
 

@@ -18,6 +18,7 @@ from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models.clip import normalize
 from aurora_jax.training import compiling
+from aurora_jax.training import initial
 from aurora_jax.training import step as step_lib
 
 
@@ -36,7 +37,7 @@ class Prepared:
     experiment: the configuration.
     dataset: the training split.
     clip: the frozen CLIP with its tokenizer.
-    init: () -> TrainState.
+    init: () -> TrainState, fresh or with the networks of `train.init_from`.
     abstract_state: its shapes and dtypes.
     batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
@@ -63,8 +64,6 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   if (mesh.data, mesh.expert, mesh.fsdp) != (1, 1, False):
     raise UserError(f"mesh.data={mesh.data}, mesh.expert={mesh.expert}, mesh.fsdp={mesh.fsdp}: this version trains on one "
                     "device only")
-  if experiment.train.init_from:
-    raise UserError(f"train.init_from={experiment.train.init_from}: this version cannot start from a checkpoint yet")
   if not experiment.data.path:
     raise UserError("no data set: --config.data.path DIR (see build-data)")
   if not experiment.text.clip:
@@ -91,9 +90,16 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     return state, metrics
 
   key = jax.random.key(experiment.train.seed)
-  init = functools.partial(jax.jit(programs.init, compiler_options=compiling.options(runs_once=True)), key)
+  abstract_state = jax.eval_shape(programs.init, key)
+
+  def init():
+    state, origin = initial.first_state(experiment, programs.init, key, abstract_state)
+    if origin and jax.process_index() == 0:
+      print(origin, flush=True)
+    return state
+
   return Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, init=init, abstract_state=jax.eval_shape(programs.init, key),
+      experiment=experiment, dataset=dataset, clip=clip, init=init, abstract_state=abstract_state,
       batches=functools.partial(_batches, experiment, dataset, clip), step=step,
       sample=_sampler(experiment, clip, frozen))
 

@@ -11,8 +11,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from safetensors.numpy import load_file, save_file
 
 from aurora_jax import config
+from aurora_jax.interop import aurora_torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
@@ -154,3 +156,65 @@ def test_a_truncated_shard_is_named(home, tmp_path):
 def test_a_clip_of_another_width_is_refused(home):
   fail("text features are 32 wide, generator.text_feature_dim is 48",
        *train_args(home, "wide", "--config.generator.text_feature_dim=48"))
+
+
+@pytest.fixture(scope="module")
+def converted(home):
+  """A released checkpoint with random weights, and the folder that `convert` makes of it."""
+  cfg = config.load(["--config=configs/aurora_64.py:test"]).generator
+  rng, weights = np.random.default_rng(0), {}
+  for entry in aurora_torch.entries(cfg):  # all names of an entry that is not stacked are one tensor
+    weights |= dict.fromkeys(entry.names)
+  for name, shape in aurora_torch.expected_shapes(cfg).items():
+    twin = name.replace(".mlp.", ".")
+    weights[name] = rng.normal(size=shape).astype(np.float32) if weights[twin] is None else weights[twin]
+  names, taps = aurora_torch.fir_buffers(cfg)
+  save_file(weights | dict.fromkeys(names, taps), home / "released.safetensors")
+  done = succeed("convert", home / "released.safetensors", home / "converted", "--config", "configs/aurora_64.py:test",
+                 f"--config.text.clip={home / 'clip'}")
+  assert "text_attention is 'independent'" in done.stdout
+  return home / "converted"
+
+
+def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, tmp_path):
+  succeed("sample", "--workdir", converted, "--prompt", "red circle", "--latents", 1, "--out", tmp_path / "x.png")
+  assert np.asarray(Image.open(tmp_path / "x.png")).std() > 0
+  begin = (f"--config.train.init_from={converted}", "--config.train.total_steps=3", "--config.train.sample_prompts=()")
+  fail('generator.text_attention "independent" -> "scaled"', *train_args(home, "tuned", *begin))
+  fail(f"--config.train.init_from={converted}", *train_args(home, "converted"))
+  assert not (home / "tuned").exists() and not (converted / "metrics.jsonl").exists()
+
+  independent = "--config.generator.text_attention=independent"
+  done = succeed(*train_args(home, "tuned", independent, *begin))
+  assert "discriminator fresh (the checkpoint has none)" in done.stdout
+  lines = [json.loads(line) for line in (home / "tuned" / "metrics.jsonl").read_text().splitlines()]
+  trained = [line for line in lines if line["kind"] == "train"]
+  assert [line["step"] for line in trained] == [1, 2, 3]
+  for line in trained:
+    assert all(np.isfinite(value) for name, value in line.items() if name.startswith("loss/")), line
+  succeed("convert", home / "tuned", tmp_path / "tuned.safetensors")
+  before, after = load_file(home / "released.safetensors"), load_file(tmp_path / "tuned.safetensors")
+  assert {name: array.shape for name, array in before.items()} == {name: array.shape for name, array in after.items()}
+  changed = {name for name in before if not np.array_equal(before[name], after[name])}
+  unchanged = set(before) - changed
+  assert all(np.isfinite(array).all() for array in after.values())
+  assert len(changed) > 0.9 * len(before), sorted(unchanged)
+  assert not [name for name in changed if name.endswith((".freqs", ".phases", ".transform", "filter"))]
+  succeed("convert", tmp_path / "tuned.safetensors", tmp_path / "back")  # by the .json beside it
+  # Going on, whatever has become of the beginning.
+  done = succeed(*train_args(home, "tuned", independent, "--config.train.total_steps=4",
+                             "--config.train.init_from=nowhere", "--config.train.sample_prompts=()"))
+  assert "going on from the checkpoint of step 3" in done.stdout
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(home, tmp_path):
+  torch = pytest.importorskip("torch")
+
+  class Evil:
+    def __reduce__(self):
+      return os.system, (f"touch {tmp_path / 'ran'}",)
+
+  torch.save({"generator_smooth": {"w_avg": torch.zeros(3)}, "notes": Evil()}, tmp_path / "evil.pth")
+  fail("evil.pth holds code or objects besides tensors (posix.system)", "convert", tmp_path / "evil.pth",
+       tmp_path / "run", "--config", "configs/aurora_64.py:test")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
