@@ -11,6 +11,7 @@ import json
 import pathlib
 import secrets
 import shutil
+import types
 from collections.abc import Mapping
 
 import jax
@@ -19,9 +20,9 @@ import numpy as np
 from aurora_jax import config as config_lib
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
+from aurora_jax.models import generator as generator_lib
 from aurora_jax.training import checkpoint
 from aurora_jax.training import run_folder
-from aurora_jax.training import step as step_lib
 
 # Our parts and their names in a released file.
 _NAMES = {"ema": "generator_smooth", "generator": "generator"}
@@ -218,8 +219,7 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
   if not bare:
     tensor_files.require_torch(path)
   folder = run_folder.RunFolder(workdir)
-  experiment = folder.experiment()
-  cfg = experiment.generator
+  cfg = folder.experiment().generator
   kwargs = aurora_torch.config_to_released(cfg)
   chosen = tuple(_NAMES) if weights == "both" else (weights,)
   text, arguments = json.dumps(kwargs, indent=2) + "\n", path.with_suffix(".json")
@@ -227,7 +227,9 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
     raise UserError(f"{arguments} exists and says something else; choose another name or say --overwrite")
   with tensor_files.written_beside(arguments, overwrite=True) as json_beside, \
       tensor_files.written_beside(path, overwrite=overwrite) as beside:
-    abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
+    variables = generator_lib.abstract_variables(cfg)
+    abstract = types.SimpleNamespace(generator=variables["params"], ema=variables["params"],
+                                     buffers=variables["buffers"])
     with stage(f"reading {folder.checkpoints}"):
       step, parts = checkpoint.read(folder.checkpoints, abstract, (*chosen, "buffers"), step)
     with stage(f"writing {path}") as update:

@@ -199,11 +199,14 @@ def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, t
   succeed("convert", home / "tuned", tmp_path / "tuned.safetensors")
   before, after = load_file(home / "released.safetensors"), load_file(tmp_path / "tuned.safetensors")
   assert {name: array.shape for name, array in before.items()} == {name: array.shape for name, array in after.items()}
-  changed = {name for name in before if not np.array_equal(before[name], after[name])}
-  unchanged = set(before) - changed
   assert all(np.isfinite(array).all() for array in after.values())
-  assert len(changed) > 0.9 * len(before), sorted(unchanged)
-  assert not [name for name in changed if name.endswith((".freqs", ".phases", ".transform", "filter"))]
+  # All but the constants and the experts that no token went to.
+  idle = [e for e in range(4) if not any(line[f"moe/load/r8_block0_layer0/{e}"] for line in trained)]
+  still = tuple(f".ff.net.{e}." for e in idle)
+  for name in before:
+    constant = name.endswith((".freqs", ".phases", ".transform", "filter"))
+    same = constant or any(expert in name for expert in still)
+    assert np.array_equal(before[name], after[name]) == same, name
   succeed("convert", tmp_path / "tuned.safetensors", tmp_path / "back")  # by the .json beside it
   # Going on, whatever has become of the beginning.
   done = succeed(*train_args(home, "tuned", *AS_RELEASED, "--config.train.total_steps=4",

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import types
 
 import jax
 import numpy as np
@@ -45,11 +46,8 @@ def parts_of(folder, *parts):
   experiment = run_folder.RunFolder(folder).experiment()
   variables = generator_lib.abstract_variables(experiment.generator)
 
-  class Abstract:
-    generator = ema = variables["params"]
-    buffers = variables["buffers"]
-
-  return checkpoint.read(pathlib.Path(folder) / "checkpoints", Abstract, parts)[1]
+  abstract = types.SimpleNamespace(generator=variables["params"], ema=variables["params"], buffers=variables["buffers"])
+  return checkpoint.read(pathlib.Path(folder) / "checkpoints", abstract, parts)[1]
 
 
 def assert_same(first, second):
@@ -188,7 +186,7 @@ def test_wrong_input_is_one_line(tmp_path, state_dict, capsys):
   assert not list(tmp_path.glob("*x.safetensors*"))
 
 
-def test_the_weights_are_in_memory_once(tmp_path, monkeypatch):
+def test_the_weights_are_in_memory_once(tmp_path):
   """Peak memory of the import, as numpy allocates it, against the size of the weights."""
   import tracemalloc  # pylint: disable=g-import-not-at-top
 
