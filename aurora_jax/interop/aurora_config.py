@@ -55,7 +55,8 @@ def config_from_released(kwargs):
   """The released constructor's keyword arguments as our configuration.
 
   Args:
-    kwargs: mapping of `Text2ImageGenerator`'s keyword arguments; those left out take its defaults.
+    kwargs: mapping of `Text2ImageGenerator`'s keyword arguments; those left out take the values that the
+      released scripts pass, where the constructor's own defaults differ from them.
 
   Returns:
     A `config.Generator`.
