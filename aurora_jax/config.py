@@ -244,11 +244,18 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices by axis; their product must be the number of devices."""
+  """Devices by axis; their product must be the number of devices. See parallel/mesh.py."""
 
-  data: int = 1
-  expert: int = 1
-  fsdp: bool = False
+  data: int = 0  # 0: what `expert` leaves
+  expert: int = 1  # must divide the numbers of experts, as far as the layers' sub-axes go
+  fsdp: bool = False  # dense parameters, their optimiser state and average are cut along `data`
+  exchange: str = "auto"  # "tokens" travel to experts or "weights" to tokens; "auto": what moves fewer bytes
+
+  def __post_init__(self):
+    _require(self.data >= 0, f"mesh.data must be positive, or 0 for what mesh.expert leaves, got {self.data}")
+    _require(self.expert > 0, f"mesh.expert must be positive, got {self.expert}")
+    _require(self.exchange in ("auto", "tokens", "weights"),
+             f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,8 @@ def run(args):
   from aurora_jax.training import loop, setup  # pylint: disable=g-import-not-at-top
 
   prepared = setup.prepare(experiment)
-  print(_sizes(prepared.abstract_state), flush=True)
+  for line in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
+    print(line, flush=True)
   outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
                      allow_config_change=args.allow_config_change, started=started)
   if jax.process_index() == 0 and outcome.reason != loop.ALREADY_DONE:

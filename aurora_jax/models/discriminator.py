@@ -2,7 +2,7 @@
 
 Each level of the image pyramid enters the shared trunk at its own resolution and is judged, by itself, at every exit
 below: by a conditional head (1x1 convolutions modulated by the text) and an unconditional one (a plain 1x1
-convolution). Levels that are at the same resolution travel through a block together, stacked along the batch.
+convolution). Levels that are at the same resolution travel through a block together, joined along the batch.
 
   B batch, r resolution, L levels in flight, C channels, T text width
 """
@@ -94,17 +94,23 @@ class ConditionalHead(nn.Module):
     return layers.ModulatedConv(1, kernel_size=1, demodulate=False, activate=False, name="logit")(x, text)[..., 0]
 
 
-def minibatch_std(x, group):
+def minibatch_std(x, group, kinds=1):
   """Appends one channel: the mean standard deviation within groups of neighbouring samples (arXiv 1710.10196).
 
-  [B, r, r, C] -> [B, r, r, C + 1].
+  Args:
+    x: [B * kinds, r, r, C].
+    group: samples per group; the largest common divisor with B is taken.
+    kinds: pictures of each sample, which stand next to each other (`layers.join`); groups are within a kind.
+
+  Returns:
+    [B * kinds, r, r, C + 1].
   """
-  batch, height, width, channels = x.shape
-  group = math.gcd(group, batch)
-  stat = x.astype(jnp.float32).reshape(batch // group, group, height, width, channels)
-  stat = jnp.sqrt(stat.var(axis=1) + layers.EPSILON).mean((1, 2, 3))  # [B / group]
-  stat = jnp.repeat(stat, group)[:, None, None, None].astype(x.dtype)
-  return jnp.concatenate([x, jnp.broadcast_to(stat, (batch, height, width, 1))], axis=-1)
+  total, height, width, channels = x.shape
+  group = math.gcd(group, total // kinds)
+  stat = x.astype(jnp.float32).reshape(-1, group, kinds, height, width, channels)
+  stat = jnp.sqrt(stat.var(axis=1) + layers.EPSILON).mean((2, 3, 4))  # [B / group, kinds]
+  stat = jnp.repeat(stat, group, axis=0).reshape(total, 1, 1, 1).astype(x.dtype)
+  return jnp.concatenate([x, jnp.broadcast_to(stat, (total, height, width, 1))], axis=-1)
 
 
 class Discriminator(nn.Module):
@@ -143,14 +149,18 @@ class Discriminator(nn.Module):
     """CLIP features to the heads' modulation: text [B, N, F], eot [B] -> [B, T]."""
     return layers.pixel_norm(self.text_head(text.astype(jnp.float32), eot)[0])
 
-  def features(self, pyramid):
-    """The trunk. pyramid {r: [B, r, r, 3]} in [-1, 1] -> list of `Feature`, every level at every exit below it."""
+  def features(self, pyramid, kinds=1):
+    """The trunk. pyramid {r: [B, r, r, 3]} in [-1, 1] -> list of `Feature`, every level at every exit below it.
+
+    `kinds` pictures of each sample, say a real and a generated one, may stand next to each other (`layers.join`).
+    """
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
+    batch = len(next(iter(pyramid.values())))
     found, levels, x = [], [], None
     for r in cfg.resolutions:
       if r in cfg.input_resolutions:
         entered = layers.leaky_relu(self.entries[f"r{r}"](pyramid[r].astype(dtype)))
-        x = entered if x is None else jnp.concatenate([x, entered])
+        x = entered if x is None else layers.join([x, entered], batch)
         levels.append(r)
       for i in range(cfg.blocks[r]):
         if i == 0:
@@ -158,10 +168,10 @@ class Discriminator(nn.Module):
             x = self.trunk[f"r{r}_attention{k}"](x)
         x = self.trunk[f"r{r}_block{i}"](x)
       if r > 4 and r // 2 in cfg.exit_resolutions:
-        found += [Feature(part, level, r // 2) for level, part in zip(levels, jnp.split(x, len(levels)))]
-    for level, part in zip(levels, jnp.split(x, len(levels))):
+        found += [Feature(part, level, r // 2) for level, part in zip(levels, layers.unjoin(x, len(levels)))]
+    for level, part in zip(levels, layers.unjoin(x, len(levels))):
       if cfg.minibatch_std:
-        part = minibatch_std(part, cfg.minibatch_std)
+        part = minibatch_std(part, cfg.minibatch_std, kinds)
       part = layers.leaky_relu(self.last(part.reshape(part.shape[0], 1, 1, -1)))
       found.append(Feature(part, level, 1))
     return found
@@ -171,10 +181,10 @@ class Discriminator(nn.Module):
     logits = []
     for exit_resolution in self.cfg.exit_resolutions:
       group = [f for f in features if f.exit == exit_resolution]
-      x = jnp.concatenate([f.feature for f in group])
+      x = layers.join([f.feature for f in group], len(text))
       name = f"r{exit_resolution}"
-      value = self.conditional[name](x, jnp.tile(text, (len(group), 1)).astype(x.dtype)) + self.unconditional[name](x)[..., 0]
-      parts = jnp.split(value.astype(jnp.float32), len(group))
+      value = self.conditional[name](x, jnp.repeat(text, len(group), axis=0).astype(x.dtype)) + self.unconditional[name](x)[..., 0]
+      parts = layers.unjoin(value.astype(jnp.float32), len(group))
       logits += [Logit(part, f.level, f.exit) for f, part in zip(group, parts)]
     return logits
 

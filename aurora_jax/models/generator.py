@@ -7,7 +7,7 @@ w. Every resolution adds its RGB to the upsampled image below.
   B batch, r resolution, N tokens (r * r, or text), D width, E experts, W width of w
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -145,6 +145,7 @@ class FeedForward(nn.Module):
   backend: str
   z_weight: float
   balance_weight: float
+  expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
   def __call__(self, x, w):
@@ -164,7 +165,7 @@ class FeedForward(nn.Module):
     logits = router(x.astype(jnp.float32), w.astype(jnp.float32)).reshape(batch, height * width, self.experts)
     expert = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     probability = jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)  # [B, N]
-    out = moe.expert_ffn(tokens, expert.reshape(-1), params, self.backend)
+    out = self.expert_ffn(tokens, expert.reshape(-1), params, self.backend)
     out = out * probability.reshape(-1, 1).astype(out.dtype)
     z_loss, balance_loss = moe.router_losses(logits, expert)
     loss = self.z_weight * z_loss + self.balance_weight * balance_loss
@@ -176,6 +177,7 @@ class TransformerLayer(nn.Module):
 
   cfg: config_lib.Generator
   experts: int
+  expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
   def __call__(self, x, w, text):
@@ -185,7 +187,7 @@ class TransformerLayer(nn.Module):
     tokens = layers.LayerNorm(name="norm2")(x).reshape(shape[0], -1, shape[-1])
     x = x + CrossAttention(**attention, name="cross_attention")(tokens, text).reshape(shape)
     feed_forward = FeedForward(self.experts, cfg.feed_forward_ratio, cfg.moe_backend, cfg.router_z_weight,
-                               cfg.router_balance_weight, name="feed_forward")
+                               cfg.router_balance_weight, self.expert_ffn, name="feed_forward")
     out, loss, routing = feed_forward(layers.LayerNorm(name="norm3")(x), w)
     return x + out, loss, routing
 
@@ -195,6 +197,7 @@ class AttentionBlock(nn.Module):
 
   cfg: config_lib.Generator
   resolution: int
+  expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
   def __call__(self, x, w, text):
@@ -203,7 +206,8 @@ class AttentionBlock(nn.Module):
     h = layers.Dense(cfg.heads * cfg.head_dim, use_bias=False, name="in")(h)
     loss, routings = jnp.float32(0), []
     for i in range(cfg.attention_depth[self.resolution]):
-      h, layer_loss, routing = TransformerLayer(cfg, cfg.experts[self.resolution], name=f"layer_{i}")(h, w, text)
+      layer = TransformerLayer(cfg, cfg.experts[self.resolution], self.expert_ffn, name=f"layer_{i}")
+      h, layer_loss, routing = layer(h, w, text)
       loss = loss + layer_loss
       routings.append(routing)
     scale = 0.0 if cfg.zero_init_attention else 1.0
@@ -216,6 +220,7 @@ class Synthesis(nn.Module):
   it are created at initialisation all the same, so that progressive growing never changes the parameters."""
 
   cfg: config_lib.Generator
+  expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
   def __call__(self, w, text):
@@ -237,7 +242,7 @@ class Synthesis(nn.Module):
           x = conv_block(features, kernels, upsample=i == 0, deformable=deformable,
                          residual_gain=cfg.conv_residual_gain, name=f"r{r}_block{i}_conv")(x, w)
         if r in cfg.attention_depth:
-          x, loss, routings = attention_block(cfg, r, name=f"r{r}_block{i}_attention")(x, w, text)
+          x, loss, routings = attention_block(cfg, r, self.expert_ffn, name=f"r{r}_block{i}_attention")(x, w, text)
           moe_loss = moe_loss + loss
           routing.update({f"r{r}_block{i}_layer{k}": item for k, item in enumerate(routings) if item is not None})
       to_rgb = layers.ModulatedConv(3, kernel_size=1, kernels=kernels, demodulate=False, activate=False,
@@ -253,9 +258,13 @@ class Generator(nn.Module):
   """The whole generator. Variables: {"params", "buffers"}; `buffers` holds Fourier frequencies and the average of w.
 
   Source: arXiv 2309.03904 and the released `Text2ImageGenerator`; `aurora_torch` exchanges its checkpoints.
+
+  `expert_ffn` evaluates the experts, with the signature of `moe.expert_ffn`; on a mesh `parallel.experts.Exchange` is
+  put in its place.
   """
 
   cfg: config_lib.Generator
+  expert_ffn: Callable = moe.expert_ffn
 
   def setup(self):
     cfg = self.cfg
@@ -263,7 +272,7 @@ class Generator(nn.Module):
                                      cfg.text_lr_multiplier, cfg.text_residual_gain)
     widths = [cfg.mapping_width] * (cfg.mapping_layers - 1) + [cfg.w_dim]
     self.mapping = [layers.Dense(width, lr_multiplier=cfg.mapping_lr_multiplier) for width in widths]
-    self.synthesis = Synthesis(cfg)
+    self.synthesis = Synthesis(cfg, self.expert_ffn)
     self.w_avg = self.variable("buffers", "w_avg", jnp.zeros, (cfg.w_dim,))
 
   def encode_text(self, text, eot):

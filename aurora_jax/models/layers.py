@@ -47,6 +47,30 @@ def constant(values, lr_multiplier=1.0):
   return init
 
 
+def join(parts, batch):
+  """Lays arrays side by side for one pass through a network, sample by sample: all parts of sample 0, of sample 1, ...
+
+  One part after the other would do as well on one device; but where the samples lie on different devices, this order
+  leaves every one where it is.
+
+  Args:
+    parts: list of [batch * k, ...], k of any part its own.
+    batch: number of samples.
+
+  Returns:
+    [batch * sum of k, ...].
+  """
+  parts = [part.reshape(batch, -1, *part.shape[1:]) for part in parts]
+  joined = jnp.concatenate(parts, axis=1)
+  return joined.reshape(-1, *joined.shape[2:])
+
+
+def unjoin(x, count):
+  """The inverse of `join` of `count` parts of [batch, ...]. [batch * count, ...] -> list."""
+  x = x.reshape(-1, count, *x.shape[1:])
+  return [x[:, i] for i in range(count)]
+
+
 class Dense(nn.Module):
   """Linear map over the last axis; on feature maps it is the 1x1 convolution. [..., I] -> [..., features]."""
 

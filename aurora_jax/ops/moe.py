@@ -100,7 +100,7 @@ def position_in_expert(expert, experts):
   return position, queue[-1]
 
 
-def _through_slots(x, slot, slots, feed_forward):
+def through_slots(x, slot, slots, feed_forward):
   """Moves each token to its slot, applies `feed_forward` [slots, D] -> [slots, D] and moves the results back.
 
   A slot number beyond `slots` means no slot: zeros. Empty slots hold zeros.
@@ -127,7 +127,7 @@ def bucket_ffn(x, expert, position, params, capacity):
   experts = params.in_weight.shape[0]
   slots = experts * capacity
   slot = jnp.where(position < capacity, expert * capacity + position, slots)
-  return _through_slots(x, slot, slots,
+  return through_slots(x, slot, slots,
                         lambda buckets: geglu_ffn(buckets.reshape(experts, capacity, -1), params).reshape(slots, -1))
 
 
@@ -179,7 +179,7 @@ def grouped_ffn(x, expert, position, load, params):
 
   weights = sum(p.size * p.dtype.itemsize for p in params) // experts * tiles
   apply = all_at_once if weights <= _REPEATED_BYTES else one_by_one
-  return _through_slots(x, slot, tiles * tile, lambda slots: apply(slots).reshape(tiles * tile, -1))
+  return through_slots(x, slot, tiles * tile, lambda slots: apply(slots).reshape(tiles * tile, -1))
 
 
 def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FACTORS):

@@ -5,6 +5,7 @@ The optimisers and the step begin anew.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -84,8 +85,10 @@ def first_state(experiment, init, key, abstract_state):
   Raises:
     UserError: the checkpoint of `train.init_from` is missing, does not fit or cannot be read.
   """
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+  jit = functools.partial(jax.jit, compiler_options=compiling.options(runs_once=True))
   if not experiment.train.init_from:
-    return jax.jit(init, compiler_options=compiling.options(runs_once=True))(key), ""
+    return jit(init, out_shardings=shardings)(key), ""
   folder, step = source(experiment.train.init_from)
   try:
     _, taken = checkpoint.read(folder, abstract_state, GENERATOR_PARTS, step)
@@ -99,11 +102,10 @@ def first_state(experiment, init, key, abstract_state):
   else:
     words += f"discriminator fresh ({why_not})"
 
-  def rest(key):
-    fresh = init(key)
-    return {field.name: getattr(fresh, field.name) for field in dataclasses.fields(fresh) if field.name not in taken}
+  def rest(state):
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in taken}
 
-  fresh = jax.jit(rest, compiler_options=compiling.options(runs_once=True))(key)
+  fresh = jit(lambda key: rest(init(key)), out_shardings=rest(shardings))(key)
   return abstract_state.replace(**fresh, **taken), words
 
 

@@ -26,10 +26,10 @@ except ImportError:  # not a Unix: no lock there
   fcntl = None
 
 # What may change from one start of a run to the next: how long it goes on and what is written when. A learning rate
-# that decays is planned to the total_steps of the start at hand.
+# that decays is planned to the total_steps of the start at hand. A run moves between meshes.
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "data.workers",
+    "train.keep_checkpoints", "data.workers", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
     "train.init_from",  # a run that goes on has left its beginning behind
 })
 _NOTHING = "(nothing)"

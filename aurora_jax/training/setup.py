@@ -17,8 +17,10 @@ from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models.clip import normalize
-from aurora_jax.training import compiling
+from aurora_jax.parallel import experts as experts_lib
+from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.training import initial
+from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import step as step_lib
 
 
@@ -37,8 +39,11 @@ class Prepared:
     experiment: the configuration.
     dataset: the training split.
     clip: the frozen CLIP with its tokenizer.
+    layout: the mesh and what lies where.
+    notes: lines for the person who starts the run: the mesh and how experts and tokens meet.
     init: () -> TrainState, fresh or with the networks of `train.init_from`.
-    abstract_state: its shapes and dtypes.
+    abstract_state: its shapes, dtypes and shardings.
+    batch_sharding: of every entry of a batch.
     batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
     sample: state -> SampleSet.
@@ -47,8 +52,11 @@ class Prepared:
   experiment: config_lib.Experiment
   dataset: Dataset
   clip: clip_hf.ClipBundle
+  layout: mesh_lib.Layout
+  notes: tuple[str, ...]
   init: Callable
   abstract_state: Any
+  batch_sharding: jax.sharding.Sharding
   batches: Callable
   step: Callable
   sample: Callable
@@ -60,10 +68,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   Raises:
     UserError: data or CLIP missing, or sizes that do not fit together.
   """
-  mesh = experiment.mesh
-  if (mesh.data, mesh.expert, mesh.fsdp) != (1, 1, False):
-    raise UserError(f"mesh.data={mesh.data}, mesh.expert={mesh.expert}, mesh.fsdp={mesh.fsdp}: this version trains on one "
-                    "device only")
+  layout = mesh_lib.build(experiment)
   if not experiment.data.path:
     raise UserError("no data set: --config.data.path DIR (see build-data)")
   if not experiment.text.clip:
@@ -75,33 +80,42 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     wanted, width = getattr(experiment, name).text_feature_dim, clip.config.text.width
     if wanted != width:
       raise UserError(f"{experiment.text.clip}: text features are {width} wide, {name}.text_feature_dim is {wanted}")
-  module = clip.module()
-  programs = step_lib.build(experiment, module)
-  frozen = _freeze(experiment, dataset, clip)
-  compiled_step = jax.jit(programs.step, donate_argnums=0, compiler_options=compiling.options())
-  compiled_r1 = jax.jit(programs.r1_step, donate_argnums=0, compiler_options=compiling.options())
+  placed = placed_lib.place(experiment, clip.module(), layout)
+  frozen = _freeze(experiment, dataset, clip, layout)
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
 
   def step(number, state, batch):
-    state, metrics = compiled_step(state, frozen, batch)
+    state, metrics = placed.step(state, frozen, batch)
     if interval and number % interval == 0:
-      state, more = compiled_r1(state, frozen, batch)
+      state, more = placed.r1_step(state, frozen, batch)
       metrics |= more
     return state, metrics
 
   key = jax.random.key(experiment.train.seed)
-  abstract_state = jax.eval_shape(programs.init, key)
 
   def init():
-    state, origin = initial.first_state(experiment, programs.init, key, abstract_state)
+    state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
     if origin and jax.process_index() == 0:
       print(origin, flush=True)
     return state
 
   return Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, init=init, abstract_state=abstract_state,
+      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, placed), init=init,
+      abstract_state=placed.abstract_state, batch_sharding=layout.batch,
       batches=functools.partial(_batches, experiment, dataset, clip), step=step,
-      sample=_sampler(experiment, clip, frozen))
+      sample=_sampler(experiment, clip, frozen, placed))
+
+
+def _notes(experiment, placed):
+  """The mesh in words, where there is more than one device."""
+  layout = placed.layout
+  if layout.devices == 1:
+    return ()
+  axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+  stored = "cut along data where stored" if experiment.mesh.fsdp else "whole on every device"
+  batch = experiment.train.batch_size
+  return (f"mesh: {axes}; {batch // layout.devices} of {batch} images per device; dense parameters {stored}",
+          *experts_lib.explain(placed.exchange, experiment.generator, batch))
 
 
 def _batches(experiment, dataset, clip, start_step):
@@ -113,36 +127,41 @@ def _batches(experiment, dataset, clip, start_step):
       primary_caption_probability=data.primary_caption_probability, workers=data.workers)
 
 
-def _freeze(experiment, dataset, clip):
-  """CLIP's variables on the device and the bank of caption embeddings."""
+def _freeze(experiment, dataset, clip, layout):
+  """CLIP's variables and the bank of caption embeddings, on every device."""
   module = clip.module()
-  variables = jax.device_put(clip.variables)
+  variables = jax.device_put(clip.variables, layout.replicated)
   count = min(experiment.loss.clip_bank, len(dataset))
   bank = jnp.zeros((0, clip.config.embedding_width))
   if count:
     captions = [names[0] for names in dataset.captions()[:count]]
     encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding))
-    bank = encode(variables, jnp.asarray(clip.tokenizer(captions)))
-  return step_lib.Frozen(variables, bank, jnp.arange(count, dtype=jnp.int32))
+    bank = encode(variables, np.asarray(clip.tokenizer(captions)))
+  return jax.device_put(step_lib.Frozen(variables, bank, jnp.arange(count, dtype=jnp.int32)), layout.replicated)
 
 
-def _sampler(experiment, clip, frozen):
+def _sampler(experiment, clip, frozen, placed):
   """Fixed prompts and latents through the EMA generator; each prompt on its own, so that a grid never changes meaning."""
   train, cfg = experiment.train, experiment.generator.for_sampling(jax.default_backend())
   prompts, latents = tuple(train.sample_prompts), train.sample_latents
   if not prompts:
     return None
-  module, generator = clip.module(), generator_lib.Generator(cfg)
-  tokens = jnp.asarray(np.repeat(clip.tokenizer(list(prompts)), latents, axis=0))
+  module, generator = clip.module(), generator_lib.Generator(cfg, placed.expert_ffn)
+  tokens = np.repeat(clip.tokenizer(list(prompts)), latents, axis=0)
   z = jax.random.normal(jax.random.key(train.seed + 1), (len(prompts), latents, cfg.z_dim)).reshape(-1, cfg.z_dim)
+  rows, layout = len(tokens), placed.layout
+  # Every device draws the same number of pictures; the last is drawn again to fill up.
+  filled = np.minimum(np.arange(-(-rows // layout.devices) * layout.devices), rows - 1)
+  tokens, z = (jax.device_put(np.asarray(values)[filled], layout.replicated) for values in (tokens, z))
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=layout.replicated)
   def generate(ema, buffers, frozen, tokens, z):
+    tokens, z = jax.lax.with_sharding_constraint((tokens, z), layout.batch)
     text = module.apply(frozen.clip, tokens, method="encode_text")
-    return generator.apply({"params": ema, "buffers": buffers}, z, text.features, text.eot).image
+    return generator.apply({"params": layout.gather(ema), "buffers": buffers}, z, text.features, text.eot).image
 
   def sample(state):
-    images = np.asarray(generate(state.ema, state.buffers, frozen, tokens, z))
+    images = np.asarray(generate(state.ema, state.buffers, frozen, tokens, z))[:rows]
     return SampleSet(images.reshape(len(prompts), latents, *images.shape[1:]), prompts)
 
   return sample

@@ -15,6 +15,8 @@ from aurora_jax import config as config_lib
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.models import discriminator as discriminator_lib
 from aurora_jax.models import generator as generator_lib
+from aurora_jax.models import layers
+from aurora_jax.ops import moe
 from aurora_jax.training import losses
 from aurora_jax.training import state as state_lib
 
@@ -47,18 +49,20 @@ class Programs(NamedTuple):
   r1_step: Callable
 
 
-def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
+def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn, gather=lambda params: params):
   """The programs of an experiment.
 
   Args:
     experiment: the configuration.
     clip: the CLIP module whose variables `Frozen` holds.
+    expert_ffn: how the generator evaluates its experts (on a mesh: `parallel.experts.Exchange`).
+    gather: parameters as they are stored -> as they are used (on a mesh: `parallel.mesh.Layout.gather`).
 
   Returns:
     `Programs` of pure, unjitted functions.
   """
   cfg, loss_cfg, opt_cfg, train = (experiment.generator, experiment.loss, experiment.optimizer, experiment.train)
-  generator = generator_lib.Generator(cfg)
+  generator = generator_lib.Generator(cfg, expert_ffn)
   discriminator = discriminator_lib.Discriminator(experiment.discriminator)
   inputs = experiment.discriminator.input_resolutions
   batch_size = train.batch_size
@@ -72,7 +76,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
     g_key, d_key = jax.random.split(key)
     z, text = jnp.zeros((1, cfg.z_dim)), jnp.zeros((1, 2, cfg.text_feature_dim))
     eot = jnp.zeros((1,), jnp.int32)
-    variables = generator.init(g_key, z, text, eot)
+    # One image cannot be spread over a mesh, and how the experts are evaluated makes no difference here.
+    variables = generator_lib.Generator(cfg).init(g_key, z, text, eot)
     pyramid = {r: jnp.zeros((1, r, r, 3)) for r in inputs}
     d_params = discriminator.init(d_key, pyramid, text, eot)["params"]
     return state_lib.TrainState(
@@ -94,16 +99,16 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
     def run(module):
       feature = module.encode_text(text.features, text.eot)
       other = jnp.roll(feature, 1, axis=0)
-      both = {r: jnp.concatenate([real[r], fake[r]]) for r in inputs}
-      trunk = module.features(both)
-      return module.judge(trunk, jnp.tile(feature, (2, 1))), module.judge(trunk, jnp.tile(other, (2, 1)))
+      both = {r: layers.join([real[r], fake[r]], len(feature)) for r in inputs}
+      trunk = module.features(both, kinds=2)
+      return module.judge(trunk, jnp.repeat(feature, 2, axis=0)), module.judge(trunk, jnp.repeat(other, 2, axis=0))
 
     def halves(logits):
-      parts = [jnp.split(logit.value, 2) for logit in logits]
+      parts = [layers.unjoin(logit.value, 2) for logit in logits]
       return ([logit.replace(value=part[0]) for logit, part in zip(logits, parts)],
               [logit.replace(value=part[1]) for logit, part in zip(logits, parts)])
 
-    matched, mismatched = discriminator.apply({"params": params}, method=run)
+    matched, mismatched = discriminator.apply({"params": gather(params)}, method=run)
     (real_logits, fake_logits), (real_other, fake_other) = halves(matched), halves(mismatched)
     adversarial = losses.discriminator_adversarial(real_logits, fake_logits, loss_cfg)
     matching = losses.discriminator_matching(real_other, fake_other, loss_cfg)
@@ -133,6 +138,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
 
   def image_loss(pyramid, d_params, frozen, key, text, index):
     """The generator's loss as a function of its images."""
+    d_params = gather(d_params)
     feature = jax.lax.stop_gradient(encode(d_params, text))
     fake_logits = judge(d_params, {r: pyramid[r] for r in inputs}, feature)
     adversarial = losses.generator_adversarial(fake_logits, loss_cfg)
@@ -156,7 +162,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
     factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
 
     def synthesize(params):
-      out = generator.apply({"params": params, "buffers": state.buffers}, z, text.features, text.eot)
+      out = generator.apply({"params": gather(params), "buffers": state.buffers}, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
     (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, state.generator, has_aux=True)
@@ -189,6 +195,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip):
     factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
 
     def loss(params):
+      params = gather(params)
       feature = encode(params, text)
       penalty = losses.r1_penalty(lambda pyramid: losses.real_score(judge(params, pyramid, feature)), real)
       return loss_cfg.r1_gamma / 2 * loss_cfg.r1_interval * penalty, penalty
