@@ -111,9 +111,18 @@ class Exchange:
         "tokens": lambda *args: self._by_tokens(plan, backend, *args),
         "weights": lambda *args: _by_weights(plan, backend, *args),
     }
+    # Along the axes where they are repeated, the weights' gradients are summed where they become each device's own. That
+    # must be here and not within a backend, whose branches differ from device to device: not all would join the sum.
+    repeated = tuple(axis for axis in self.layout.rules.batch if axis not in plan.axes)
+
+    def run_locally(x, expert, params):
+      if repeated:
+        params = jax.tree.map(lambda p: jax.lax.pcast(p, repeated, to="varying"), params)
+      return ways[plan.mode](x, expert, params)
+
     batch = PartitionSpec(self.layout.rules.batch)
     stacked = PartitionSpec(plan.axes) if plan.axes else PartitionSpec()
-    run = jax.shard_map(ways[plan.mode], mesh=self.layout.mesh, in_specs=(batch, batch, stacked), out_specs=batch)
+    run = jax.shard_map(run_locally, mesh=self.layout.mesh, in_specs=(batch, batch, stacked), out_specs=batch)
     return run(x, expert, params)
 
   def _by_tokens(self, plan, backend, x, expert, params):
