@@ -250,12 +250,16 @@ class Mesh:
   expert: int = 1  # must divide the numbers of experts, as far as the layers' sub-axes go
   fsdp: bool = False  # dense parameters, their optimiser state and average are cut along `data`
   exchange: str = "auto"  # "tokens" travel to experts or "weights" to tokens; "auto": what moves fewer bytes
+  # "tokens": room for this many times the mean from each device to each other one. A layer that needs more somewhere goes
+  # the way of "weights" in that step; nothing is dropped.
+  exchange_capacity: float = 2.0
 
   def __post_init__(self):
     _require(self.data >= 0, f"mesh.data must be positive, or 0 for what mesh.expert leaves, got {self.data}")
     _require(self.expert > 0, f"mesh.expert must be positive, got {self.expert}")
     _require(self.exchange in ("auto", "tokens", "weights"),
              f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}")
+    _require(self.exchange_capacity >= 1, f"mesh.exchange_capacity must be at least 1, got {self.exchange_capacity}")
 
 
 @dataclasses.dataclass(frozen=True)

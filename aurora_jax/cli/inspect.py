@@ -4,12 +4,15 @@
   python -m aurora_jax inspect runs/openmoji/checkpoints/4000    a checkpoint's parts and their sizes
   python -m aurora_jax inspect datasets/openmoji                 a data set's splits, source, licence, some captions
   python -m aurora_jax inspect --config configs/aurora_64.py     an experiment's networks, without allocating them
+  python -m aurora_jax inspect --config configs/aurora_64.py --sharding --devices 256 --config.mesh.expert=16
+                                                                 where every parameter lies on a mesh that need not be there
   python -m aurora_jax inspect runs/openmoji --fingerprint       one SHA-256 of the full newest state
 
 Two runs have the same fingerprint if and only if their states agree in every bit: networks, averages, optimisers, step.
 """
 
 import json
+import math
 import pathlib
 import re
 
@@ -26,6 +29,10 @@ def add_arguments(parser):
   parser.add_argument("--fingerprint", action="store_true",
                       help="print one SHA-256 of the newest (or the named) checkpoint's whole state, nothing else")
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
+  parser.add_argument("--sharding", action="store_true",
+                      help="for an experiment: how every parameter is cut along the axes of its mesh")
+  parser.add_argument("--devices", type=int, metavar="N",
+                      help="with --sharding: the mesh's number of devices (default: mesh.data x mesh.expert)")
 
 
 def run(args):
@@ -38,7 +45,13 @@ def run(args):
       raise UserError("--fingerprint is for a run or a checkpoint, not for a config")
     print(_fingerprint(pathlib.Path(args.path)))
     return
-  for line in _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path)):
+  if (args.sharding or args.devices is not None) and not args.config_argv:
+    raise UserError("--sharding and --devices are for a config, not for a run")
+  if args.sharding:
+    lines = _sharding_lines(config.load(args.config_argv), args.devices)
+  else:
+    lines = _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path))
+  for line in lines:
     print(line)
 
 
@@ -238,6 +251,38 @@ def _describe_config(args):
       yield parameter_overview.get_parameter_overview(parameters, include_stats=False)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   yield f"training state: {_bytes(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, optimisers)"
+
+
+def _sharding_lines(experiment, devices):
+  """Where every parameter lies, on a mesh that exists only here."""
+  import jax  # pylint: disable=g-import-not-at-top
+
+  from aurora_jax.parallel import experts, mesh  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import step as step_lib  # pylint: disable=g-import-not-at-top
+
+  cfg = experiment.mesh
+  if devices is None:
+    devices = max(cfg.data, 1) * cfg.expert
+  if devices < 1:
+    raise UserError(f"--devices must be positive, got {devices}")
+  layout = mesh.build(experiment, devices)
+  state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
+  batch = experiment.train.batch_size
+  yield "mesh       " + ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items()) + f" = {devices} devices"
+  yield f"batch      {batch} images along all axes, {batch // devices} per device"
+  yield from experts.explain(experts.of_experiment(experiment, layout), experiment.generator, batch)
+  for network in ("generator", "discriminator"):
+    shardings = jax.tree.leaves(layout.state(getattr(state, network)))
+    for (names, leaf), sharding in zip(_named(getattr(state, network)), shardings):
+      axes = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+      cut = ", ".join(f"axis {i} along {' x '.join(names)}" for i, names in enumerate(axes) if names) or "whole"
+      yield (f"{network}/{'/'.join(names)}  {list(leaf.shape)} -> {list(sharding.shard_shape(leaf.shape))} per device, "
+             f"{cut}")
+  for name in ("generator", "discriminator", "ema", "generator_opt", "discriminator_opt"):
+    tree = getattr(state, name)
+    pieces = sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                 for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.state(tree))))
+    yield f"{name}: {_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))}, {_bytes(pieces)} per device"
 
 
 def _named(parameters):

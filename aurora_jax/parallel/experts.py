@@ -26,10 +26,6 @@ from aurora_jax import config as config_lib
 from aurora_jax.ops import moe
 from aurora_jax.parallel import mesh as mesh_lib
 
-# C as a multiple of the mean, T / P.
-CAPACITY_FACTOR = 2.0
-
-
 class Plan(NamedTuple):
   """How one layer's tokens meet its experts, and why.
 
@@ -57,13 +53,13 @@ class Exchange:
     layout: the mesh.
     mode: "tokens", "weights", or "auto" for the one that moves fewer bytes, layer by layer.
     rematerialised: whether the forward pass runs again for the backward pass, and its exchange with it.
-    capacity_factor: see CAPACITY_FACTOR.
+    capacity_factor: C as a multiple of the mean, T / P.
   """
 
   layout: mesh_lib.Layout
   mode: str = "auto"
   rematerialised: bool = False
-  capacity_factor: float = CAPACITY_FACTOR
+  capacity_factor: float = 2.0
 
   def plan(self, tokens, width, hidden, experts, itemsize):
     """The plan of a layer.
@@ -176,6 +172,12 @@ def _through_peers(plan, backend, x, expert, peer, position, params):
     return exchange(out)
 
   return moe.through_slots(x, slot, slots, feed_forward)
+
+
+def of_experiment(experiment: config_lib.Experiment, layout: mesh_lib.Layout) -> Exchange:
+  """The exchange that an experiment asks for."""
+  cfg = experiment.mesh
+  return Exchange(layout, cfg.exchange, experiment.generator.remat, cfg.exchange_capacity)
 
 
 def explain(exchange: Exchange, cfg: config_lib.Generator, batch_size: int):

@@ -45,7 +45,7 @@ class Placed(NamedTuple):
 
 def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_lib.Layout) -> Placed:
   """The programs of an experiment on a mesh. Nothing is compiled or allocated yet."""
-  exchange = experts_lib.Exchange(layout, experiment.mesh.exchange, experiment.generator.remat)
+  exchange = experts_lib.of_experiment(experiment, layout)
   placed = Placed(layout, exchange, None, None, None, None)
   programs = step_lib.build(experiment, clip, placed.expert_ffn, layout.gather)
   abstract_state = layout.abstract(jax.eval_shape(programs.init, jax.random.key(0)))

@@ -1,0 +1,21 @@
+"""Runs `eight_devices.py` in a process with eight CPU devices; one process, so that its programs are compiled once."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+         "--xla_llvm_disable_expensive_passes=true")
+
+
+def test_on_eight_devices():
+  cases = pathlib.Path(__file__).with_name("eight_devices.py")
+  done = subprocess.run(
+      [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)], capture_output=True, text=True,
+      check=False, timeout=1800, cwd=cases.parents[2], env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"})
+  assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+  assert int(re.search(r"(\d+) passed", done.stdout)[1]) == 33 and "skipped" not in done.stdout
+  # The partitioner says so when it can do no better than to copy whole activations to every device.
+  assert "nvoluntary full rematerialization" not in done.stdout + done.stderr

@@ -1,0 +1,148 @@
+"""Meshes and sharding rules, without any device: what divides what, what is refused, where a parameter lies."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from aurora_jax import config
+from aurora_jax.cli import main
+from aurora_jax.errors import UserError
+from aurora_jax.parallel import experts, mesh
+from aurora_jax.training import step
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch=64):
+  base = config.load([f"--config={CONFIGS / 'aurora_64.py'}"])
+  generator = dataclasses.replace(base.generator, experts=config.PerResolution(counts)) if counts else base.generator
+  return dataclasses.replace(base, generator=generator, mesh=config.Mesh(data, expert, fsdp, exchange),
+                             train=dataclasses.replace(base.train, batch_size=batch))
+
+
+@pytest.mark.parametrize("size,counts,expected", [
+    (16, (4, 8, 16, 16), (4, 2, 2)), (8, (4, 8, 16), (4, 2)), (4, (4, 8, 16), (4,)), (2, (4, 8, 16), (2,)),
+    (1, (4, 8), (1,)), (16, (4, 8), (4, 2, 2)), (12, (3, 4), (3, 4)), (12, (4, 6), (4, 3)), (5, (4,), (5,)), (1, (), (1,)),
+])
+def test_sub_axes(size, counts, expected):
+  assert mesh.sub_axes(size, counts) == expected
+  assert math.prod(expected) == size
+
+
+@pytest.mark.parametrize("sizes,count,expected", [
+    ((4, 2, 2), 16, (0, 3)), ((4, 2, 2), 8, (0, 2)), ((4, 2, 2), 4, (0, 1)), ((4, 2, 2), 12, (0, 1)),
+    ((3, 4), 4, (1, 2)), ((3, 4), 12, (0, 2)), ((5,), 4, (0, 0)),
+])
+def test_longest_run(sizes, count, expected):
+  assert mesh.longest_run(sizes, count) == expected
+
+
+def test_rules_name_axes_and_find_collisions():
+  rules = mesh.Rules(batch=("data", "expert0", "expert1"), experts=("expert0",), dense=("data",))
+  assert rules.spec("batch") == PartitionSpec(("data", "expert0", "expert1"))
+  assert rules.spec("experts", None) == PartitionSpec("expert0")
+  assert rules.spec(None, "dense") == PartitionSpec(None, "data")
+  assert rules.spec("experts", "dense") == PartitionSpec("expert0", "data")
+  with pytest.raises(ValueError, match="'batch' and 'dense' of .* both lie along mesh axis 'data'"):
+    rules.spec("batch", "dense")
+  with pytest.raises(ValueError, match="no logical axis 'width'; there are batch, experts, dense"):
+    rules.spec("width")
+
+
+@pytest.mark.parametrize("wanted,devices,words", [
+    (experiment(2, 3), 8, ["mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8", "experts 4 at 8 px, 8 at 16 px",
+                           "data x expert that fit: 8x1, 4x2, 2x4, 1x8"]),
+    (experiment(2, 2), 1, ["mesh.data=2 x mesh.expert=2 makes 4 devices, there are 1", "fit: 1x1"]),
+    (experiment(8, 1, batch=12), 8, ["train.batch_size=12 is no multiple of the 8 devices", "fit: none"]),
+    (experiment(1, 6, batch=6), 6, ["mesh.expert=6 is 3 times what the experts can be spread over", "fit: 6x1, 3x2"]),
+    (experiment(1, 5, batch=5), 5, ["mesh.expert=5 has no divisor in common with the 4 experts at 8 pixels", "fit: 5x1"]),
+    (experiment(1, 32), 32, ["mesh.expert=32 is 2 times what the experts can be", "fit: 32x1, 16x2, 8x4, 4x8, 2x16"]),
+    (experiment(4, 2, counts={8: 1, 16: 1, 32: 1, 64: 1}), 8, ["mesh.expert=2, but no layer has more than one expert"]),
+    (experiment(0, 3), 8, ["mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8"]),
+])
+def test_a_mesh_that_does_not_divide_is_refused_with_the_table(wanted, devices, words):
+  with pytest.raises(UserError) as error:
+    mesh.build(wanted, devices)
+  assert "\n" not in str(error.value)
+  for part in words:
+    assert part in str(error.value)
+
+
+def test_data_takes_what_expert_leaves():
+  assert dict(mesh.build(experiment(0, 16), 64).mesh.shape) == {"data": 4, "expert0": 4, "expert1": 2, "expert2": 2}
+  assert dict(mesh.build(experiment(0, 4), 8).mesh.shape) == {"data": 2, "expert": 4}
+  with pytest.raises(UserError, match="mesh.data .* got -1"):
+    config.Mesh(data=-1)
+  with pytest.raises(UserError, match="mesh.exchange .* got 'ring'"):
+    config.Mesh(exchange="ring")
+
+
+@pytest.fixture(scope="module")
+def state():
+  return jax.eval_shape(step.build(experiment(), None).init, jax.random.key(0))
+
+
+def leaves(layout, tree):
+  """[(name, leaf, sharding)]."""
+  return [(jax.tree_util.keystr(path), leaf, layout.parameter(path, leaf.shape))
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def test_each_expert_lives_along_its_run_with_its_optimiser_state_and_average(state):
+  layout = mesh.build(experiment(16, 16, fsdp=True, batch=256), 256)
+  runs = {4: ("expert0",), 8: ("expert0", "expert1"), 16: ("expert0", "expert1", "expert2")}
+  found = 0
+  for part in (state.generator, state.ema, state.generator_opt):
+    for name, leaf, sharding in leaves(layout, part):
+      if "feed_forward" in name and "router" not in name:
+        found += 1
+        assert sharding.spec == PartitionSpec(runs[leaf.shape[0]] if leaf.shape[0] > 4 else "expert0"), name
+        assert sharding.shard_shape(leaf.shape) == (1, *leaf.shape[1:]), name
+  assert found == 3 * 4 * 18  # four arrays in each of 18 layers
+
+
+def test_fsdp_cuts_what_is_large_along_data(state):
+  whole = mesh.build(experiment(16, 16, batch=256), 256)
+  cut = mesh.build(experiment(16, 16, fsdp=True, batch=256), 256)
+  for name, leaf, sharding in leaves(cut, (state.generator, state.discriminator, state.discriminator_opt)):
+    expert = "feed_forward" in name and "router" not in name
+    if not expert and leaf.size >= mesh.SMALL and any(size % 16 == 0 for size in leaf.shape):
+      assert math.prod(sharding.shard_shape(leaf.shape)) * 16 == leaf.size, name
+      axis = [i for i, entry in enumerate(sharding.spec) if entry == "data"]
+      assert leaf.shape[axis[0]] == max(size for size in leaf.shape if size % 16 == 0)
+    elif not expert:
+      assert sharding.is_fully_replicated, name
+  assert all(sharding.is_fully_replicated for _, _, sharding in leaves(whole, state.discriminator))
+
+
+def test_exchange_is_chosen_by_bytes_and_explained():
+  few, many = (mesh.build(experiment(16, 16, batch=256 * images), 256) for images in (1, 64))
+  # One image: 256 tokens of 512 numbers, in fours of 2 x 64 slots from 3 others, there and back, both passes, float32.
+  plan = experts.Exchange(few).plan(256, 512, 2048, 8, 4)
+  assert plan.group == 8 and plan.capacity == 64 and plan.mode == "tokens"
+  assert plan.token_bytes == 2 * 2 * 7 * 64 * 512 * 4
+  assert plan.weight_bytes == 2 * 7 * (512 * 4096 + 4096 + 2048 * 512 + 512) * 4
+  assert experts.Exchange(many).plan(256 * 64, 512, 2048, 8, 4).mode == "weights"
+  assert experts.Exchange(few, "weights").plan(256, 512, 2048, 8, 4).mode == "weights"
+  assert experts.Exchange(few, rematerialised=True).plan(256, 512, 2048, 8, 4).token_bytes == plan.token_bytes * 3 // 2
+  lines = experts.explain(experts.Exchange(few), experiment().generator, 256)
+  assert len(lines) == 4 and lines[1].startswith("experts at 16 px: 6 layers of 8, 1 per device along expert0 x expert1 = 8")
+  assert "3.7 MB as tokens" in lines[1] and "176.4 MB as weights: tokens (chosen by bytes)" in lines[1]
+
+
+def test_inspect_prints_the_layout_of_every_parameter(capsys):
+  command = ["inspect", "--config", f"{CONFIGS / 'aurora_64.py'}:test", "--sharding", "--config.train.batch_size=8"]
+  assert main.main(command + ["--devices", "8", "--config.mesh.expert=4", "--config.mesh.fsdp=True"]) == 0
+  said = capsys.readouterr().out
+  assert "data 2, expert 4 = 8 devices" in said and "1 per device along expert = 4" in said
+  assert "feed_forward/in_weight  [4, 16, 128] -> [1, 16, 128] per device, axis 0 along expert" in said
+  assert "axis 3 along data" in said and ", whole" in said
+  assert main.main(command + ["--config.mesh.data=3", "--config.mesh.expert=2"]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "train.batch_size=8 is no multiple of the 6 devices" in error
+  assert main.main(["inspect", "nowhere", "--sharding"]) == 2
+  assert "are for a config" in capsys.readouterr().err
