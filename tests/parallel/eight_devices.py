@@ -90,7 +90,7 @@ def on_one_device():
 def first_state(routing):
   """A state in which nothing is zero. Routing "spread": every image's tokens go to many experts, which `overflowing` makes
   sure of; "all to one": every token's favourite is the same expert."""
-  state = to_host(on_one_device().init(jax.random.key(0)))
+  state = to_host(jax.jit(on_one_device().init)(jax.random.key(0)))
 
   def stir(path, leaf):
     key = jax.random.fold_in(jax.random.key(2), hash_of(path))
