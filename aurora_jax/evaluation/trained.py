@@ -71,7 +71,7 @@ def load(workdir, step=None, batch_size=32):
   step, state = checkpoint.read(folder.checkpoints, abstract, ("ema", "buffers"), step)
   cfg = experiment.generator.for_sampling(jax.default_backend())
   return Trained(folder.path, experiment, step, {"params": state["ema"], "buffers": state["buffers"]},
-                 clip_hf.load(experiment.text.clip),
+                 clip_hf.load(experiment.text.clip, text_only=True),
                  sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size))
 
 

@@ -165,6 +165,13 @@ def test_round_trip(folder, bundle):
   assert loaded.module().config == bundle.config
 
 
+def test_the_text_tower_alone_encodes_the_same(folder, bundle):
+  text_only = clip_hf.load(folder, text_only=True)
+  assert "image" not in text_only.variables["params"] and "text" in text_only.variables["params"]
+  encode = lambda b: b.module().apply(b.variables, b.tokenizer(CAPTIONS), method="encode_text")
+  jax.tree.map(np.testing.assert_array_equal, encode(text_only), encode(bundle))
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_half_precision_becomes_float32(folder, bundle, kind):
   rewrite(folder, lambda state: {name: array.astype(jax.numpy.dtype(kind)) for name, array in state.items()})
