@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import tempfile
 import unicodedata
 
 import numpy as np
@@ -16,7 +17,7 @@ SHOWN_SIDE = 96
 
 _PAGE = (240, 241, 243)
 _CARD = (255, 255, 255)
-_INK = (48, 52, 58)
+INK = (48, 52, 58)
 _PADDING = 7
 _GAP = 8
 _RADIUS = 6
@@ -69,14 +70,14 @@ def enlarge(image, scale):
 
 
 @functools.lru_cache(maxsize=8)
-def _font(size):
+def typeface(size):
   return ImageFont.load_default(size)
 
 
 @functools.lru_cache(maxsize=4096)
 def _drawable(character):
   """What the bundled font can draw for a character: itself, its base letter ("é": "e"), or "?"."""
-  font = _font(12)
+  font = typeface(12)
   missing = bytes(font.getmask("\uffff"))
   for candidate in (character, "".join(c for c in unicodedata.normalize("NFKD", character)
                                        if not unicodedata.combining(c))):
@@ -162,7 +163,7 @@ def captioned_grid(images, captions, columns=None, scale=None, text_size=12):
   columns = min(columns or max(1, int(np.ceil(np.sqrt(len(images) * 1.3)))), len(images))
   rows = -(-len(images) // columns)
   height, width = images.shape[1] * scale, images.shape[2] * scale
-  font, line = _font(text_size), _line_height(text_size)
+  font, line = typeface(text_size), _line_height(text_size)
   lines = [wrap_caption(caption, font, width + _PADDING) for caption in captions]
   # A row whose captions all fit on one line is one line lower.
   row_lines = [max(len(l) for l in lines[row * columns:(row + 1) * columns]) for row in range(rows)]
@@ -178,7 +179,7 @@ def captioned_grid(images, captions, columns=None, scale=None, text_size=12):
       page.paste(_card(card_width, card_height), (left, top))
       page.paste(enlarge(images[index], scale), (left + _PADDING, top + _PADDING))
       for n, words in enumerate(lines[index]):
-        draw.text((left + card_width / 2, top + _PADDING + height + 4 + n * line), words, _INK, font, anchor="ma")
+        draw.text((left + card_width / 2, top + _PADDING + height + 4 + n * line), words, INK, font, anchor="ma")
     top += card_height + _GAP
   return page
 
@@ -200,7 +201,7 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1):
   scale = scale or default_scale(images.shape[3])
   prompts, latents = images.shape[:2]
   height, width = images.shape[2] * scale, images.shape[3] * scale
-  font, line = _font(text_size), _line_height(text_size)
+  font, line = typeface(text_size), _line_height(text_size)
   label = 130
   lines = [wrap_caption(caption, font, label, lines=max(_LINES, height // line - 1)) for caption in captions]
   columns = min(columns, prompts)
@@ -216,11 +217,75 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1):
     page.paste(_card(card_width, card_height), (left, top))
     text_top = top + (card_height - len(lines[index]) * line) / 2
     for n, words in enumerate(lines[index]):
-      draw.text((left + 2 * _PADDING, text_top + n * line), words, _INK, font, anchor="la")
+      draw.text((left + 2 * _PADDING, text_top + n * line), words, INK, font, anchor="la")
     for latent in range(latents):
       page.paste(enlarge(images[index, latent], scale),
                  (left + label + 3 * _PADDING + latent * (width + _PADDING), top + _PADDING))
   return page
+
+
+def captioned_table(images, captions, headers, scale=None, text_size=13):
+  """A card per prompt with a table in it: a row per latent, a column per value of something; the headers on top.
+
+  Args:
+    images: [P, L, K, R, R, 3], float in [-1, 1] or uint8.
+    captions: P strings, on the left of the cards; where all are empty there is no room for them.
+    headers: K strings; one may be as wide as the empty ones beside it leave it room.
+    scale: int, the factor of enlargement; None takes `default_scale`.
+    text_size: int, pixels.
+
+  Returns:
+    A PIL picture.
+  """
+  images = _check(images, captions, 6)
+  prompts, latents, columns = images.shape[:3]
+  if len(headers) != columns:
+    raise ValueError(f"{len(headers)} headers for {columns} columns")
+  scale = scale or default_scale(images.shape[4])
+  height, width = images.shape[3] * scale + _PADDING, images.shape[4] * scale + _PADDING
+  font, line = typeface(text_size), _line_height(text_size)
+  label = 130 if any(captions) else -_PADDING
+  inner = label + 3 * _PADDING  # of the first column, from the card's left edge
+  card_width, card_height = inner + columns * width, latents * height + _PADDING
+  head = [(left, wrap_caption(headers[k], font, room), anchor)
+          for k, left, room, anchor in _header_places(headers, width, width - _PADDING)]
+  top = _GAP + max(len(lines) for _, lines, _ in head) * line + 4
+  page = Image.new("RGB", (card_width + 2 * _GAP, top + prompts * (card_height + _GAP)), _PAGE)
+  draw = ImageDraw.Draw(page)
+  for left, lines, anchor in head:
+    for n, words in enumerate(lines):
+      # Headers stand on their pictures: the last lines are level.
+      draw.text((_GAP + inner + left, top - (len(lines) - n) * line - 4), words, INK, font, anchor=anchor)
+  for p in range(prompts):
+    page.paste(_card(card_width, card_height), (_GAP, top))
+    lines = wrap_caption(captions[p], font, label, lines=max(_LINES, latents * height // line - 1))
+    for n, words in enumerate(lines):
+      text_top = top + (card_height - len(lines) * line) / 2 + n * line
+      draw.text((_GAP + 2 * _PADDING, text_top), words, INK, font, anchor="la")
+    for row in range(latents):
+      for k in range(columns):
+        page.paste(enlarge(images[p, row, k], scale), (_GAP + inner + k * width, top + _PADDING + row * height))
+    top += card_height + _GAP
+  return page
+
+
+def _header_places(headers, width, side):
+  """Where headers go: [(column, x of the text, room for it, PIL anchor)], in pixels from the first column's left.
+
+  The first is flush left, the last flush right if there is free room beside it, all others centred on their column.
+  """
+  used = [k for k, header in enumerate(headers) if header.strip()] or [0]
+  places = []
+  for n, k in enumerate(used):
+    before = k - used[n - 1] if n else k + 1
+    after = used[n + 1] - k if n + 1 < len(used) else len(headers) - k
+    if k == 0 and after > 1:
+      places.append((k, 0, (after - 1) * width / 2 + side / 2, "la"))
+    elif k == len(headers) - 1 and before > 1:
+      places.append((k, k * width + side, (before - 1) * width / 2 + side / 2, "ra"))
+    else:
+      places.append((k, k * width + side / 2, max(side, (min(before, after) - 1) * width), "ma"))
+  return places
 
 
 def expert_colours(experts):
@@ -280,6 +345,38 @@ def write_beside(path, write):
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
   return path
+
+
+def check_place(path, suffix):
+  """Makes sure, before minutes of work, that a file can be written, and leaves nothing behind.
+
+  Args:
+    path: where it shall stand; its folder is made later if missing.
+    suffix: how its name must end, e.g. ".png".
+
+  Raises:
+    UserError: another suffix, a folder in its place, or a folder that cannot be made or written to.
+  """
+  path = pathlib.Path(path)
+  if path.suffix.lower() != suffix:
+    raise UserError(f"the name of this file must end in {suffix}, got {path}")
+  check_folder(path.parent, path)
+  if path.is_dir():
+    raise UserError(f"cannot write {path}: it is a folder")
+
+
+def check_folder(folder, path=None):
+  """Raises UserError naming `path` (or the folder itself) if files cannot be written to a folder that may be missing."""
+  existing = pathlib.Path(folder)
+  try:
+    while not existing.exists() and existing != existing.parent:
+      existing = existing.parent
+    if not existing.is_dir():
+      raise UserError(f"cannot write {path or folder}: {existing} is not a folder")
+    with tempfile.TemporaryFile(dir=existing):  # asks the file system itself: the superuser passes any check of bits
+      pass
+  except OSError as error:
+    raise UserError(f"cannot write {path or folder}: {error.strerror or error}") from error
 
 
 def save_png(picture, path):

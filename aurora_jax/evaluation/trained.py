@@ -5,9 +5,11 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from aurora_jax import config as config_lib
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation import interpolation
 from aurora_jax.evaluation import sampling
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
@@ -17,6 +19,10 @@ from aurora_jax.training import step as step_lib
 
 # CLIP reads at most 77 tokens; a text this long is a mistake (a file's content in place of its name, say).
 LONGEST_PROMPT = 1000
+
+# Pictures at once by default: at most so many, and what they work on stays within about this many bytes.
+_MOST_PICTURES = 32
+_WORKING_BYTES = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,38 +47,95 @@ class Trained:
 
   def sample(self, prompts, **options):
     """Samples prompts; the options are those of `sampling.Sampler`. Returns `sampling.Samples`."""
-    encode = sampling.make_prompt_encoder(self.clip, batch_size=min(64, len(prompts)))
-    return self.sampler(self.variables, encode(list(prompts)), **options)
+    return self.sampler(self.variables, self._encode(prompts), **options)
+
+  def interpolate(self, prompts, given, **options):
+    """From prompt to prompt; the options are those of `interpolation.interpolate`. Returns images [L, S, R, R, 3]."""
+    return interpolation.interpolate(self.sampler, self.variables, self._encode(prompts), given, **options)
+
+  def _encode(self, prompts):
+    return sampling.make_prompt_encoder(self.clip, batch_size=min(64, len(prompts)))(list(prompts))
 
   def experts_of(self, layer):
     """Number of experts of a layer named as in the generator's routing ("r8_block0_layer0")."""
     return self.experiment.generator.experts[int(layer[1:].split("_")[0])]
 
 
-def load(workdir, step=None, batch_size=32):
+def load(workdir, step=None, batch_size=None, *, prompts_at_once=None, clip=None, dtype=None):
   """Reads a run.
 
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None takes the newest.
-    batch_size: rows per call of the sampler.
+    batch_size: pictures per call of the sampler; None: as `pictures_at_once` says.
+    prompts_at_once: as of `sampling.make_sampler`.
+    clip: a CLIP folder in place of the one that the run's configuration names.
+    dtype: of the weights and of the synthesis network's arithmetic: "float32", or "bfloat16" for half the memory; None:
+      weights in float32, arithmetic as in training.
 
   Returns:
     `Trained`.
 
   Raises:
-    UserError: no such run, no checkpoint, or its CLIP folder is gone.
+    UserError: no such run, no checkpoint, its CLIP folder is gone, or the CLIP is of another width.
   """
   folder = run_folder.RunFolder(workdir)
   if not folder.path.is_dir():
     raise UserError(f"run folder not found: {workdir}")
   experiment = folder.experiment()
+  # The small and doubtful things first: the weights may be gigabytes.
+  cfg = experiment.generator.for_sampling(jax.default_backend())
+  cfg = dataclasses.replace(cfg, compute_dtype=dtype or cfg.compute_dtype)
+  bundle = _load_clip(clip, experiment)
   abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   step, state = checkpoint.read(folder.checkpoints, abstract, ("ema", "buffers"), step)
-  cfg = experiment.generator.for_sampling(jax.default_backend())
-  return Trained(folder.path, experiment, step, {"params": state["ema"], "buffers": state["buffers"]},
-                 clip_hf.load(experiment.text.clip, text_only=True),
-                 sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size))
+  # Buffers stay as they are: frequencies and the average of w are few and worth their precision.
+  params = state.pop("ema")
+  params = _cast(params, dtype) if dtype == "bfloat16" else params
+  sampler = sampling.make_sampler(
+      generator_lib.Generator(cfg), cfg.z_dim, batch_size or pictures_at_once(cfg), prompts_at_once)
+  return Trained(folder.path, experiment, step, {"params": params, "buffers": state["buffers"]}, bundle, sampler)
+
+
+def _load_clip(folder, experiment):
+  """The CLIP of a run, or the one given in its place; refused if its features are not as wide as the generator's."""
+  if not folder and not experiment.text.clip:
+    raise UserError("the run's config names no CLIP: --clip DIR says which")
+  try:
+    bundle = clip_hf.load(folder or experiment.text.clip, text_only=True)
+  except UserError as error:
+    raise error if folder else UserError(f"{error} (as the run's config has it; --clip DIR names another)") from error
+  wanted, width = experiment.generator.text_feature_dim, bundle.config.text.width
+  if wanted != width:
+    raise UserError(f"{folder or experiment.text.clip}: text features are {width} wide, the generator wants {wanted}")
+  return bundle
+
+
+def _cast(tree, dtype):
+  """Another float type for all leaves, one after the other: `tree` is emptied, so no second copy stands beside it."""
+  leaves, structure = jax.tree.flatten(tree)
+  tree.clear()
+  for i, leaf in enumerate(leaves):
+    leaves[i] = leaf.astype(jnp.dtype(dtype))
+    del leaf
+  return jax.tree.unflatten(structure, leaves)
+
+
+def pictures_at_once(cfg):
+  """A batch size for a generator, by the largest arrays that one picture needs.
+
+  Args:
+    cfg: `config.Generator`, as it is sampled from.
+
+  Returns:
+    int, 1 to 32.
+  """
+  needed = [4 * r**2 * cfg.channels(r) for r in cfg.resolutions]
+  for r in cfg.attention_depth:
+    logits = cfg.heads * min(r**2, cfg.attention_chunk) * r**2
+    hidden = 2 * cfg.feed_forward_ratio * cfg.heads * cfg.head_dim * r**2
+    needed.append(4 * (logits + hidden))
+  return max(1, min(_MOST_PICTURES, _WORKING_BYTES // max(needed)))
 
 
 def check_prompts(prompts):

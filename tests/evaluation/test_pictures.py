@@ -65,7 +65,7 @@ def test_grid_refuses_what_does_not_fit(images, captions):
 
 
 class TestWrap:
-  font = pictures._font(12)
+  font = pictures.typeface(12)
 
   def wrap(self, caption, width=96):
     lines = pictures.wrap_caption(caption, self.font, width)

@@ -1,0 +1,54 @@
+"""Walks from prompt to prompt: an animated GIF that goes forth and back, and a strip of all steps.
+
+Linear steps on what the text head makes of the prompts, as the released script takes them. By default only the local
+text tokens move, which the generator's cross-attention looks at; the global text stays the first prompt's. --global
+moves that too, and with it the latent w; the walk then ends at what `sample` gives for the last prompt.
+Truncation is toward the global mean of w; --mean-latents 16 adds the pull toward the prompt's own mean that `sample` has.
+
+Examples:
+  python -m aurora_jax interpolate --workdir runs/openmoji_32 --prompt "red heart" --prompt "green circle" --global \\
+      --psi 1 --out walk.gif --strip walk.png
+  python -m aurora_jax interpolate --workdir runs/aurora --prompt "a cat" --prompt "a dog" --prompt "a fox" --out walk.gif
+"""
+
+from aurora_jax.cli import sampling_flags
+from aurora_jax.errors import UserError
+
+
+def add_arguments(parser):
+  parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                      help="twice, or more often for a walk through several")
+  parser.add_argument("--out", required=True, metavar="GIF", help="the animation to write, all latents side by side")
+  parser.add_argument("--strip", metavar="PNG", help="also write all steps side by side, a row per latent")
+  parser.add_argument("--steps", type=int, default=9, metavar="N",
+                      help="pictures from a prompt to the next, both ends counted (default 9)")
+  parser.add_argument("--global", dest="move_global", action="store_true", help="the global text moves too")
+  parser.add_argument("--psi", default="0.2", help="truncation, 0 to 1 for none (default 0.2)")
+  parser.add_argument("--milliseconds", type=int, default=120, metavar="MS", help="a step is shown so long (default 120)")
+  sampling_flags.add_arguments(parser, latents=3, mean_latents=0)
+
+
+def run(args):
+  if len(args.prompt) < 2:
+    raise UserError(f"an interpolation needs at least two --prompt TEXT, got {len(args.prompt)}")
+  for flag, value, least, most in (("steps", args.steps, 2, 1000), ("milliseconds", args.milliseconds, 20, 10_000)):
+    if not least <= value <= most:
+      raise UserError(f"--{flag} must lie between {least} and {most}, got {value}")
+  sampling_flags.check_prompts(args.prompt)
+  sweep = sampling_flags.read_psi(args.psi)
+  if len(sweep) > 1:
+    raise UserError(f"--psi {args.psi}: an interpolation has one truncation")
+
+  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
+  from aurora_jax.evaluation import animation, pictures  # pylint: disable=g-import-not-at-top
+
+  pictures.check_place(args.out, ".gif")
+  if args.strip:
+    pictures.check_place(args.strip, ".png")
+  model, latents = sampling_flags.prepare(args, 1)
+  with progress(f"interpolating at step {model.step:,}") as update:
+    images = model.interpolate(args.prompt, latents, steps=args.steps, move_global=args.move_global, psi=sweep[0],
+                               on_batch=update)
+  path = animation.save_gif(animation.frames(images, args.prompt), len(args.prompt), args.out, args.milliseconds)
+  strip = f", {pictures.save_png(animation.strip(images, args.prompt), args.strip)}" if args.strip else ""
+  print(f"{path}{strip}: {images.shape[1]} steps, {images.shape[0]} latents, psi {args.psi}, step {model.step:,}")
