@@ -2,13 +2,15 @@
 
 Linear steps on what the text head makes of the prompts, as the released script takes them. By default only the local
 text tokens move, which the generator's cross-attention looks at; the global text stays the first prompt's. --global
-moves that too, and with it the latent w; the walk then ends at what `sample` gives for the last prompt.
-Truncation is toward the global mean of w; --mean-latents 16 adds the pull toward the prompt's own mean that `sample` has.
+moves that too, and with it w: the walk then ends at what the last prompt itself gives. (A small generator tells its
+prompts apart by the global text most of all; there, use --global --psi 1.)
+Truncation is toward the global mean of w; --mean-latents 16 adds the pull toward the prompt's own mean that `sample`
+has.
 
 Examples:
   python -m aurora_jax interpolate --workdir runs/openmoji_32 --prompt "red heart" --prompt "green circle" --global \\
       --psi 1 --out walk.gif --strip walk.png
-  python -m aurora_jax interpolate --workdir runs/aurora --prompt "a cat" --prompt "a dog" --prompt "a fox" --out walk.gif
+  python -m aurora_jax interpolate --workdir runs/aurora --prompt "a cat" --prompt "a dog" --out walk.gif
 """
 
 from aurora_jax.cli import sampling_flags
@@ -24,8 +26,9 @@ def add_arguments(parser):
                       help="pictures from a prompt to the next, both ends counted (default 9)")
   parser.add_argument("--global", dest="move_global", action="store_true", help="the global text moves too")
   parser.add_argument("--psi", default="0.2", help="truncation, 0 to 1 for none (default 0.2)")
-  parser.add_argument("--milliseconds", type=int, default=120, metavar="MS", help="a step is shown so long (default 120)")
-  sampling_flags.add_arguments(parser, latents=3, mean_latents=0)
+  parser.add_argument("--milliseconds", type=int, default=120, metavar="MS",
+                      help="a step is shown so long (default 120)")
+  sampling_flags.add_arguments(parser, latents=3, mean_latents=0, most_latents=12)
 
 
 def run(args):
@@ -50,5 +53,6 @@ def run(args):
     images = model.interpolate(args.prompt, latents, steps=args.steps, move_global=args.move_global, psi=sweep[0],
                                on_batch=update)
   path = animation.save_gif(animation.frames(images, args.prompt), len(args.prompt), args.out, args.milliseconds)
+  sampling_flags.save_latents(args, latents)
   strip = f", {pictures.save_png(animation.strip(images, args.prompt), args.strip)}" if args.strip else ""
   print(f"{path}{strip}: {images.shape[1]} steps, {images.shape[0]} latents, psi {args.psi}, step {model.step:,}")

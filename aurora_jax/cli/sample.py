@@ -13,9 +13,11 @@ Examples:
   python -m aurora_jax sample --workdir runs/openmoji_32 --prompts prompts.txt --psi 0.2,0.5,1 --out sweep.png
 """
 
+import itertools
 import pathlib
 
 from aurora_jax.cli import sampling_flags
+from aurora_jax.errors import UserError
 
 
 def add_arguments(parser):
@@ -26,7 +28,7 @@ def add_arguments(parser):
                       help="also write every picture by itself into this folder: PROMPT-LATENT-psiPSI.png")
   parser.add_argument("--psi", default="1", metavar="PSI[,PSI...]", help="truncation, 0 to 1 (default 1: none)")
   parser.add_argument("--columns", type=int, default=0, metavar="N", help="prompts side by side in a sheet of one psi")
-  sampling_flags.add_arguments(parser, latents=4, mean_latents=16)
+  sampling_flags.add_arguments(parser, latents=4, mean_latents=16, most_latents=1000)
 
 
 def run(args):
@@ -35,6 +37,8 @@ def run(args):
   from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
   from aurora_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
 
+  if args.columns < 0:
+    raise UserError(f"--columns must not be negative, got {args.columns}")
   pictures.check_place(args.out, ".png")
   if args.singles:
     pictures.check_folder(args.singles)
@@ -47,7 +51,8 @@ def run(args):
     sheet = pictures.captioned_table(images, prompts, [f"psi {psi:g}" for psi in sweep])
   path = pictures.save_png(sheet, args.out)
   if args.singles:
-    for p, latent, k in ((p, l, k) for p in range(len(prompts)) for l in range(images.shape[1]) for k in range(len(sweep))):
+    for p, latent, k in itertools.product(*map(range, images.shape[:3])):
       name = f"{p:04d}-{latent:02d}-psi{sweep[k]:g}.png"
       pictures.save_png(pictures.to_picture(images[p, latent, k]), pathlib.Path(args.singles) / name)
+  sampling_flags.save_latents(args, latents)
   print(f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, psi {args.psi}, step {model.step:,}")

@@ -4,14 +4,16 @@ import pathlib
 
 from aurora_jax.errors import UserError
 
-_MOST_LATENTS = 10_000
+_MOST_MEAN_LATENTS = 10_000
+_MOST_AT_ONCE = 4096
 
 
-def add_arguments(parser, *, latents, mean_latents):
-  """Adds the flags; `latents` and `mean_latents` are the command's defaults."""
+def add_arguments(parser, *, latents, mean_latents, most_latents):
+  """Adds the flags; `latents` and `mean_latents` are the command's defaults, `most_latents` what it can show."""
   parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, as of `train`")
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
-  parser.add_argument("--clip", metavar="DIR", help="the CLIP folder that reads the prompts (default: the one in the run's config)")
+  parser.add_argument("--clip", metavar="DIR",
+                      help="the CLIP folder that reads the prompts (default: the one in the run's config)")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                       help="of the weights and the arithmetic; bfloat16 takes half the memory (default float32)")
   parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: by the generator's size)")
@@ -23,7 +25,7 @@ def add_arguments(parser, *, latents, mean_latents):
                       help=".npz or .safetensors with the latents: z [L, Z] for every prompt or [P, L, Z], and, if you "
                            "like, mean_z [M, Z] or [P, M, Z], those of the prompt's mean")
   parser.add_argument("--save-latents", metavar="FILE", help="write the latents that were used, in the same form")
-  parser.set_defaults(default_latents=latents, default_mean_latents=mean_latents)
+  parser.set_defaults(default_latents=latents, default_mean_latents=mean_latents, most_latents=most_latents)
 
 
 def read_prompts(args):
@@ -80,10 +82,11 @@ def prepare(args, prompts):
   from aurora_jax.evaluation import latents, pictures, trained  # pylint: disable=g-import-not-at-top
   from aurora_jax.training import run_folder  # pylint: disable=g-import-not-at-top
 
-  for flag, least in (("latents", 1), ("batch_size", 1), ("mean_latents", 0)):
+  for flag, least, most in (("latents", 1, args.most_latents), ("batch_size", 1, _MOST_AT_ONCE),
+                            ("mean_latents", 0, _MOST_MEAN_LATENTS)):
     value = getattr(args, flag)
-    if value is not None and not least <= value <= _MOST_LATENTS:
-      raise UserError(f"--{flag.replace('_', '-')} must lie between {least} and {_MOST_LATENTS:,}, got {value}")
+    if value is not None and not least <= value <= most:
+      raise UserError(f"--{flag.replace('_', '-')} must lie between {least} and {most:,}, got {value}")
   if args.save_latents:
     latents.check_name(args.save_latents)
     pictures.check_place(args.save_latents, pathlib.Path(args.save_latents).suffix.lower())
@@ -92,9 +95,10 @@ def prepare(args, prompts):
   if arrays is not None:
     given = latents.fit(arrays, args.latents_file, prompts, width, mean_latents=args.mean_latents,
                         otherwise=args.default_mean_latents, seed=args.seed)
-    if args.latents not in (None, given.z.shape[1]):
-      raise UserError(f"{args.latents_file}: it has {given.z.shape[1]} latents per prompt, --latents {args.latents} asks for "
-                      "another number")
+    found = given.z.shape[1]
+    if args.latents not in (None, found) or found > args.most_latents:
+      raise UserError(f"{args.latents_file}: it has {found} latents per prompt, "
+                      f"not {args.latents or f'at most {args.most_latents}'}")
   else:
     count = args.default_latents if args.latents is None else args.latents
     means = args.default_mean_latents if args.mean_latents is None else args.mean_latents
@@ -102,6 +106,12 @@ def prepare(args, prompts):
   # The text head reads no more prompts at once than there are: it would be idle work.
   model = trained.load(args.workdir, args.step, args.batch_size, prompts_at_once=min(32, prompts), clip=args.clip,
                        dtype=args.dtype)
-  if args.save_latents:
-    latents.save(given, args.save_latents)
   return model, given
+
+
+def save_latents(args, given):
+  """Writes --save-latents, if it was asked for."""
+  if args.save_latents:
+    from aurora_jax.evaluation import latents  # pylint: disable=g-import-not-at-top
+
+    latents.save(given, args.save_latents)

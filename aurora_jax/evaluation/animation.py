@@ -84,21 +84,38 @@ def frames(images, prompts, scale=None):
   return made
 
 
-def _shared_palette(pages):
-  """An image with a palette for all pages: the page's own colours exactly, the rest by k-means.
+def _palette(pages):
+  """Colours for all pages, uint8 [n <= 256, 3]: the page's own exactly, the rest by k-means.
 
   A colour counts by the root of the number of its pixels: by the number itself the white around the pictures would take
   most of the palette, and by one each it would be left in visible patches.
   """
   fixed = [(255, 255, 255), pictures.INK, _TRACK, _DOT]
   fine = 4
-  codes = np.concatenate([(np.asarray(page, np.int32) // fine @ (1 << 16, 1 << 8, 1)).ravel() for page in pages])
+  codes = np.concatenate([_codes(page, fine) for page in pages])
   codes, counts = np.unique(codes, return_counts=True)
-  codes = np.repeat(codes, np.ceil(np.sqrt(counts)).astype(int))
-  colours = (codes[:, None] >> np.array([16, 8, 0]) & 255) * fine + fine // 2
-  chosen = Image.fromarray(colours.astype(np.uint8)[:, None]).quantize(_COLOURS - len(fixed), kmeans=4).getpalette()
-  image = Image.new("P", (1, 1))
-  image.putpalette([value for colour in fixed for value in colour] + chosen[:3 * (_COLOURS - len(fixed))])
+  colours = np.repeat(_colours(codes), np.ceil(np.sqrt(counts)).astype(int), axis=0) * fine + fine // 2
+  reduced = Image.fromarray(colours.astype(np.uint8)[:, None]).quantize(_COLOURS - len(fixed), kmeans=4)
+  chosen = np.reshape(reduced.getpalette(), (-1, 3))[:_COLOURS - len(fixed)]
+  return np.concatenate([fixed, chosen]).astype(np.uint8)
+
+
+def _codes(page, divisor=1):
+  """The colours of a picture's pixels as integers [pixels]; `_colours` is the inverse."""
+  return (np.asarray(page, np.int32) // divisor @ np.array([1 << 16, 1 << 8, 1])).ravel()
+
+
+def _colours(codes):
+  return codes[:, None] >> np.array([16, 8, 0]) & 255
+
+
+def _indexed(page, palette):
+  """A page with the palette's colours, each pixel the nearest (Pillow's own search is coarse, and turns white grey)."""
+  codes, where = np.unique(_codes(page), return_inverse=True)
+  colours, entries = _colours(codes).astype(np.float32), palette.astype(np.float32)
+  nearest = np.argmin(np.square(entries).sum(-1) - 2 * colours @ entries.T, axis=1).astype(np.uint8)
+  image = Image.fromarray(nearest[where].reshape(page.height, page.width), "P")
+  image.putpalette(palette.tobytes())
   return image
 
 
@@ -118,9 +135,9 @@ def save_gif(pages, prompts, path, step_milliseconds=120):
   """
   stations = set(_stations(len(pages), prompts))
   order = list(range(len(pages))) + list(range(len(pages) - 2, 0, -1))
-  palette = _shared_palette(pages)
-  indexed = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+  palette = _palette(pages)
+  indexed = [_indexed(page, palette) for page in pages]
   durations = [step_milliseconds * (_HOLD if step in stations else 1) for step in order]
   return pictures.write_beside(path, lambda file: indexed[0].save(
-      file, format="GIF", save_all=True, append_images=[indexed[step] for step in order[1:]], duration=durations, loop=0,
-      optimize=False))
+      file, format="GIF", save_all=True, append_images=[indexed[step] for step in order[1:]], duration=durations,
+      loop=0, optimize=False))

@@ -366,7 +366,7 @@ def check_place(path, suffix):
 
 
 def check_folder(folder, path=None):
-  """Raises UserError naming `path` (or the folder itself) if files cannot be written to a folder that may be missing."""
+  """Raises UserError naming `path` (or the folder) if files cannot be written to a folder, which may be missing."""
   existing = pathlib.Path(folder)
   try:
     while not existing.exists() and existing != existing.parent:

@@ -1,7 +1,7 @@
 """Prompts to pictures, the way the released script samples: toward the prompt's own mean latent.
 
-Axis letters: P prompts, L latents per prompt, M latents of a prompt's mean, K values of psi, C prompts at once, B rows of
-a batch (one row is one prompt with one latent and one psi), N text tokens, F width of a CLIP feature, D width of the
+Axis letters: P prompts, L latents per prompt, M latents of a prompt's mean, K values of psi, C prompts at once, B rows
+of a batch (one row is one prompt with one latent and one psi), N text tokens, F width of a CLIP feature, D width of the
 generator's own text, W width of w, Z width of z, R pixels.
 """
 

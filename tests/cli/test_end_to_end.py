@@ -113,7 +113,7 @@ def test_sample_writes_a_grid_and_singles_and_repeats_itself(run, tmp_path):
   one, two = (np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "two.png"))
   assert np.array_equal(one, two)
   assert len(list((tmp_path / "singles").glob("*.png"))) == 4
-  assert Image.open(tmp_path / "singles" / "0000-00.png").size == (16, 16)
+  assert Image.open(tmp_path / "singles" / "0000-00-psi0.5.png").size == (16, 16)
 
 
 def test_evaluate_measures_and_reports(home, run):

@@ -148,3 +148,38 @@ def test_an_unwritable_place_is_named(tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(UserError, match="file/grid.png"):
     pictures.save_png(Image.new("RGB", (2, 2)), tmp_path / "file" / "grid.png")
+
+
+def test_table_has_a_row_per_latent_and_a_column_per_value():
+  images = np.full((2, 3, 4, 8, 8, 3), -1.0, np.float32)
+  images[..., 0] += np.arange(2)[:, None, None, None, None]
+  images[..., 1] += np.arange(3)[:, None, None, None] / 2
+  images[..., 2] += np.arange(4)[:, None, None] / 2
+  table = np.asarray(pictures.captioned_table(images, ["one", "two"], ["a", "b", "c", "d"], scale=4))
+  shown = pictures.to_uint8(images)
+  centre = np.array([np.argwhere((table == shown[index][0, 0]).all(-1)).mean(0) for index in np.ndindex(2, 3, 4)])
+  rows, columns = centre.reshape(6, 4, 2)[..., 0], centre.reshape(6, 4, 2)[..., 1]
+  assert (rows == rows[:, :1]).all() and (np.diff(rows[:, 0]) > 0).all()
+  assert (columns == columns[:1]).all() and (np.diff(columns[0]) > 0).all()
+  with pytest.raises(ValueError, match="3 headers for 4 columns"):
+    pictures.captioned_table(images, ["one", "two"], ["a", "b", "c"])
+
+
+def test_headers_use_the_room_of_empty_ones_beside_them():
+  places = pictures._header_places(["a", "", "", "", "b", "", "", "c"], 100, 96)
+  assert [(k, anchor) for k, _, _, anchor in places] == [(0, "la"), (4, "ma"), (7, "ra")]
+  spans = [{"la": (x, x + room), "ma": (x - room / 2, x + room / 2), "ra": (x - room, x)}[anchor]
+           for _, x, room, anchor in places]
+  assert spans[0][0] == 0 and spans[-1][1] == 796
+  assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+  assert [room for _, _, room, _ in pictures._header_places(["a", "b"], 100, 96)] == [96, 96]
+
+
+def test_a_place_is_checked_before_the_work(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  (tmp_path / "folder.png").mkdir()
+  pictures.check_place(tmp_path / "new" / "deep" / "x.PNG", ".png")
+  for path, words in (("x.jpg", "must end in .png"), ("file/x.png", "not a folder"), ("folder.png", "it is a folder")):
+    with pytest.raises(UserError, match=words):
+      pictures.check_place(tmp_path / path, ".png")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

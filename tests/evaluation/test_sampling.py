@@ -2,12 +2,12 @@
 
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation import latents as latents_lib
 from aurora_jax.evaluation import sampling
 
 Z = 3
@@ -18,7 +18,7 @@ class FakeGenerator:
   """w = gain * tanh(z) + global text; a picture [2, 2, 3] shows w everywhere; one routing layer tells the prompt."""
 
   def __init__(self):
-    self.traces = 0
+    self.traces = self.mapped = self.drawn = 0
 
   def apply(self, variables, *arguments, method):
     return getattr(self, method)(variables, *arguments)
@@ -29,9 +29,11 @@ class FakeGenerator:
     return features[row, eot], features[:, 1:]
 
   def map_latents(self, variables, z, global_text):
+    self.mapped += 1
     return variables["params"]["gain"] * jnp.tanh(z) + global_text
 
   def synthesize(self, variables, w, local_text):
+    self.drawn += 1
     image = jnp.broadcast_to(w[:, None, None], (len(w), 2, 2, 3)) + 0 * local_text.sum()
     expert = jnp.broadcast_to(jnp.rint(local_text[:, 0, :1]).astype(jnp.int32), (len(w), 4))
     return types.SimpleNamespace(image=image, routing={"attn_8_0": types.SimpleNamespace(expert=expert)})
@@ -94,29 +96,58 @@ def test_one_compile_for_all_batches():
 
 
 def test_psi_one_is_no_truncation():
-  latent = np.array(jax.vmap(
-      lambda p: sampling.draw_latents(0, jnp.array([p]), jnp.array([0]), Z)[0])(jnp.arange(3)))
-  expected = 2 * np.tanh(latent) + 10 * np.arange(3)[:, None]
+  expected = 2 * np.tanh(latents_lib.draw(0, range(3), 1, 0, Z).z[:, 0]) + 10 * np.arange(3)[:, None]
   np.testing.assert_allclose(sample().images[:, 0, 0, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("psi", [0.0, 0.05, 0.2, 0.7])
 def test_truncation_is_the_released_one(psi):
   """w'' = (1 - psi) mean + psi (1 - psi) w_avg + psi^2 w, as aurora.md writes it out."""
-  prompt = jnp.arange(3)
   text = 10 * np.arange(3)[:, None]
-  w = 2 * np.tanh(np.array(sampling.draw_latents(5, prompt, jnp.zeros(3, int), Z))) + text
-  z = np.array(sampling.draw_mean_latents(5, prompt, Z))
-  assert z.shape == (3, 16, Z)
+  drawn = latents_lib.draw(5, range(3), 1, 16, Z)
+  w, z = 2 * np.tanh(drawn.z[:, 0]) + text, drawn.mean_z
   mean = (2 * np.tanh(z) + text[:, None]).mean(1)
   expected = (1 - psi) * mean + psi * (1 - psi) * np.array(VARIABLES["buffers"]["w_avg"]) + psi**2 * w
   np.testing.assert_allclose(sample(psi=psi, seed=5).images[:, 0, 0, 0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_mean_latents_are_others_than_the_sampled_ones():
-  sampled = np.array(sampling.draw_latents(0, jnp.zeros(16, int), jnp.arange(16), Z))
-  mean = np.array(sampling.draw_mean_latents(0, jnp.zeros(1, int), Z))[0]
-  assert np.abs(sampled - mean).max(-1).min() > 1e-3
+def test_several_psi_are_an_axis_of_their_own_in_one_program():
+  generator = FakeGenerator()
+  sampler = sampling.make_sampler(generator, Z, batch_size=4)
+  sweep = (0.0, 0.2, 0.9, 1.0)
+  together = sampler(VARIABLES, make_prompts(3), latents=2, psi=sweep, routing=True)
+  assert together.images.shape == (3, 2, 4, 2, 2, 3) and together.routing["attn_8_0"].shape == (3, 2, 4, 4)
+  for k, psi in enumerate(sweep):
+    np.testing.assert_allclose(together.images[:, :, k], sample(latents=2, psi=psi).images, rtol=1e-6)
+  assert generator.traces == generator.drawn == 1 and generator.mapped == 2  # the latents and those of the mean
+
+
+def test_no_mean_latents_is_one_truncation_only():
+  w = sample(latents=2).images
+  expected = 0.3 * w + 0.7 * np.array(VARIABLES["buffers"]["w_avg"])
+  np.testing.assert_allclose(sample(latents=2, psi=0.3, mean_latents=0).images, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_given_latents_are_used():
+  given = latents_lib.draw(9, range(3), 2, 5, Z)
+  result = sample(3, batch_size=4, given=given, psi=0.4).images[..., 0, 0, :]
+  text = 10 * np.arange(3)[:, None, None]
+  mean = (2 * np.tanh(given.mean_z) + text).mean(1, keepdims=True)
+  w = 2 * np.tanh(given.z) + text
+  expected = 0.6 * mean + 0.24 * np.array(VARIABLES["buffers"]["w_avg"]) + 0.16 * w
+  np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts_at_once", [1, 2, 5, 8])
+def test_prompts_in_groups_are_the_same(prompts_at_once):
+  seen = []
+  sampler = sampling.make_sampler(FakeGenerator(), Z, 4, prompts_at_once)
+  result = sampler(VARIABLES, make_prompts(5), latents=3, psi=0.5, on_batch=lambda done, total: seen.append((done, total)))
+  np.testing.assert_allclose(result.images, sample(5, latents=3, psi=0.5).images, rtol=1e-6)
+  assert seen[-1] == (15, 15) and [d for d, _ in seen] == sorted({d for d, _ in seen})
+  texts = sampler.read(VARIABLES, make_prompts(5))
+  np.testing.assert_array_equal(texts.global_text[:, 0], 10 * np.arange(5))
+  assert texts.local_text.shape == (5, 3, Z)
 
 
 def test_progress_counts_rows_to_the_end():

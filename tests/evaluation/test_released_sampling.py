@@ -1,0 +1,123 @@
+"""Sampling and interpolation against the released generator's numbers and against the released scripts' recipe, written
+out plainly: one prompt, one latent, one step at a time through `Generator.apply`."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from aurora_jax.errors import UserError
+from aurora_jax.evaluation import interpolation, latents, pictures, sampling
+from aurora_jax.interop import aurora_torch
+from aurora_jax.models import generator as generator_lib
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+
+
+def relative(ours, theirs):
+  return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+class Plain:
+  """The released scripts' functions of a batch of one."""
+
+  def __init__(self, cfg, variables):
+    model = generator_lib.Generator(cfg)
+    run = lambda method: jax.jit(lambda *arguments: model.apply(variables, *arguments, method=method))
+    self.encode, self._map, self._synthesize = (run(m) for m in ("encode_text", "map_latents", "synthesize"))
+    self.average = np.asarray(variables["buffers"]["w_avg"], np.float64)
+
+  def w(self, z, global_text):
+    return np.asarray(self._map(z[None], global_text), np.float64)[0]
+
+  def image(self, w, local_text):
+    return np.asarray(self._synthesize(w[None].astype(np.float32), local_text).image)[0]
+
+
+@pytest.fixture(scope="module")
+def golden():
+  cfg = aurora_torch.config_from_released(json.loads((GOLDENS / "tiny16.config.json").read_text()))
+  variables = aurora_torch.import_generator(load_file(GOLDENS / "tiny16.state_dict.safetensors"), cfg)
+  return cfg, variables, load_file(GOLDENS / "tiny16.io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def scripted(golden):
+  """Sampler, variables, prompts, and the plain recipe, as the released scripts run them: each text by itself."""
+  cfg, variables, io = golden
+  cfg = cfg.for_sampling("cpu")
+  sampler = sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size=3, prompts_at_once=2)
+  return sampler, variables, sampling.Prompts(io["in.text"], io["in.eot"].astype(np.int32)), Plain(cfg, variables)
+
+
+def test_the_goldens_latents_give_the_goldens_pictures(golden):
+  cfg, variables, io = golden  # not `for_sampling`: the golden's two texts saw each other
+  sampler = sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size=2)
+  given = latents.Latents(io["in.z"][:, None], np.zeros((2, 0, cfg.z_dim), np.float32))
+  prompts = sampling.Prompts(io["in.text"], io["in.eot"].astype(np.int32))
+  images = sampler(variables, prompts, given=given, psi=[0.7, 1.0]).images
+  for k, name in enumerate(("out.image_trunc0.7", "out.image")):
+    released = io[name].transpose(0, 2, 3, 1)
+    assert relative(images[:, 0, k], released) < 1e-5
+    # The file that a person gets is the same to the last bit but for values on a rounding edge.
+    difference = pictures.to_uint8(images[:, 0, k]).astype(int) - np.clip((released + 1) / 2 * 255 + 0.5, 0, 255).astype(int)
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
+def test_double_truncation_is_the_released_scripts(scripted):
+  sampler, variables, prompts, plain = scripted
+  given, sweep = latents.draw(4, range(2), 2, 16, 8), (0.0, 0.05, 0.2, 0.8)
+  images = sampler(variables, prompts, given=given, psi=sweep).images
+  for p in range(2):
+    global_text, local_text = plain.encode(prompts.features[p:p + 1], prompts.eot[p:p + 1])
+    mean = sum(plain.w(z, global_text) for z in given.mean_z[p]) / 16
+    for n in range(2):
+      w = plain.w(given.z[p, n], global_text)
+      for k, psi in enumerate(sweep):
+        once = plain.average + psi * (w - plain.average)
+        twice = mean + psi * (once - mean)
+        assert relative(images[p, n, k], plain.image(twice, local_text)) < 1e-5
+        if 0 < psi:  # each of the two steps matters
+          assert relative(images[p, n, k], plain.image(once, local_text)) > 1e-3
+
+
+@pytest.mark.parametrize("move_global, means", [(False, 0), (True, 0), (False, 3), (True, 3)])
+def test_interpolation_is_the_released_scripts(scripted, move_global, means):
+  sampler, variables, prompts, plain = scripted
+  steps, psi = 4, 0.6
+  given = latents.draw(1, range(1), 2, means, 8)
+  images = interpolation.interpolate(sampler, variables, prompts, given, steps=steps, move_global=move_global, psi=psi)
+  assert images.shape == (2, steps, 16, 16, 3)
+  (source, source_local), (target, target_local) = (
+      map(np.asarray, plain.encode(prompts.features[p:p + 1], prompts.eot[p:p + 1])) for p in range(2))
+  assert prompts.eot[0] != prompts.eot[1]  # the texts are of different lengths; padding moves along
+  for step, weight in enumerate(np.linspace(0, 1, steps)):
+    local_text = (source_local + weight * (target_local - source_local)).astype(np.float32)
+    global_text = (source + weight * (target - source)).astype(np.float32) if move_global else source
+    for n in range(2):
+      w = plain.average + psi * (plain.w(given.z[0, n], global_text) - plain.average)
+      if means:
+        mean = sum(plain.w(z, global_text) for z in given.mean_z[0]) / means
+        w = mean + psi * (w - mean)
+      assert relative(images[n, step], plain.image(w, local_text)) < 1e-5
+  sampled = sampler(variables, prompts, given=latents.Latents(*(np.repeat(a, 2, 0) for a in given)), psi=psi).images
+  assert relative(images[:, 0], sampled[0]) < 1e-5
+  at_the_end = relative(images[:, -1], sampled[1])
+  assert at_the_end < 1e-5 if move_global else at_the_end > 1e-3
+
+
+def test_a_path_through_several_texts():
+  texts = sampling.Texts(np.float32([[0], [4], [0]]), np.float32([[[0], [8]], [[4], [0]], [[4], [-8]]]))
+  path = interpolation.path(texts, 3, move_global=True)
+  assert path.global_text[:, 0].tolist() == [0, 2, 4, 2, 0]
+  assert path.local_text[:, :, 0].tolist() == [[0, 8], [2, 4], [4, 0], [4, -4], [4, -8]]
+  assert interpolation.path(texts, 3).global_text[:, 0].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("count, steps, words", [(1, 3, "two prompts, got 1"), (2, 1, "at least 2 steps .*, got 1")])
+def test_paths_that_lead_nowhere(count, steps, words):
+  with pytest.raises(UserError, match=words):
+    interpolation.path(sampling.Texts(np.zeros((count, 1)), np.zeros((count, 2, 1))), steps)
