@@ -10,7 +10,7 @@ _MOST_AT_ONCE = 4096
 
 def add_arguments(parser, *, latents, mean_latents, most_latents):
   """Adds the flags; `latents` and `mean_latents` are the command's defaults, `most_latents` what it can show."""
-  parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, as of `train`")
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, as of `train` or `convert`")
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
   parser.add_argument("--clip", metavar="DIR",
                       help="the CLIP folder that reads the prompts (default: the one in the run's config)")

@@ -30,8 +30,8 @@ def home(tmp_path_factory):
 
 
 def process(*arguments):
-  return subprocess.run([sys.executable, "-m", "aurora_jax", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                        check=False, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  return subprocess.run([sys.executable, "-m", "aurora_jax", *map(str, arguments)], cwd=ROOT, capture_output=True,
+                        text=True, check=False, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
 def run(*arguments):
@@ -87,8 +87,8 @@ def test_another_clip_folder_and_bfloat16(home, tmp_path, capsys):
 
 
 def test_interpolate_as_a_process(home, tmp_path):
-  done = process("interpolate", "--workdir", home / "run", "--prompt", "red circle", "--prompt", "green bar", "--steps", 5,
-                 "--latents", 2, "--out", tmp_path / "walk.gif", "--strip", tmp_path / "walk.png")
+  done = process("interpolate", "--workdir", home / "run", "--prompt", "red circle", "--prompt", "green bar", "--steps",
+                 5, "--latents", 2, "--out", tmp_path / "walk.gif", "--strip", tmp_path / "walk.png")
   assert done.returncode == 0 and "5 steps, 2 latents, psi 0.2, step 3" in done.stdout, done.stderr[-2000:]
   with Image.open(tmp_path / "walk.gif") as gif:
     assert gif.n_frames == 8 and gif.info["loop"] == 0  # five forth, three back

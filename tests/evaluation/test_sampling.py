@@ -142,7 +142,7 @@ def test_given_latents_are_used():
 def test_prompts_in_groups_are_the_same(prompts_at_once):
   seen = []
   sampler = sampling.make_sampler(FakeGenerator(), Z, 4, prompts_at_once)
-  result = sampler(VARIABLES, make_prompts(5), latents=3, psi=0.5, on_batch=lambda done, total: seen.append((done, total)))
+  result = sampler(VARIABLES, make_prompts(5), latents=3, psi=0.5, on_batch=lambda *progress: seen.append(progress))
   np.testing.assert_allclose(result.images, sample(5, latents=3, psi=0.5).images, rtol=1e-6)
   assert seen[-1] == (15, 15) and [d for d, _ in seen] == sorted({d for d, _ in seen})
   texts = sampler.read(VARIABLES, make_prompts(5))
