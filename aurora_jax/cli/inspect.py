@@ -5,7 +5,7 @@
   python -m aurora_jax inspect datasets/openmoji                 a data set's splits, source, licence, some captions
   python -m aurora_jax inspect --config configs/aurora_64.py     an experiment's networks, without allocating them
   python -m aurora_jax inspect --config configs/aurora_64.py --sharding --devices 256 --config.mesh.expert=16
-                                                                 where every parameter lies on a mesh that need not be there
+                                                                 where every parameter lies, on any mesh
   python -m aurora_jax inspect runs/openmoji --fingerprint       one SHA-256 of the full newest state
 
 Two runs have the same fingerprint if and only if their states agree in every bit: networks, averages, optimisers, step.
@@ -268,7 +268,8 @@ def _sharding_lines(experiment, devices):
   layout = mesh.build(experiment, devices)
   state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   batch = experiment.train.batch_size
-  yield "mesh       " + ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items()) + f" = {devices} devices"
+  axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+  yield f"mesh       {axes} = {devices} devices"
   yield f"batch      {batch} images along all axes, {batch // devices} per device"
   yield from experts.explain(experts.of_experiment(experiment, layout), experiment.generator, batch)
   for network in ("generator", "discriminator"):
@@ -282,7 +283,8 @@ def _sharding_lines(experiment, devices):
     tree = getattr(state, name)
     pieces = sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                  for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.state(tree))))
-    yield f"{name}: {_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))}, {_bytes(pieces)} per device"
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    yield f"{name}: {_bytes(size)}, {_bytes(pieces)} per device"
 
 
 def _named(parameters):

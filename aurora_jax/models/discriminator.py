@@ -183,7 +183,8 @@ class Discriminator(nn.Module):
       group = [f for f in features if f.exit == exit_resolution]
       x = layers.join([f.feature for f in group], len(text))
       name = f"r{exit_resolution}"
-      value = self.conditional[name](x, jnp.repeat(text, len(group), axis=0).astype(x.dtype)) + self.unconditional[name](x)[..., 0]
+      repeated = jnp.repeat(text, len(group), axis=0).astype(x.dtype)
+      value = self.conditional[name](x, repeated) + self.unconditional[name](x)[..., 0]
       parts = layers.unjoin(value.astype(jnp.float32), len(group))
       logits += [Logit(part, f.level, f.exit) for f, part in zip(group, parts)]
     return logits

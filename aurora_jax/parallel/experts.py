@@ -5,8 +5,8 @@ Every device holds some images' tokens and, of each layer, the experts of its pl
 `jax.shard_map` with the local work done by the backends of ops/moe.py:
 
   tokens   all-to-all: each token goes to the device of its expert and its result comes back. A device sends at most C
-           tokens to each other one. If any pair of devices anywhere needs more, all devices take the way of `weights` in
-           that layer and step instead: the predicate is a maximum over the whole mesh, the same everywhere;
+           tokens to each other one. If any pair of devices anywhere needs more, all devices take the way of `weights`
+           in that layer and step instead: the predicate is a maximum over the whole mesh, the same everywhere;
   weights  each device gathers the experts of its group and works on its own tokens. Cheaper with many tokens a device.
 
 No token is ever dropped.
@@ -107,8 +107,8 @@ class Exchange:
         "tokens": lambda *args: self._by_tokens(plan, backend, *args),
         "weights": lambda *args: _by_weights(plan, backend, *args),
     }
-    # Along the axes where they are repeated, the weights' gradients are summed where they become each device's own. That
-    # must be here and not within a backend, whose branches differ from device to device: not all would join the sum.
+    # The gradients of repeated weights are summed where these become each device's own. That must be here and not within
+    # a backend, whose branches differ from device to device: some would wait for ever for the others to join the sum.
     repeated = tuple(axis for axis in self.layout.rules.batch if axis not in plan.axes)
 
     def run_locally(x, expert, params):
@@ -205,8 +205,8 @@ def explain(exchange: Exchange, cfg: config_lib.Generator, batch_size: int):
     reason = "chosen by bytes" if exchange.mode == "auto" else f"mesh.exchange={exchange.mode}"
     lines.append(
         f"{head}{experts // plan.group} per device along {' x '.join(plan.axes)} = {plan.group}; {tokens:,} tokens a "
-        f"device; a layer and step receives {_megabytes(plan.token_bytes)} as tokens ({plan.capacity:,} slots from each "
-        f"of {plan.group - 1}) or {_megabytes(plan.weight_bytes)} as weights: {plan.mode} ({reason})")
+        f"device; a layer and step receives {_megabytes(plan.token_bytes)} as tokens ({plan.capacity:,} slots from "
+        f"each of {plan.group - 1}) or {_megabytes(plan.weight_bytes)} as weights: {plan.mode} ({reason})")
   return lines
 
 

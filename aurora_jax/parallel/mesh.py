@@ -1,8 +1,8 @@
 """The device mesh, and which axis of which array lies along which mesh axis.
 
 Mesh axes: `data`, and `expert`, which is built of sub-axes, so that layers with different numbers of experts each use
-what divides them: an expert axis of 16 for layers of 4, 8 and 16 experts is (expert0, expert1, expert2) = (4, 2, 2), and
-a layer of 8 experts lies along (expert0, expert1), repeated along expert2.
+what divides them: an expert axis of 16 for layers of 4, 8 and 16 experts is (expert0, expert1, expert2) = (4, 2, 2),
+and a layer of 8 experts lies along (expert0, expert1), repeated along expert2.
 
 The batch lies along all axes, so no device idles outside the layers with experts. Experts lie along their run of
 sub-axes, with their optimiser state and average. All other parameters ("dense") are on every device, or with `fsdp` cut
@@ -100,7 +100,8 @@ def _problem(data, expert, devices, batch_size, experts):
   if data * expert != devices:
     return f"mesh.data={data} x mesh.expert={expert} makes {data * expert} devices, there are {devices}"
   if batch_size % devices:
-    return f"train.batch_size={batch_size} is no multiple of the {devices} devices of mesh.data={data} x mesh.expert={expert}"
+    return (f"train.batch_size={batch_size} is no multiple of the {devices} devices of mesh.data={data} x "
+            f"mesh.expert={expert}")
   if expert == 1:
     return None
   if not experts:
@@ -110,7 +111,7 @@ def _problem(data, expert, devices, batch_size, experts):
   for resolution, count in experts.items():
     first, last = longest_run(sizes, count)
     if math.prod(sizes[first:last]) == 1:
-      return f"mesh.expert={expert} has no divisor in common with the {count} experts at {resolution} pixels"
+      return f"mesh.expert={expert} has no divisor in common with the {count} experts at {resolution} px"
     used.update(range(first, last))
   idle = math.prod(size for i, size in enumerate(sizes) if i not in used)
   if idle > 1:

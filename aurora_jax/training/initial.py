@@ -5,7 +5,6 @@ The optimisers and the step begin anew.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -86,9 +85,8 @@ def first_state(experiment, init, key, abstract_state):
     UserError: the checkpoint of `train.init_from` is missing, does not fit or cannot be read.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-  jit = functools.partial(jax.jit, compiler_options=compiling.options(runs_once=True))
   if not experiment.train.init_from:
-    return jit(init, out_shardings=shardings)(key), ""
+    return jax.jit(init, out_shardings=shardings, compiler_options=compiling.options(runs_once=True))(key), ""
   folder, step = source(experiment.train.init_from)
   try:
     _, taken = checkpoint.read(folder, abstract_state, GENERATOR_PARTS, step)
@@ -102,10 +100,12 @@ def first_state(experiment, init, key, abstract_state):
   else:
     words += f"discriminator fresh ({why_not})"
 
-  def rest(state):
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in taken}
+  def rest(key):
+    fresh = init(key)
+    return {field.name: getattr(fresh, field.name) for field in dataclasses.fields(fresh) if field.name not in taken}
 
-  fresh = jit(lambda key: rest(init(key)), out_shardings=rest(shardings))(key)
+  shardings = {name: getattr(shardings, name) for name in jax.eval_shape(rest, key)}
+  fresh = jax.jit(rest, out_shardings=shardings, compiler_options=compiling.options(runs_once=True))(key)
   return abstract_state.replace(**fresh, **taken), words
 
 

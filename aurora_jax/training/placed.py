@@ -25,7 +25,7 @@ class Placed(NamedTuple):
     layout: the mesh and what lies where.
     exchange: how tokens meet experts on it.
     abstract_state: shapes, dtypes and shardings of the TrainState.
-    init: key -> TrainState, pure; `initial.first_state` jits it.
+    init: key -> TrainState, pure and not jitted: `initial.first_state` compiles what it needs of it.
     step, r1_step: (state, frozen, batch) -> (state, metrics), as of `step.Programs`; the state given is donated. Frozen
       and metrics are whole on every device, the batch's entries lie along `layout.batch`.
   """
@@ -50,8 +50,9 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
   programs = step_lib.build(experiment, clip, placed.expert_ffn, layout.gather)
   abstract_state = layout.abstract(jax.eval_shape(programs.init, jax.random.key(0)))
   state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+  on_cpu = layout.mesh.devices.flat[0].platform == "cpu"  # the mesh may be that of another machine
   jit = functools.partial(jax.jit, in_shardings=(state, layout.replicated, layout.batch),
                           out_shardings=(state, layout.replicated), donate_argnums=0,
-                          compiler_options=compiling.options())
+                          compiler_options=compiling.options() if on_cpu else None)
   return placed._replace(abstract_state=abstract_state, init=programs.init, step=jit(programs.step),
                          r1_step=jit(programs.r1_step))

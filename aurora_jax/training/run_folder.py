@@ -30,8 +30,8 @@ except ImportError:  # not a Unix: no lock there
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
     "train.keep_checkpoints", "data.workers", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
-    "mesh.exchange_capacity",
     "train.init_from",  # a run that goes on has left its beginning behind
+    "mesh.exchange_capacity",
 })
 _NOTHING = "(nothing)"
 

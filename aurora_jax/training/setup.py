@@ -91,9 +91,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
       metrics |= more
     return state, metrics
 
-  key = jax.random.key(experiment.train.seed)
-
   def init():
+    key = jax.random.key(experiment.train.seed)
     state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
     if origin and jax.process_index() == 0:
       print(origin, flush=True)

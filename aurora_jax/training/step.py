@@ -49,7 +49,8 @@ class Programs(NamedTuple):
   r1_step: Callable
 
 
-def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn, gather=lambda params: params):
+def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn,
+          gather=lambda params: params):
   """The programs of an experiment.
 
   Args:

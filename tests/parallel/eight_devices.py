@@ -38,8 +38,8 @@ def experiment(data=0, expert=1, fsdp=False, exchange="auto"):
 
   Rates are high and Adam's epsilon is too, so that an update shows the gradient it was made from: with the usual tiny
   epsilon the first update is only the gradient's sign, a coin toss where the true gradient is zero. The discriminator's
-  attention is left out: its tied queries and keys have a distance of zero to themselves, whose root's gradient in float32
-  is rounding noise, on any number of devices.
+  attention is left out: its tied queries and keys have a distance of zero to themselves, whose root's gradient in
+  float32 is rounding noise, on any number of devices.
   """
   base, replace = config.load([f"--config={CONFIG}:test"]), dataclasses.replace
   return replace(
@@ -88,8 +88,8 @@ def on_one_device():
 
 @functools.cache
 def first_state(routing):
-  """A state in which nothing is zero. Routing "spread": every image's tokens go to many experts, which `overflowing` makes
-  sure of; "all to one": every token's favourite is the same expert."""
+  """A state in which nothing is zero. Routing "spread": every image's tokens go to many experts, which `overflowing`
+  makes sure of; "all to one": every token's favourite is the same expert."""
   state = to_host(jax.jit(on_one_device().init)(jax.random.key(0)))
 
   def stir(path, leaf):
@@ -131,7 +131,7 @@ def reference(routing):
 
 
 def routings(devices):
-  """Experts of TOKENS tokens: spread, all to one, and such that the devices differ in how uneven their own tokens are."""
+  """Experts of TOKENS tokens: spread, all to one, and such that devices differ in how uneven their own tokens are."""
   token = np.arange(TOKENS)
   return {"balanced": token % 8, "all to one": np.full(TOKENS, 2),
           "one device uneven": np.where(token < TOKENS // devices, 2, token % 8),
@@ -185,8 +185,8 @@ def relative(expected, got):
 def differences(expected, got):
   """(difference relative to the array's largest entry, name) of every leaf of (state, metrics), largest first.
 
-  Second moments are compared by their roots, the gradients they were made of. To a gradient 1e-7 of the network's largest
-  is allowed besides: it is the rounding error of sums that all but cancel.
+  Second moments are compared by their roots, the gradients they were made of. To a gradient 1e-7 of the network's
+  largest is allowed besides: it is the rounding error of sums that all but cancel.
   """
   leaves = [(jax.tree_util.keystr(path), a, b) for (path, a), b in zip(
       jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(got), strict=True)]
@@ -208,7 +208,7 @@ def differences(expected, got):
 
 @functools.cache
 def overflowing(peers):
-  """For both routings: does any device have more tokens for one of its `peers` than the bounded exchange takes, by layer."""
+  """For both routings, by layer: has any device more tokens for one of its `peers` than the bounded exchange takes?"""
   cfg = experiment().generator
   frozen, batch = inputs()
   # As in training/step.py: the latents of step 0.

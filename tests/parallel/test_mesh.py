@@ -26,7 +26,8 @@ def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch
 
 @pytest.mark.parametrize("size,counts,expected", [
     (16, (4, 8, 16, 16), (4, 2, 2)), (8, (4, 8, 16), (4, 2)), (4, (4, 8, 16), (4,)), (2, (4, 8, 16), (2,)),
-    (1, (4, 8), (1,)), (16, (4, 8), (4, 2, 2)), (12, (3, 4), (3, 4)), (12, (4, 6), (4, 3)), (5, (4,), (5,)), (1, (), (1,)),
+    (1, (4, 8), (1,)), (16, (4, 8), (4, 2, 2)), (12, (3, 4), (3, 4)), (12, (4, 6), (4, 3)), (5, (4,), (5,)),
+    (1, (), (1,)),
 ])
 def test_sub_axes(size, counts, expected):
   assert mesh.sub_axes(size, counts) == expected
@@ -59,7 +60,7 @@ def test_rules_name_axes_and_find_collisions():
     (experiment(2, 2), 1, ["mesh.data=2 x mesh.expert=2 makes 4 devices, there are 1", "fit: 1x1"]),
     (experiment(8, 1, batch=12), 8, ["train.batch_size=12 is no multiple of the 8 devices", "fit: none"]),
     (experiment(1, 6, batch=6), 6, ["mesh.expert=6 is 3 times what the experts can be spread over", "fit: 6x1, 3x2"]),
-    (experiment(1, 5, batch=5), 5, ["mesh.expert=5 has no divisor in common with the 4 experts at 8 pixels", "fit: 5x1"]),
+    (experiment(1, 5, batch=5), 5, ["mesh.expert=5 has no divisor in common with the 4 experts at 8 px", "fit: 5x1"]),
     (experiment(1, 32), 32, ["mesh.expert=32 is 2 times what the experts can be", "fit: 32x1, 16x2, 8x4, 4x8, 2x16"]),
     (experiment(4, 2, counts={8: 1, 16: 1, 32: 1, 64: 1}), 8, ["mesh.expert=2, but no layer has more than one expert"]),
     (experiment(0, 3), 8, ["mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8"]),
@@ -130,7 +131,8 @@ def test_exchange_is_chosen_by_bytes_and_explained():
   assert experts.Exchange(few, "weights").plan(256, 512, 2048, 8, 4).mode == "weights"
   assert experts.Exchange(few, rematerialised=True).plan(256, 512, 2048, 8, 4).token_bytes == plan.token_bytes * 3 // 2
   lines = experts.explain(experts.Exchange(few), experiment().generator, 256)
-  assert len(lines) == 4 and lines[1].startswith("experts at 16 px: 6 layers of 8, 1 per device along expert0 x expert1 = 8")
+  assert len(lines) == 4
+  assert lines[1].startswith("experts at 16 px: 6 layers of 8, 1 per device along expert0 x expert1 = 8")
   assert "3.7 MB as tokens" in lines[1] and "176.4 MB as weights: tokens (chosen by bytes)" in lines[1]
 
 
