@@ -8,6 +8,7 @@ the speed of a plain matrix product, measured in the same run.
 """
 
 from aurora_jax import config
+from aurora_jax.errors import UserError
 
 
 def add_arguments(parser):
@@ -19,6 +20,10 @@ def add_arguments(parser):
 
 
 def run(args):
+  batches = args.batch or (1, 4)
+  for name, value in (("--batch", min(batches)), ("--repeats", args.repeats)):
+    if value < 1:
+      raise UserError(f"{name} must be at least 1, got {value}")
   experiment = config.load(args.config_argv)
 
   from aurora_jax.evaluation import benchmarks  # pylint: disable=g-import-not-at-top
@@ -27,7 +32,7 @@ def run(args):
   weights = benchmarks.parameter_bytes(cfg)
   print(f"{experiment.name}: generator of {weights / 4e6:,.1f} M parameters, random weights", flush=True)
   print("images  first call        call   per image   useful        floor   call / floor   peak memory / weights")
-  for row in benchmarks.sample_speed(cfg, args.batch or (1, 4), args.repeats):
+  for row in benchmarks.sample_speed(cfg, batches, args.repeats):
     print(f"{row.batch:6d} {row.first_seconds:9.1f} s {row.seconds:9.3f} s {row.seconds / row.batch:9.3f} s "
           f"{row.flops / 1e9:6.0f} GF {row.floor_seconds:10.3f} s {row.seconds / row.floor_seconds:14.2f} "
           f"{row.peak_bytes / weights:23.2f}", flush=True)

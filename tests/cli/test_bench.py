@@ -1,0 +1,33 @@
+"""`bench`, as a user runs it; what it measures is not asserted, only that the figures belong together."""
+
+import pytest
+
+from aurora_jax.cli import main
+from aurora_jax.evaluation import benchmarks
+from aurora_jax import config
+
+
+def test_bench_sample(capsys):
+  assert main.main(["bench", "sample", "--config", "configs/aurora_64.py:test", "--batch", "2", "--repeats", "1"]) == 0
+  *_, heads, row = capsys.readouterr().out.splitlines()
+  assert "floor" in heads
+  numbers = [float(word) for word in row.split() if word not in ("s", "GF")]
+  batch, _, seconds, per_image, _, floor, ratio, _ = numbers
+  assert batch == 2 and seconds > floor > 0
+  assert per_image == pytest.approx(seconds / 2, abs=2e-3) and ratio == pytest.approx(seconds / floor, rel=0.5)
+
+
+def test_useful_work_of_the_released_generator():
+  """249 GF by PyTorch's counter, which sees neither its distances (2 N^2 D per head, 38 GF) nor deformable convolutions
+  (26 GF): the count here has both."""
+  cfg = config.load(["--config=configs/aurora_64.py"]).generator
+  distances = sum(2 * cfg.blocks[r] * depth * r**4 * cfg.heads * cfg.head_dim for r, depth in cfg.attention_depth.items())
+  deformed = sum(2 * cfg.blocks[r] * 9 * r**2 * cfg.channels(r)**2 for r in (4, 8, 16))
+  assert benchmarks.useful_flops(cfg) == pytest.approx(249e9 + distances + deformed, rel=0.02)
+
+
+@pytest.mark.parametrize("flags,word", [(["--batch", "0"], "0"), (["--repeats", "0"], "0")])
+def test_bad_numbers(flags, word, capsys):
+  assert main.main(["bench", "sample", "--config", "configs/aurora_64.py:test", *flags]) == 2
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and word in said
