@@ -6,6 +6,8 @@ week. Generator 1,166.33 M parameters, discriminator 384.2 M, text and CLIP loss
   python -m aurora_jax train --config configs/aurora_64.py --workdir runs/aurora_64 \\
       --config.data.path DATA --config.text.clip CLIP_VIT_L_14_FOLDER
 
+With a mesh for a certain machine: configs/aurora_64_v5e_256.py, configs/aurora_64_a100_32.py, configs/aurora_64_a100_256.py.
+
 What the paper does not say comes from GigaGAN's Table A2 (arXiv 2303.05511), whose generator this one extends; the
 comments in aurora_jax/config.py name the source of every default. Variant `test`: the same code at a toy size.
 """
@@ -15,7 +17,7 @@ from aurora_jax import config as config_lib
 
 def get_config(variant=""):
   if variant not in ("", "test"):
-    raise ValueError(f"configs/aurora_64.py has no variant {variant!r}, only 'test'")
+    raise ValueError(f"the configs of aurora_64 have no variant {variant!r}, only 'test'")
   config = config_lib.defaults()
   config.name = "aurora_64"
 
@@ -51,6 +53,30 @@ def get_config(variant=""):
   )
   if variant == "test":
     shrink(config)
+  return config
+
+
+def on_pod(name, variant, *, data, expert=16, batch_size=1024):
+  """The recipe on `data` x `expert` accelerators: bfloat16 arithmetic, every expert of a 16-expert layer on a device of
+  its own, the other parameters cut along `data` where they are stored.
+
+  Args:
+    name: of the experiment, for its files' names.
+    variant: "" or "test", which takes whatever devices there are and no expert axis.
+    data, expert: devices along the two axes of the mesh.
+    batch_size: images per step, of all devices; the recipe's rates and half-lives are meant for 1024.
+
+  Returns:
+    ConfigDict.
+  """
+  config = get_config(variant)
+  config.name = name
+  config.generator.compute_dtype = config.discriminator.compute_dtype = "bfloat16"
+  config.mesh.fsdp = True
+  config.data.workers = 8  # of each host
+  if not variant:
+    config.mesh.data, config.mesh.expert = data, expert
+    config.train.batch_size = batch_size
   return config
 
 

@@ -2,24 +2,31 @@
 # Makes .venv with what the project needs. Does nothing, quietly, when that is already there.
 #   bash launch/setup.sh          to use it
 #   bash launch/setup.sh --dev    to run the tests as well
+#   bash launch/setup.sh --tpu    on a Cloud TPU VM
+#   bash launch/setup.sh --cuda   for NVIDIA GPUs (CUDA 12; the driver is all that must be there)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=requirements.txt
+accelerator=
 case "${1:-}" in
   "") ;;
-  --dev) requirements=requirements-dev.txt ;;
-  *) echo "launch/setup.sh: unknown argument '$1' (only --dev)" >&2; exit 2 ;;
+  --dev) requirements="requirements-dev.txt" ;;
+  --tpu) accelerator=tpu ;;
+  --cuda) accelerator=cuda12 ;;
+  *) echo "launch/setup.sh: unknown argument '$1' (only --dev, --tpu, --cuda)" >&2; exit 2 ;;
 esac
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "launch/setup.sh: Python 3.11 or later is needed, '$PYTHON' is $("$PYTHON" --version 2>&1)" >&2
   exit 2
 fi
-stamp=.venv/installed-$requirements
+# The same version of JAX, with what the accelerator needs.
+jax=$(sed -n "s/^jax\([<>=].*\)/jax[$accelerator]\1/p" requirements.txt)
+stamp=.venv/installed-$requirements$accelerator
 if [ -f "$stamp" ] && cat requirements.txt "$requirements" | cmp -s - "$stamp"; then
   exit 0
 fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 echo "Installing $requirements into .venv (a few minutes at the first time) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" 2> >(grep -v "^WARNING: Location" >&2)
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ${accelerator:+"$jax"} 2> >(grep -v "^WARNING: Location" >&2)
 cat requirements.txt "$requirements" > "$stamp"

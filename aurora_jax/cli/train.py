@@ -14,16 +14,22 @@ again goes on from there, and from the newest checkpoint after a crash; the resu
 An experiment that differs from the stored one is refused, field by field, unless --allow-config-change lets it.
 --config.train.init_from=RUN begins a new run with the networks of another one, or of a checkpoint of `convert`.
 
+On several hosts the same command is started on each, with a --workdir that all of them share. On Cloud TPU, in a SLURM
+step (srun) and in an indexed Job of Kubernetes they find each other; anywhere else --coordinator, --processes and
+--process say who is who. See README and launch/.
+
 Example (after build-data and train-clip):
   python -m aurora_jax train --config configs/openmoji_32.py --config.data.path=datasets/openmoji \\
       --config.text.clip=clips/conditioner --workdir runs/openmoji
 
-Exit status: 0 done or stopped cleanly, 2 wrong input (one line says what), 3 a loss became NaN or infinite.
+Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), 3 a loss became NaN or infinite.
 """
 
+import hashlib
 import time
 
 from aurora_jax import config
+from aurora_jax.parallel import hosts
 from aurora_jax.training import checkpoint, initial, run_folder
 
 
@@ -34,30 +40,39 @@ def add_arguments(parser):
   parser.add_argument("--allow-config-change", action="append", default=[], metavar="FIELD",
                       help="go on although this field (loss.clip_weight) or group (loss) differs from the stored "
                            "experiment; may be given several times")
+  parser.add_argument("--stopped-status", type=int, default=0, metavar="N",
+                      help="exit status when stopped cleanly before the last step (default: 0); another one tells a "
+                           "scheduler to start the same command again")
+  hosts.add_arguments(parser)
 
 
 def run(args):
   started = time.monotonic()
   experiment = config.load(args.config_argv)
+  job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
-  run_folder.check_writable(args.workdir)
-  folder = run_folder.RunFolder(args.workdir)
-  run_folder.refuse_changes(folder, experiment, args.allow_config_change)
-  if experiment.train.init_from and checkpoint.newest(folder.checkpoints) is None:
-    initial.check(experiment, args.allow_config_change)
-
-  import jax  # pylint: disable=g-import-not-at-top
+  with hosts.together("looking at the run's folder"):
+    run_folder.check_writable(args.workdir)
+    folder = run_folder.RunFolder(args.workdir)
+    run_folder.refuse_changes(folder, experiment, args.allow_config_change)
+    if experiment.train.init_from and checkpoint.newest(folder.checkpoints) is None:
+      initial.check(experiment, args.allow_config_change)
 
   from aurora_jax.evaluation import report  # pylint: disable=g-import-not-at-top
   from aurora_jax.training import loop, setup  # pylint: disable=g-import-not-at-top
 
+  line, warning = hosts.banner(job, args.require)
   prepared = setup.prepare(experiment)
-  for line in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
-    print(line, flush=True)
+  hosts.announce(job, line, warning)
+  if hosts.is_first():
+    for words in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
+      print(words, flush=True)
   outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
                      allow_config_change=args.allow_config_change, started=started)
-  if jax.process_index() == 0 and outcome.reason != loop.ALREADY_DONE:
+  if hosts.is_first() and outcome.reason != loop.ALREADY_DONE:
     print(f"report: {report.write_report(args.workdir)}")
+  if outcome.reason in (loop.TIME, loop.INTERRUPT, loop.TERMINATED):
+    return args.stopped_status
   return outcome.status
 
 

@@ -101,12 +101,14 @@ class BatchMaker:
   augment: Augment = Augment()
   tokenizer: Callable | None = None
   primary_caption_probability: float = 1.0
-  process_index: int = 0
-  process_count: int = 1
+  slots: np.ndarray | None = None
   cached: bool = False
 
   def __post_init__(self):
     self._cache = {}
+    if self.slots is None:
+      self.slots = np.arange(self.batch_size)
+    self.slots = np.asarray(self.slots, np.int64)
 
   @property
   def side(self):
@@ -114,12 +116,6 @@ class BatchMaker:
     if not self.augment.active:
       return self.resolution
     return augmentation.working_side(self.dataset.resolution, self.resolution)
-
-  @property
-  def slots(self):
-    """This host's slots of the global batch, int64 [b]."""
-    share = self.batch_size // self.process_count
-    return np.arange(share, dtype=np.int64) + self.process_index * share
 
   def __call__(self, step):
     """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of (number, reason)."""
@@ -227,21 +223,20 @@ class Batches:
 
 
 def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augment=Augment(), tokenizer=None,
-                  primary_caption_probability=1.0, process_index=0, process_count=1, workers=2, prefetch=4,
-                  cache_bytes=CACHE_BYTES, on_skip=lambda number, reason: None):
+                  primary_caption_probability=1.0, slots=None, workers=2, prefetch=4, cache_bytes=CACHE_BYTES,
+                  on_skip=lambda number, reason: None):
   """Endless training batches, shuffled anew each epoch.
 
   Args:
     dataset: a `Dataset`.
     resolution: side of the pictures, at most the data set's.
-    batch_size: global, a multiple of `process_count`.
+    batch_size: global.
     seed: int.
     start_step: global step of the first batch.
     augment: an `Augment`; differs at each step.
     tokenizer: list of str -> int32 [b, N], or None. With processes it is sent to them.
     primary_caption_probability: of an example's first caption; else one of its others, evenly.
-    process_index: of this host.
-    process_count: number of hosts.
+    slots: of the global batch, those that this host makes, [b]; None: all.
     workers: threads where the decoded split fits into `cache_bytes` (then every picture is decoded once and kept), else
       processes (0: one thread).
     prefetch: batches made ahead (by each worker process).
@@ -250,21 +245,23 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
       taken by the next readable one in the epoch's order.
 
   Returns:
-    `Batches`, an iterator over dicts, b = batch_size / process_count: `image` float32 [b, resolution, resolution, 3] in
+    `Batches`, an iterator over dicts, b slots: `image` float32 [b, resolution, resolution, 3] in
     [-1, 1], `caption` list of b str, `index` int64 [b] (numbers of the examples), and with a tokenizer `tokens`
     int32 [b, N].
 
   Raises:
-    UserError: `resolution` is more than the data set's, or `batch_size` no multiple of `process_count`. While
-      iterating: no record can be read.
+    UserError: `resolution` is more than the data set's, or a slot not one of the batch. While iterating: no
+      record can be read.
   """
   check_resolution(dataset, resolution)
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(f"batch size {batch_size} is not a positive multiple of {process_count} hosts")
+  if batch_size < 1:
+    raise UserError(f"batch size must be positive, got {batch_size}")
+  outside = [] if slots is None else [slot for slot in slots if not 0 <= slot < batch_size]
+  if outside:
+    raise UserError(f"slot {outside[0]} is none of a batch of {batch_size}")
   if not 0 <= primary_caption_probability <= 1:
     raise UserError(f"primary caption probability must be between 0 and 1, not {primary_caption_probability}")
-  maker = BatchMaker(dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability,
-                     process_index, process_count)
+  maker = BatchMaker(dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, slots)
   maker.cached = len(dataset) * maker.side**2 * 3 <= cache_bytes
   threads = max(1, workers) if maker.cached else 1
   steps = grain.MapDataset.range(start_step, 2**62).map(maker)

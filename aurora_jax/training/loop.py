@@ -14,6 +14,7 @@ import numpy as np
 
 from aurora_jax import config
 from aurora_jax.errors import UserError
+from aurora_jax.parallel import hosts
 from aurora_jax.training import checkpoint, guard, progress, run_folder
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
@@ -28,6 +29,8 @@ TIME = "time"  # train.max_seconds are over
 INTERRUPT = "interrupt"  # Ctrl-C
 TERMINATED = "terminated"  # SIGTERM
 NON_FINITE = "non-finite"
+# Of several wishes to stop, by several processes, the last one here counts.
+_WISHES = (None, TIME, INTERRUPT, TERMINATED)
 _STATUS = {DONE: 0, ALREADY_DONE: 0, TIME: 0, INTERRUPT: 0, TERMINATED: 0, NON_FINITE: 3}
 
 
@@ -83,21 +86,28 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   """
   experiment, train = prepared.experiment, prepared.experiment.train
   folder = run_folder.RunFolder(run_dir)
-  primary = jax.process_index() == 0
-  newest = checkpoint.newest(folder.checkpoints)
-  changes = run_folder.refuse_changes(folder, experiment, allow_config_change)
+  primary = hosts.is_first()
+  with hosts.together("looking at the run's folder"):
+    newest = checkpoint.newest(folder.checkpoints)
+    changes = run_folder.refuse_changes(folder, experiment, allow_config_change)
+  _check_same_folder(folder, newest)
   if newest is not None and newest >= train.total_steps:
     _tell(primary, f"{folder.path}: all {train.total_steps:,} steps are done (newest checkpoint: step {newest:,}); "
           "--config.train.total_steps=N goes further")
     return Outcome(newest, ALREADY_DONE)
-  run_folder.check_writable(run_dir)
 
   with contextlib.ExitStack() as stack:
-    stack.enter_context(run_folder.held(folder.path) if primary else contextlib.nullcontext())
-    if primary:
-      run_folder.write_atomically(folder.config, config.to_json(experiment))
+    with hosts.together("taking the run's folder"):
+      run_folder.check_writable(run_dir)
+      stack.enter_context(run_folder.held(folder.path) if primary else contextlib.nullcontext())
+      if primary:
+        run_folder.write_atomically(folder.config, config.to_json(experiment))
+      log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
+    with hosts.together("looking for what process 0 wrote"):
+      if not folder.config.is_file():
+        raise UserError(f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
+                        "one, on a file system that they share")
     interrupts = stack.enter_context(Interrupts())
-    log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
     checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts)
@@ -143,6 +153,7 @@ class _Trainer:
     self._folder, self._hooks, self._log = folder, hooks, log
     self._checkpoints, self._display, self._interrupts = checkpoints, display, interrupts
     self._headline = tuple(getattr(prepared, "headline", ()))
+    self._vote = hosts.vote(getattr(prepared, "batch_sharding", None))
 
   def begin(self, stored, started):
     """Takes up the clock and the unfinished window of a checkpoint's progress, {} for a new run."""
@@ -185,13 +196,13 @@ class _Trainer:
     return self._finish(state, step, reason, first)
 
   def _reason_to_stop(self, step):
+    """The same in all processes, whichever of them got a signal or whose clock is ahead."""
     if step >= self._settings.total_steps:
       return DONE
-    if self._interrupts.reason is not None:
-      return self._interrupts.reason
-    if self._settings.max_seconds and self.clock.seconds_here >= self._settings.max_seconds:
-      return TIME
-    return None
+    wish = self._interrupts.reason
+    if wish is None and self._settings.max_seconds and self.clock.seconds_here >= self._settings.max_seconds:
+      wish = TIME
+    return _WISHES[self._vote(_WISHES.index(wish))]
 
   def _put(self, batch):
     """Starts the transfer of a batch; what is no array of numbers (captions) stays behind."""
@@ -248,7 +259,7 @@ class _Trainer:
     with self.clock.phase("samples"):
       self._display.doing("drawing samples", brief=True)
       samples = self._prepared.sample(state)
-      if jax.process_index() == 0:
+      if hosts.is_first():
         picture = self._hooks.on_samples(step, samples, self._folder)
         if picture is not None:
           self._log.picture(step, "samples", picture)
@@ -274,7 +285,7 @@ class _Trainer:
     if reason == DONE and step % self._settings.log_every:
       self._write_window(step)
     self._log.note("stop", step, self.clock.seconds, {"reason": reason})
-    if jax.process_index() == 0:
+    if hosts.is_first():
       self._tell_end(step, reason)
     return Outcome(step, reason, state)
 
@@ -290,6 +301,16 @@ class _Trainer:
     }[reason]
     again = "goes on" if saved is not None else "begins again"
     _tell(True, f"{self._folder.path}: {words}; {where}" + ("" if reason == DONE else f"; the same command {again}"))
+
+
+def _check_same_folder(folder, newest):
+  """All processes must go on from the same step. A file system may show a checkpoint to some of them later."""
+  first = hosts.from_first(-1 if newest is None else newest)
+  with hosts.together("looking for the newest checkpoint"):
+    if first != (-1 if newest is None else newest):
+      raise UserError(f"newest checkpoint in {folder.checkpoints}: {'none' if newest is None else f'step {newest}'} here, "
+                      f"{'none' if first < 0 else f'step {first}'} in process 0; all processes need the same workdir, on a "
+                      "file system that they share")
 
 
 def _devices():

@@ -18,6 +18,7 @@ from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
+from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
@@ -73,13 +74,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     raise UserError("no data set: --config.data.path DIR (see build-data)")
   if not experiment.text.clip:
     raise UserError("no CLIP: --config.text.clip DIR, a run of train-clip or a Hugging Face CLIP folder")
-  dataset = Dataset.open(experiment.data.path, experiment.data.split)
-  loader.check_resolution(dataset, experiment.generator.resolution)
-  clip = clip_hf.load(experiment.text.clip)
-  for name in ("generator", "discriminator"):
-    wanted, width = getattr(experiment, name).text_feature_dim, clip.config.text.width
-    if wanted != width:
-      raise UserError(f"{experiment.text.clip}: text features are {width} wide, {name}.text_feature_dim is {wanted}")
+  with hosts.together("reading data and CLIP"):
+    dataset, clip = _read(experiment)
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
@@ -94,15 +90,27 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   def init():
     key = jax.random.key(experiment.train.seed)
     state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
-    if origin and jax.process_index() == 0:
+    if origin and hosts.is_first():
       print(origin, flush=True)
     return state
 
   return Prepared(
       experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, placed), init=init,
       abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip), step=step,
+      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=step,
       sample=_sampler(experiment, clip, frozen, placed))
+
+
+def _read(experiment):
+  """Data set and CLIP from the disk, fitting the experiment."""
+  dataset = Dataset.open(experiment.data.path, experiment.data.split)
+  loader.check_resolution(dataset, experiment.generator.resolution)
+  clip = clip_hf.load(experiment.text.clip)
+  for name in ("generator", "discriminator"):
+    wanted, width = getattr(experiment, name).text_feature_dim, clip.config.text.width
+    if wanted != width:
+      raise UserError(f"{experiment.text.clip}: text features are {width} wide, {name}.text_feature_dim is {wanted}")
+  return dataset, clip
 
 
 def _notes(experiment, placed):
@@ -117,11 +125,12 @@ def _notes(experiment, placed):
           *experts_lib.explain(placed.exchange, experiment.generator, batch))
 
 
-def _batches(experiment, dataset, clip, start_step):
-  data = experiment.data
+def _batches(experiment, dataset, clip, layout, start_step):
+  data, batch_size = experiment.data, experiment.train.batch_size
   return loader.train_batches(
-      dataset, resolution=experiment.generator.resolution, batch_size=experiment.train.batch_size,
-      seed=experiment.train.seed, start_step=start_step, tokenizer=clip.tokenizer,
+      dataset, resolution=experiment.generator.resolution, batch_size=batch_size,
+      slots=hosts.own_rows(layout.batch, batch_size), seed=experiment.train.seed, start_step=start_step,
+      tokenizer=clip.tokenizer,
       augment=Augment(shift=data.shift, scale=data.scale, rotate=data.rotate, flip=data.flip),
       primary_caption_probability=data.primary_caption_probability, workers=data.workers)
 
@@ -129,14 +138,16 @@ def _batches(experiment, dataset, clip, start_step):
 def _freeze(experiment, dataset, clip, layout):
   """CLIP's variables and the bank of caption embeddings, on every device."""
   module = clip.module()
-  variables = jax.device_put(clip.variables, layout.replicated)
+  variables = hosts.replicate(layout.replicated, clip.variables)
   count = min(experiment.loss.clip_bank, len(dataset))
-  bank = jnp.zeros((0, clip.config.embedding_width))
+  bank = np.zeros((0, clip.config.embedding_width), np.float32)
   if count:
     captions = [names[0] for names in dataset.captions()[:count]]
-    encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding))
+    encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),
+                     out_shardings=layout.replicated)
     bank = encode(variables, np.asarray(clip.tokenizer(captions)))
-  return jax.device_put(step_lib.Frozen(variables, bank, jnp.arange(count, dtype=jnp.int32)), layout.replicated)
+  bank, ids = hosts.replicate(layout.replicated, (bank, np.arange(count, dtype=np.int32)))
+  return step_lib.Frozen(variables, bank, ids)
 
 
 def _sampler(experiment, clip, frozen, placed):
@@ -151,7 +162,7 @@ def _sampler(experiment, clip, frozen, placed):
   rows, layout = len(tokens), placed.layout
   # Every device draws the same number of pictures; the last is drawn again to fill up.
   filled = np.minimum(np.arange(-(-rows // layout.devices) * layout.devices), rows - 1)
-  tokens, z = (jax.device_put(np.asarray(values)[filled], layout.replicated) for values in (tokens, z))
+  tokens, z = hosts.replicate(layout.replicated, (np.asarray(tokens)[filled], np.asarray(z)[filled]))
 
   @functools.partial(jax.jit, out_shardings=layout.replicated)
   def generate(ema, buffers, frozen, tokens, z):

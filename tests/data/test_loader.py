@@ -116,7 +116,7 @@ def test_hosts_share_one_global_batch(dataset, augment):
   options = {"batch_size": 8, "augment": augment, "primary_caption_probability": 0.5}
   whole = first(dataset, 5, **options)
   for hosts in (2, 4):
-    parts = [first(dataset, 5, process_index=host, process_count=hosts, **options) for host in range(hosts)]
+    parts = [first(dataset, 5, slots=slots, **options) for slots in np.split(np.arange(8), hosts)]
     assert all(len(part[0]["index"]) == 8 // hosts for part in parts)
     joined = [{
         "image": np.concatenate([batch["image"] for batch in batches]),
@@ -260,8 +260,8 @@ def test_an_error_in_a_worker_arrives(dataset):
 @pytest.mark.parametrize("options, words", [
     ({"resolution": 32}, "resolution 32 cannot be had from data set .*shapes, which was built at 16"),
     ({"resolution": 0}, "resolution 0"),
-    ({"batch_size": 6, "process_count": 4}, "batch size 6 is not a positive multiple of 4 hosts"),
-    ({"batch_size": 0}, "batch size 0"),
+    ({"slots": [1, 4]}, "slot 4 is none of a batch of 4"),
+    ({"batch_size": 0}, "batch size must be positive, got 0"),
     ({"primary_caption_probability": 1.5}, "primary caption probability must be between 0 and 1, not 1.5"),
 ])
 def test_bad_values(dataset, options, words):

@@ -1,0 +1,198 @@
+"""Two processes as one job, started as commands: what one process computes, nothing read or written twice."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aurora_jax.cli import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECORDS, BATCH, STEPS = 12, 4, 3  # one epoch
+CONFIG = """
+from configs import aurora_64
+
+def get_config(variant=""):
+  config = aurora_64.get_config("test")
+  generator, discriminator = config.generator, config.discriminator
+  generator.resolution = discriminator.resolution = 8
+  generator.blocks, generator.adaptive_kernels = {4: 1, 8: 1}, {4: 1, 8: 2}
+  generator.deformable_max_resolution = 4
+  generator.output_resolutions = (4, 8)
+  discriminator.blocks, discriminator.attention_depth = {8: 1, 4: 1}, {}
+  discriminator.input_resolutions, discriminator.exit_resolutions = (8, 4), (4, 1)
+  config.loss.level_weights, config.loss.clip_min_resolution = {8: 0.5, 4: 0.5}, 8
+  config.loss.clip_bank, config.loss.r1_gamma = 3, 0.0
+  config.mesh.data, config.mesh.expert, config.mesh.fsdp = 2, 2, True
+  config.train.batch_size, config.train.total_steps = 4, 3
+  config.train.checkpoint_every = 1000
+  config.train.log_every = 1
+  config.train.sample_every = 3
+  return config
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A data set of as many pictures as training will look at, and a CLIP."""
+  home = tmp_path_factory.mktemp("home")
+  (home / "small.py").write_text(CONFIG)
+  (home / "pictures").mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(RECORDS):
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(home / f"pictures/{i}.png")
+    (home / f"pictures/{i}.txt").write_text(f"picture number {i}\n")
+  assert main.main(["build-data", "--source", "folder", "--path", str(home / "pictures"), "--out", str(home / "data"),
+                    "--resolution", "8", "--shards", "3", "--heldout", "0"]) == 0
+  assert main.main(["train-clip", "--data", str(home / "data"), "--out", str(home / "clip"), "--steps", "1",
+                    "--resolution", "8", "--image-width", "32", "--text-width", "32", "--image-layers", "1",
+                    "--text-layers", "1", "--heads", "2", "--embedding-width", "16", "--batch-size", "4"]) == 0
+  return home
+
+
+def start(home, run, devices, *more, records="records"):
+  """Starts `train` with so many CPU devices."""
+  flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags,
+                              "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "RECORDS": str(home / records),
+                              "PYTHONPATH": str(ROOT)}
+  return subprocess.Popen(
+      [sys.executable, str(ROOT / "tests/parallel/logged.py"), "train", "--config", str(home / "small.py"), "--workdir",
+       str(home / run), f"--config.data.path={home / 'data'}", f"--config.text.clip={home / 'clip'}", *map(str, more)],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(home, run, *more, port=None):
+  """The same command twice, as processes 0 and 1 of two."""
+  port = port or free_port()
+  return [start(home, run, 2, "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i, *more,
+                records=f"{run}-records-{i}") for i in range(2)]
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]
+
+
+def finish(processes, timeout=500):
+  """[(exit status, stdout without what the gloo library says, stderr)]; all processes end, whatever happens."""
+  try:
+    done = []
+    for process in processes:
+      said, error = process.communicate(timeout=timeout)
+      done.append((process.returncode, re.sub(r"^\[Gloo\].*\n", "", said, flags=re.MULTILINE), error))
+    return done
+  finally:
+    for process in processes:
+      if process.poll() is None:
+        process.kill()
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run):
+  """{name: value per step}."""
+  rows = [row for row in lines(run / "metrics.jsonl") if row["kind"] == "train"]
+  assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+  names = {name for row in rows for name in row if name.startswith(("loss/", "moe/"))}
+  return {name: [row.get(name) for row in rows] for name in names}
+
+
+def records(path):
+  """{step: records}, of the steps that were trained; more were made ahead."""
+  return {row["step"]: row["index"] for row in lines(path) if row["step"] < STEPS}
+
+
+@pytest.fixture(scope="module")
+def both(home):
+  """One process with four devices, then two with two each. Returns what the two said."""
+  [(status, _, error)] = finish([start(home, "one", 4)])
+  assert status == 0, error[-4000:]
+  done = finish(start_two(home, "two"))
+  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
+  return done
+
+
+def test_the_same_losses_as_one_process(home, both):
+  one, two = losses(home / "one"), losses(home / "two")
+  assert one.keys() == two.keys() and "loss/g_adversarial" in one
+  for name, values in one.items():
+    np.testing.assert_allclose(np.array(two[name], float), np.array(values, float), rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_each_record_is_read_once(home, both):
+  parts = [records(home / f"two-records-{i}") for i in range(2)]
+  assert all(len(part[step]) == BATCH // 2 for part in parts for step in range(STEPS))
+  together = [index for part in parts for step in range(STEPS) for index in part[step]]
+  assert sorted(together) == list(range(RECORDS))
+  whole = records(home / "records")
+  assert {step: parts[0][step] + parts[1][step] for step in range(STEPS)} == whole
+
+
+def test_the_first_process_alone_talks_and_writes(home, both):
+  (_, first, _), (_, second, _) = both
+  assert second == ""
+  for words in ("2 processes (found by flags)", "devices: 4 x cpu (cpu); 2 processes by flags",
+                "mesh: data 2, expert 2; 1 of 4 images per device", "all 3 steps are done", "report:"):
+    assert words in first, first
+  run = home / "two"
+  assert [row["kind"] for row in lines(run / "metrics.jsonl")] == ["start"] + ["train"] * STEPS + ["stop"]
+  assert len(list((run / "tensorboard").iterdir())) == 1
+  assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000000.png", "step-00000003.png"]
+  assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (home / "one").iterdir())
+  assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step_and_one_process_goes_on(home, both):
+  del both  # the programs are compiled
+  processes = start_two(home, "stopped", "--config.train.total_steps=100000")
+  log = home / "stopped/metrics.jsonl"
+  deadline = time.monotonic() + 400
+  while time.monotonic() < deadline and not (log.is_file() and '"train"' in log.read_text()):
+    assert processes[1].poll() is None
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  done = finish(processes)
+  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
+  assert "(SIGTERM); saved in" in done[0][1] and "finishing this step" in done[1][2]
+  stop = lines(log)[-1]
+  assert (stop["kind"], stop["reason"]) == ("stop", "terminated")
+  [(status, said, error)] = finish([start(home, "stopped", 4, f"--config.train.total_steps={stop['step'] + 1}")])
+  assert status == 0, error[-4000:]
+  assert f"going on from the checkpoint of step {stop['step']:,}" in said
+
+
+def test_a_process_that_never_comes_is_named(home):
+  port = free_port()
+  address = f"127.0.0.1:{port}"
+  job = ("--coordinator", address, "--processes", 3, "--join-seconds", 4)
+  done = finish([start(home, "alone", 1, *job, "--process", 0), start(home, "alone", 1, *job, "--process", 2)], 200)
+  for status, _, error in done:
+    assert status == 2 and len(error.strip().splitlines()) == 1, error
+    assert f"process 1 of 3 did not come to {address} within 4 s; there are processes 0 (" in error
+  assert not (home / "alone").exists()
+
+
+def test_what_one_process_cannot_read_ends_both(home, tmp_path):
+  port = free_port()
+  job = ("--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process")
+  (tmp_path / "run").write_text("")
+  first = start(home, "bad", 2, *job, 0)
+  second = start(home, tmp_path / "run", 2, *job, 1)
+  (status, _, error), (other_status, _, other_error) = finish([first, second])
+  assert (status, other_status) == (2, 2)
+  assert len(error.strip().splitlines()) == len(other_error.strip().splitlines()) == 1, error + other_error
+  assert "process 1 (" in error and "is not a folder" in error and "is not a folder" in other_error
+  assert not (home / "bad").exists()
