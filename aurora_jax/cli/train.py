@@ -22,7 +22,8 @@ Example (after build-data and train-clip):
   python -m aurora_jax train --config configs/openmoji_32.py --config.data.path=datasets/openmoji \\
       --config.text.clip=clips/conditioner --workdir runs/openmoji
 
-Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), 3 a loss became NaN or infinite.
+Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), 3 a loss became NaN
+or infinite.
 """
 
 import hashlib
@@ -50,6 +51,11 @@ def run(args):
   started = time.monotonic()
   experiment = config.load(args.config_argv)
   job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())
+  with hosts.leaving_at_once("train"):
+    return _train(args, experiment, job, started)
+
+
+def _train(args, experiment, job, started):
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
   with hosts.together("looking at the run's folder"):
     run_folder.check_writable(args.workdir)

@@ -6,8 +6,10 @@ runs on all of them at once: what one process does, all must do, in the same ord
 """
 
 import contextlib
+import os
 import socket
 import sys
+import traceback
 
 import jax
 import numpy as np
@@ -117,7 +119,8 @@ def replicate(sharding, tree):
     sharding: a replicated sharding.
     tree: of arrays of numpy, or that this process can see the whole of.
   """
-  return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf)), tree)
+  put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
+  return jax.tree.map(put, tree)
 
 
 def own_rows(sharding, rows):
@@ -155,12 +158,34 @@ def together(doing):
   padded[:len(encoded)] = encoded
   from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
 
-  everybody = multihost_utils.process_allgather(padded)
+  for process, row in enumerate(multihost_utils.process_allgather(padded)):
+    if row[0] and error is None:
+      error = UserError(f"process {process} {bytes(row[row > 0]).decode(errors='replace')}")
   if error is not None:
+    error.is_agreed = True
     raise error
-  for process, row in enumerate(everybody):
-    if row[0]:
-      raise UserError(f"process {process} {bytes(row[row > 0]).decode(errors='replace')}")
+
+
+@contextlib.contextmanager
+def leaving_at_once(command):
+  """Inside, an error that the others know nothing of ends this process at once.
+
+  They will wait for it in some computation, and JAX, when a process ends, for all others to end. So the process goes
+  without a good-bye: a scheduler that looks after the job ends it, else JAX does within two minutes.
+
+  Args:
+    command: its name, for the message.
+  """
+  try:
+    yield
+  except Exception as error:  # pylint: disable=broad-except
+    if _alone() or getattr(error, "is_agreed", False):
+      raise
+    known = isinstance(error, UserError)
+    words = f"aurora_jax {command}: {' '.join(str(error).split())}" if known else traceback.format_exc()
+    print(words, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2 if known else 1)
 
 
 def from_first(number):

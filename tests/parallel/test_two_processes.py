@@ -155,7 +155,7 @@ def test_the_first_process_alone_talks_and_writes(home, both):
   assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step_and_one_process_goes_on(home, both):
+def test_a_signal_to_one_stops_both_at_the_same_step_and_two_or_one_go_on(home, both):
   del both  # the programs are compiled
   processes = start_two(home, "stopped", "--config.train.total_steps=100000")
   log = home / "stopped/metrics.jsonl"
@@ -169,9 +169,14 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_one_process_goes_on(hom
   assert "(SIGTERM); saved in" in done[0][1] and "finishing this step" in done[1][2]
   stop = lines(log)[-1]
   assert (stop["kind"], stop["reason"]) == ("stop", "terminated")
-  [(status, said, error)] = finish([start(home, "stopped", 4, f"--config.train.total_steps={stop['step'] + 1}")])
+
+  step = stop["step"]
+  done = finish(start_two(home, "stopped", f"--config.train.total_steps={step + 1}"))
+  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
+  assert f"going on from the checkpoint of step {step:,}" in done[0][1]
+  [(status, said, error)] = finish([start(home, "stopped", 4, f"--config.train.total_steps={step + 2}")])
   assert status == 0, error[-4000:]
-  assert f"going on from the checkpoint of step {stop['step']:,}" in said
+  assert f"going on from the checkpoint of step {step + 1:,}" in said
 
 
 def test_a_process_that_never_comes_is_named(home):
@@ -196,3 +201,15 @@ def test_what_one_process_cannot_read_ends_both(home, tmp_path):
   assert len(error.strip().splitlines()) == len(other_error.strip().splitlines()) == 1, error + other_error
   assert "process 1 (" in error and "is not a folder" in error and "is not a folder" in other_error
   assert not (home / "bad").exists()
+
+
+def test_who_falls_back_to_the_cpu_alone_does_not_wait_for_the_others(home):
+  job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+  first, second = start(home, "fallen", 2, *job, 0), start(home, "fallen", 2, *job, 1, "--require", "gpu")
+  try:
+    [(status, _, error)] = finish([second], timeout=60)
+  finally:
+    first.kill()  # it would end by itself in two minutes
+    first.communicate()
+  assert (status, len(error.strip().splitlines())) == (2, 1), error
+  assert "aurora_jax train: --require gpu, but JAX runs on cpu (4 x cpu)" in error
