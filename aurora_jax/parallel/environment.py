@@ -87,7 +87,8 @@ def _by_flags(coordinator, processes, process):
   if len(missing) == len(given):
     return None
   if missing:
-    raise UserError(f"{' and '.join(given.keys() - set(missing))} without {' and '.join(missing)}: several processes "
+    present = [name for name in given if name not in missing]
+    raise UserError(f"{' and '.join(present)} without {' and '.join(missing)}: several processes "
                     "need all of --coordinator HOST:PORT --processes N --process I")
   return Job("flags", coordinator, processes, process)
 
