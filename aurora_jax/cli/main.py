@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "prompts to a PNG sheet",
     "interpolate": "prompt to prompt, a GIF and a strip",
     "evaluate": "metrics of a run by a named protocol",
+    "compile": "compile the training step for a named TPU or GPU machine, without it: does it fit?",
     "bench": "measurements of this project on this machine",
     "convert": "a released PyTorch checkpoint to ours, and back",
     "inspect": "a run, a data set or a config, in words",

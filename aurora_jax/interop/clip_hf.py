@@ -90,7 +90,7 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise UserError(f"no CLIP folder at {folder}")
-  config = _read_config(folder)
+  config = read_config(folder)
   tokenizer = Tokenizer.load(folder, config.text.context_length)
   if tokenizer.vocabulary_size > config.text.vocabulary_size:
     raise UserError(
@@ -141,8 +141,8 @@ def _read_json(path: pathlib.Path) -> dict:
   return value
 
 
-def _read_config(folder: pathlib.Path) -> ClipConfig:
-  """config.json (and preprocessor_config.json, for the colours) as a ClipConfig."""
+def read_config(folder: pathlib.Path) -> ClipConfig:
+  """config.json (and preprocessor_config.json, for the colours) as a ClipConfig; UserError if it is none of a CLIP."""
   path = folder / "config.json"
   values = _read_json(path)
   if values.get("model_type") != "clip":

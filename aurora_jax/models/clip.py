@@ -89,6 +89,15 @@ def vit_l14() -> ClipConfig:
   )
 
 
+def vit_b32() -> ClipConfig:
+  """OpenAI's ViT-B/32: 151.3 M parameters."""
+  return ClipConfig(
+      text=TextConfig(width=512, layers=12, heads=8, mlp_width=2048, vocabulary_size=49408),
+      image=ImageConfig(width=768, layers=12, heads=12, mlp_width=3072, size=224, patch=32),
+      embedding_width=512,
+  )
+
+
 class TextOutput(NamedTuple):
   """What the text tower says about B captions.
 

@@ -145,7 +145,7 @@ def test_defaults_are_those_of_transformers(tmp_path, bundle):
   transformers = pytest.importorskip("transformers")
   theirs = transformers.CLIPConfig()
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
-  ours = clip_hf._read_config(tmp_path)
+  ours = clip_hf.read_config(tmp_path)
   assert ours.embedding_width == theirs.projection_dim
   for tower, their_tower in ((ours.text, theirs.text_config), (ours.image, theirs.vision_config)):
     assert clip_hf._their_tower(tower).items() <= their_tower.to_dict().items()

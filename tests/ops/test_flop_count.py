@@ -45,3 +45,34 @@ def test_a_loop_without_known_trips_is_refused():
     return jax.lax.while_loop(lambda y: jnp.sum(y) < 1, lambda y: y @ y, x)
   with pytest.raises(ValueError, match="trips are not known"):
     flop_count.count(until, shape(4, 4))
+
+
+ONCE = 2 * 4**3  # of a product of two 4 x 4 matrices
+
+
+def jaxpr_of(function, *arguments):
+  return jax.make_jaxpr(function)(*arguments).jaxpr
+
+
+def test_usual_branches():
+  ladder = lambda i, x: jax.lax.switch(i, [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x], x)
+  jaxpr = jaxpr_of(ladder, jnp.int32(0), shape(4, 4))
+  assert flop_count.of_jaxpr(jaxpr) == 2 * ONCE
+  assert flop_count.of_jaxpr(jaxpr, flop_count.usual_branch) == ONCE  # doing nothing is not what a step usually does
+
+
+def test_the_exchange_is_the_usual_branch_though_its_fall_back_is_cheaper():
+  mesh = jax.make_mesh((1,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def body(x):
+    exchanged = lambda x: jax.lax.all_to_all(x, "e", 0, 0, tiled=True) @ x @ x
+    return jax.lax.cond(x[0, 0] > 0, exchanged, lambda x: x @ x, x)
+
+  spec = jax.P("e")
+  jaxpr = jaxpr_of(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec), shape(4, 4))
+  assert flop_count.of_jaxpr(jaxpr, flop_count.usual_branch) == 2 * ONCE
+
+
+def test_branches_by_platform():
+  jaxpr = jaxpr_of(lambda x: jax.lax.platform_dependent(x, cpu=lambda x: x @ x, default=lambda x: x @ x @ x), shape(4, 4))
+  assert [flop_count.of_jaxpr(jaxpr, platform=name) for name in ("cpu", "cuda", "tpu")] == [ONCE, 2 * ONCE, 2 * ONCE]

@@ -1,0 +1,63 @@
+"""Compiles the training step of an experiment for a machine that need not be there, and says whether it fits.
+
+It is the program that `train` runs, with the experiment's mesh on the named machine's devices. What it takes per device
+(parameters, optimizer, average, temporaries), its arithmetic, its collectives, which expert lives on which device and
+how fast a step can be at best are shown as a table and written as JSON with --report.
+
+Machines: TPU slices v4-N, v5e-N, v5p-N, v6e-N, or by shape (v5e:16x16, v5p:2x2x4); nodes of eight A100 a100-N,
+a100-40g-N, or by nodes (a100-4x8); cpu-N, this machine's CPU as N devices. TPU compiles need libtpu, A100 compiles
+jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12; no TPU, GPU or driver.
+
+Neither data nor CLIP's weights are read: of --config.text.clip only config.json, and if there is none, the CLIP's sizes
+are guessed from generator.text_feature_dim.
+
+Example:
+  python -m aurora_jax compile --config configs/aurora_64.py:test --topology v5e:2x2 --report r.json
+
+Exit status: 0 it fits, 1 it does not, 2 wrong input (one line says what).
+"""
+
+import json
+import os
+
+from aurora_jax import config
+from aurora_jax.errors import UserError
+from aurora_jax.parallel import compiler_log, topology
+
+
+def add_arguments(parser):
+  parser.add_argument("--config", metavar="FILE[:VARIANT]", help="the experiment; --config.mesh.expert=N and the like "
+                      "set single values")
+  parser.add_argument("--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, cpu-8")
+  parser.add_argument("--report", metavar="FILE", help="write all numbers there, as JSON")
+  parser.add_argument("--explain", action="store_true", help="say what to change if it does not fit, and what that saves")
+
+
+def run(args):
+  experiment = config.load(args.config_argv)
+  name = topology.parse(args.topology)
+  if args.report:
+    folder = os.path.dirname(args.report) or "."
+    if not os.path.isdir(folder):
+      raise UserError(f"--report {args.report}: no folder {folder}")
+  topology.prepare_environment(name)
+  # The compiler is to do its work, and to say what it says; and programs for other machines are no use to this one.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+  with compiler_log.captured():  # the compilers talk when they are imported, too
+    from aurora_jax.parallel import compile as compile_lib  # pylint: disable=g-import-not-at-top
+    from aurora_jax.training import compile as training_compile  # pylint: disable=g-import-not-at-top
+    from aurora_jax.training import compile_advice, run_folder  # pylint: disable=g-import-not-at-top
+
+    machine = topology.load(name)
+  report = training_compile.report(experiment, machine, progress=lambda words: print(words, flush=True))
+  if args.report:
+    run_folder.write_atomically(args.report, json.dumps(report, indent=1) + "\n")
+  print()
+  for line in compile_lib.lines(report):
+    print(line)
+  if args.explain:
+    print()
+    for line in compile_advice.lines(experiment, machine, report):
+      print(line)
+  return 0 if report["fits"] else 1
