@@ -139,7 +139,9 @@ def summed(found: Mapping[collectives_lib.Collective, int], program: str) -> lis
 
 
 def nodes(devices, per_node: int) -> list[int]:
-  """Node of each device in the mesh's order. Devices are numbered node by node."""
+  """Node of each device in the mesh's order. Devices are numbered node by node, where there are several."""
+  if per_node >= len(devices):
+    return [0] * len(devices)
   return [device.id // per_node for device in np.asarray(devices).flat]
 
 

@@ -30,7 +30,7 @@ def _experiment(tmp_path):
     Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(pictures / f"{name}.png")
     (pictures / f"{name}.txt").write_text(name)
   build.build(sources.folder(str(pictures)), str(tmp_path / "data"), resolution=8, shards=1, heldout_fraction=0.0)
-  tokenizer = Tokenizer.train(list(_CAPTIONS), 300, 12)
+  tokenizer = Tokenizer.train(list(_CAPTIONS), 520, 12)
   sizes = clip_lib.ClipConfig(
       text=clip_lib.TextConfig(width=32, layers=1, heads=2, mlp_width=64, vocabulary_size=tokenizer.vocabulary_size,
                                context_length=12, eot_id=tokenizer.end_id),
