@@ -64,7 +64,11 @@ def start(home, run, devices, *more, records="records"):
   flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags,
                               "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "RECORDS": str(home / records),
-                              "PYTHONPATH": str(ROOT)}
+                              "PYTHONPATH": str(ROOT),
+                              # Threads of XLA's CPU client, otherwise as many as cores or devices. A collective holds its
+                              # thread until all devices are there; with few threads, devices that begin two of them in
+                              # different orders wait for each other for ever.
+                              "NPROC": "32", "PJRT_NPROC": "32"}
   return subprocess.Popen(
       [sys.executable, str(ROOT / "tests/parallel/logged.py"), "train", "--config", str(home / "small.py"), "--workdir",
        str(home / run), f"--config.data.path={home / 'data'}", f"--config.text.clip={home / 'clip'}", *map(str, more)],
