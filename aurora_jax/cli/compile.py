@@ -44,13 +44,13 @@ def run(args):
   # The compiler is to do its work, and to say what it says; and programs for other machines are no use to this one.
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
-  with compiler_log.captured():  # the compilers talk when they are imported, too
+  with compiler_log.captured():  # the compilers talk, when they are imported already
     from aurora_jax.parallel import compile as compile_lib  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile as training_compile  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile_advice, run_folder  # pylint: disable=g-import-not-at-top
 
     machine = topology.load(name)
-  report = training_compile.report(experiment, machine, progress=lambda words: print(words, flush=True))
+    report = training_compile.report(experiment, machine, progress=lambda words: print(words, flush=True))
   if args.report:
     run_folder.write_atomically(args.report, json.dumps(report, indent=1) + "\n")
   print()
