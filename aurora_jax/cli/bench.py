@@ -33,6 +33,6 @@ def run(args):
   print(f"{experiment.name}: generator of {weights / 4e6:,.1f} M parameters, random weights", flush=True)
   print("images  first call        call   per image   useful        floor   call / floor   peak memory / weights")
   for row in benchmarks.sample_speed(cfg, batches, args.repeats):
-    print(f"{row.batch:6d} {row.first_seconds:9.1f} s {row.seconds:9.3f} s {row.seconds / row.batch:9.3f} s "
-          f"{row.flops / 1e9:6.0f} GF {row.floor_seconds:10.3f} s {row.seconds / row.floor_seconds:14.2f} "
+    print(f"{row.batch:6d} {row.first_seconds:9.1f} s {row.seconds:9.4g} s {row.seconds / row.batch:9.4g} s "
+          f"{row.flops / 1e9:6.4g} GF {row.floor_seconds:10.4g} s {row.seconds / row.floor_seconds:14.4g} "
           f"{row.peak_bytes / weights:23.2f}", flush=True)
