@@ -38,7 +38,10 @@ def make_clip(folder, width=32):
 
 def make_run(folder, clip, *overrides):
   """A run of configs/aurora_64.py:test with one checkpoint, of step 3."""
-  experiment = config.load([f"--config={ROOT / 'configs/aurora_64.py'}:test", f"--config.text.clip={clip}", *overrides])
+  # Weights of size 1 everywhere: text and latents have as much of a say as in a trained generator.
+  factors = ("--config.generator.text_lr_multiplier=1.0", "--config.generator.mapping_lr_multiplier=1.0")
+  experiment = config.load(
+      [f"--config={ROOT / 'configs/aurora_64.py'}:test", f"--config.text.clip={clip}", *factors, *overrides])
   abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(config.to_json(experiment))

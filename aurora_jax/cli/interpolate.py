@@ -48,7 +48,8 @@ def run(args):
   pictures.check_place(args.out, ".gif")
   if args.strip:
     pictures.check_place(args.strip, ".png")
-  model, latents = sampling_flags.prepare(args, 1)
+  steps = (len(args.prompt) - 1) * (args.steps - 1) + 1
+  model, latents = sampling_flags.prepare(args, 1, steps)
   with progress(f"interpolating at step {model.step:,}") as update:
     images = model.interpolate(args.prompt, latents, steps=args.steps, move_global=args.move_global, psi=sweep[0],
                                on_batch=update)

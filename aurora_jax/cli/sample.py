@@ -42,17 +42,17 @@ def run(args):
   pictures.check_place(args.out, ".png")
   if args.singles:
     pictures.check_folder(args.singles)
-  model, latents = sampling_flags.prepare(args, len(prompts))
+  model, latents = sampling_flags.prepare(args, len(prompts), len(prompts), len(sweep))
   with progress(f"sampling at step {model.step:,}") as update:
     images = model.sample(prompts, given=latents, psi=sweep, on_batch=update).images
   if len(sweep) == 1:
     sheet = pictures.captioned_rows(images[:, :, 0], prompts, columns=args.columns or (2 if len(prompts) > 6 else 1))
   else:
-    sheet = pictures.captioned_table(images, prompts, [f"psi {psi:g}" for psi in sweep])
+    sheet = pictures.captioned_table(images, prompts, [f"psi {psi:.10g}" for psi in sweep])
   path = pictures.save_png(sheet, args.out)
   if args.singles:
     for p, latent, k in itertools.product(*map(range, images.shape[:3])):
-      name = f"{p:04d}-{latent:02d}-psi{sweep[k]:g}.png"
+      name = f"{p:04d}-{latent:02d}-psi{sweep[k]:.10g}.png"
       pictures.save_png(pictures.to_picture(images[p, latent, k]), pathlib.Path(args.singles) / name)
   sampling_flags.save_latents(args, latents)
   print(f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, psi {args.psi}, step {model.step:,}")

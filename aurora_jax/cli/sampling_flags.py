@@ -6,6 +6,7 @@ from aurora_jax.errors import UserError
 
 _MOST_MEAN_LATENTS = 10_000
 _MOST_AT_ONCE = 4096
+_MOST_TEXTS = 32
 
 
 def add_arguments(parser, *, latents, mean_latents, most_latents):
@@ -66,12 +67,14 @@ def read_psi(text, flag="--psi"):
   return values
 
 
-def prepare(args, prompts):
+def prepare(args, prompts, texts, truncations=1):
   """Reads latents and model.
 
   Args:
     args: parsed flags.
     prompts: number of prompts that need latents of their own.
+    texts: number of texts, interpolated ones among them, that are drawn with every latent.
+    truncations: values of psi that each of them is drawn with.
 
   Returns:
     (`trained.Trained`, `latents.Latents` of the prompts).
@@ -103,9 +106,10 @@ def prepare(args, prompts):
     count = args.default_latents if args.latents is None else args.latents
     means = args.default_mean_latents if args.mean_latents is None else args.mean_latents
     given = latents.draw(args.seed, range(prompts), count, means, width)
-  # The text head reads no more prompts at once than there are: it would be idle work.
-  model = trained.load(args.workdir, args.step, args.batch_size, prompts_at_once=min(32, prompts), clip=args.clip,
-                       dtype=args.dtype)
+  # No more pictures and texts at once than there are: the rest would be idle work.
+  model = trained.load(
+      args.workdir, args.step, args.batch_size, pictures=texts * given.z.shape[1] * truncations,
+      prompts_at_once=min(_MOST_TEXTS, texts), clip=args.clip, dtype=args.dtype)
   return model, given
 
 

@@ -61,13 +61,14 @@ class Trained:
     return self.experiment.generator.experts[int(layer[1:].split("_")[0])]
 
 
-def load(workdir, step=None, batch_size=None, *, prompts_at_once=None, clip=None, dtype=None):
+def load(workdir, step=None, batch_size=None, *, pictures=None, prompts_at_once=None, clip=None, dtype=None):
   """Reads a run.
 
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None takes the newest.
     batch_size: pictures per call of the sampler; None: as `pictures_at_once` says.
+    pictures: how many there will be in all, if known: a larger batch would be filled up with idle work.
     prompts_at_once: as of `sampling.make_sampler`.
     clip: a CLIP folder in place of the one that the run's configuration names.
     dtype: of the weights and of the synthesis network's arithmetic: "float32", or "bfloat16" for half the memory; None:
@@ -92,8 +93,9 @@ def load(workdir, step=None, batch_size=None, *, prompts_at_once=None, clip=None
   # Buffers stay as they are: frequencies and the average of w are few and worth their precision.
   params = state.pop("ema")
   params = _cast(params, dtype) if dtype == "bfloat16" else params
-  sampler = sampling.make_sampler(
-      generator_lib.Generator(cfg), cfg.z_dim, batch_size or pictures_at_once(cfg), prompts_at_once)
+  batch_size = batch_size or pictures_at_once(cfg)
+  batch_size = batch_size if pictures is None else min(batch_size, pictures)
+  sampler = sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size, prompts_at_once)
   return Trained(folder.path, experiment, step, {"params": params, "buffers": state["buffers"]}, bundle, sampler)
 
 
