@@ -104,7 +104,7 @@ def record(**features):
     (record(image=[b""], caption=[b"c"]), "no feature 'image'"),
     (record(image=[b"x"]), "no feature 'caption'"),
     (record(image=[b"x"], caption=[b"\xff"]), "not UTF-8"),
-])
+], ids=["no message", "empty", "no image", "empty image", "no caption", "no text"])  # protobuf orders maps by chance
 def test_decode_refuses(data, words):
   with pytest.raises(ValueError, match=words):
     schema.decode(data)

@@ -13,7 +13,7 @@ FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 def test_on_eight_devices():
   cases = pathlib.Path(__file__).with_name("eight_devices.py")
   done = subprocess.run(
-      [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)], capture_output=True, text=True,
+      [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", str(cases)], capture_output=True, text=True,
       check=False, timeout=1800, cwd=cases.parents[2], env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"})
   assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
   assert int(re.search(r"(\d+) passed", done.stdout)[1]) == 33 and "skipped" not in done.stdout
