@@ -11,7 +11,7 @@ accelerator=
 compilers=
 case "${1:-}" in
   "") ;;
-  --dev) requirements="requirements-dev.txt"; compilers=requirements-compilers.txt ;;
+  --dev) requirements="requirements-dev.txt"; compilers="requirements-compilers.txt" ;;
   --tpu) accelerator=tpu ;;
   --cuda) accelerator=cuda12 ;;
   *) echo "launch/setup.sh: unknown argument '$1' (only --dev, --tpu, --cuda)" >&2; exit 2 ;;
