@@ -20,6 +20,7 @@ Exit status: 0 it fits, 1 it does not, 2 wrong input (one line says what).
 import json
 import os
 
+from aurora_jax import files
 from aurora_jax import config
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import compiler_log, topology
@@ -47,12 +48,12 @@ def run(args):
   with compiler_log.captured():  # the compilers talk, when they are imported already
     from aurora_jax.parallel import compile as compile_lib  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile as training_compile  # pylint: disable=g-import-not-at-top
-    from aurora_jax.training import compile_advice, run_folder  # pylint: disable=g-import-not-at-top
+    from aurora_jax.training import compile_advice  # pylint: disable=g-import-not-at-top
 
     machine = topology.load(name)
     report = training_compile.report(experiment, machine, progress=lambda words: print(words, flush=True))
   if args.report:
-    run_folder.write_atomically(args.report, json.dumps(report, indent=1) + "\n")
+    files.write_text(args.report, json.dumps(report, indent=1) + "\n")
   print()
   for line in compile_lib.lines(report):
     print(line)

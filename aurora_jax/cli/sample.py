@@ -16,6 +16,7 @@ Examples:
 import itertools
 import pathlib
 
+from aurora_jax import files
 from aurora_jax.cli import sampling_flags
 from aurora_jax.errors import UserError
 
@@ -41,7 +42,7 @@ def run(args):
     raise UserError(f"--columns must not be negative, got {args.columns}")
   pictures.check_place(args.out, ".png")
   if args.singles:
-    pictures.check_folder(args.singles)
+    files.check_folder(args.singles)
   model, latents = sampling_flags.prepare(args, len(prompts), len(prompts), len(sweep))
   with progress(f"sampling at step {model.step:,}") as update:
     images = model.sample(prompts, given=latents, psi=sweep, on_batch=update).images

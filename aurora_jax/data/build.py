@@ -2,16 +2,14 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import json
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 
 import numpy as np
 
+from aurora_jax import files
 from aurora_jax.data import dataset
 from aurora_jax.data import images
 from aurora_jax.data import schema
@@ -109,7 +107,7 @@ def build(source, out, *, resolution, shards, heldout_fraction=0.08, seed=0, nam
   name = source.name if name is None else name
   _check_values(resolution, shards, heldout_fraction, seed, name)
   check_out(out, overwrite)
-  with _whole_folder(out, overwrite) as folder:
+  with files.whole_folder(out, lambda: check_out(pathlib.Path(out).resolve(), overwrite), "out ") as folder:
     # Only what can be read counts for the split and the shards: render everything first, then sort it into its places.
     with tfrecords.ShardWriter(folder / "rendered.tfrecord") as rendered:
       items, rejected = _render_to(rendered, source, resolution, on_progress)
@@ -228,42 +226,3 @@ def check_out(out, overwrite):
     raise UserError(f"out {out} exists and is not a data set: choose another folder")
   if not overwrite:
     raise UserError(f"out {out} exists: choose another folder or give --overwrite")
-
-
-@contextlib.contextmanager
-def _whole_folder(out, overwrite):
-  """Yields a temporary folder beside `out` that takes its place at the end, or vanishes on any failure."""
-  target = pathlib.Path(out).resolve()
-  partial = None
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    yield partial
-    os.chmod(partial, 0o777 & ~_umask())  # mkdtemp's folders are for the owner only.
-    check_out(target, overwrite)  # It may have come up in the meantime.
-    _replace_folder(partial, target)
-  except OSError as error:
-    raise UserError(f"out {out} cannot be written: {error.strerror or error}") from error
-  finally:
-    if partial is not None:
-      shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace_folder(new, target):
-  if not target.exists():
-    os.rename(new, target)
-    return
-  retired = new.with_suffix(".retired")
-  os.rename(target, retired)
-  try:
-    os.rename(new, target)
-  except BaseException:
-    os.rename(retired, target)
-    raise
-  shutil.rmtree(retired, ignore_errors=True)
-
-
-def _umask():
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask

@@ -1,8 +1,10 @@
 """An interpolation as a person looks at it: a strip of all steps, and a GIF that goes forth and back."""
 
+import pathlib
 import numpy as np
 from PIL import Image, ImageDraw
 
+from aurora_jax import files
 from aurora_jax.evaluation import pictures
 
 # A picture in the animation is enlarged to about this many pixels a side, by a whole factor.
@@ -138,6 +140,7 @@ def save_gif(pages, prompts, path, step_milliseconds=120):
   palette = _palette(pages)
   indexed = [_indexed(page, palette) for page in pages]
   durations = [step_milliseconds * (_HOLD if step in stations else 1) for step in order]
-  return pictures.write_beside(path, lambda file: indexed[0].save(
-      file, format="GIF", save_all=True, append_images=[indexed[step] for step in order[1:]], duration=durations,
-      loop=0, optimize=False))
+  with files.whole_file(path) as beside:
+    indexed[0].save(beside, format="GIF", save_all=True, append_images=[indexed[step] for step in order[1:]],
+                    duration=durations, loop=0, optimize=False)
+  return pathlib.Path(path)

@@ -7,6 +7,7 @@ Axis letters: P prompts, L latents per prompt, M latents whose mean w is a promp
 """
 
 import functools
+import io
 import pathlib
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from aurora_jax import files
 from aurora_jax.errors import UserError
-from aurora_jax.evaluation import pictures
 
 # Latents whose mean w is a prompt's own mean (released script).
 MEAN_LATENTS = 16
@@ -153,5 +154,11 @@ def save(latents, path):
   check_name(path)
   arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in latents._asdict().items()}
   if pathlib.Path(path).suffix.lower() == ".npz":
-    return pictures.write_beside(path, lambda file: np.savez(file, **arrays))
-  return pictures.write_beside(path, lambda file: file.write(safetensors.numpy.save(arrays)))
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    content = content.getvalue()
+  else:
+    content = safetensors.numpy.save(arrays)
+  with files.whole_file(path) as beside:
+    beside.write_bytes(content)
+  return pathlib.Path(path)

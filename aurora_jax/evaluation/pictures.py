@@ -1,15 +1,13 @@
 """Pictures a person looks at: captioned grids, rows of latents, maps of experts; written atomically as PNG."""
 
-import contextlib
 import functools
-import os
 import pathlib
-import tempfile
 import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from aurora_jax import files
 from aurora_jax.errors import UserError
 
 # A generated picture is enlarged to about this many pixels a side, by a whole factor.
@@ -319,34 +317,6 @@ def expert_map(expert_index, experts, scale=1):
   return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
 
-def write_beside(path, write):
-  """Writes a file under a temporary name in its own folder and renames it, so that nobody reads a half.
-
-  Args:
-    path: where the file shall stand; its folder is made if missing.
-    write: a function that fills a binary file; what it raises is passed on and leaves nothing behind.
-
-  Returns:
-    pathlib.Path of the file.
-
-  Raises:
-    UserError: the folder or the file cannot be written; it names the path.
-  """
-  path = pathlib.Path(path)
-  temporary = path.parent / f".{path.name}.{os.getpid()}.part"
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-      write(file)
-    os.replace(temporary, path)
-  except OSError as error:
-    raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-  return path
-
-
 def check_place(path, suffix):
   """Makes sure, before minutes of work, that a file can be written, and leaves nothing behind.
 
@@ -360,25 +330,13 @@ def check_place(path, suffix):
   path = pathlib.Path(path)
   if path.suffix.lower() != suffix:
     raise UserError(f"the name of this file must end in {suffix}, got {path}")
-  check_folder(path.parent, path)
+  files.check_folder(path.parent, path)
   if path.is_dir():
-    raise UserError(f"cannot write {path}: it is a folder")
-
-
-def check_folder(folder, path=None):
-  """Raises UserError naming `path` (or the folder) if files cannot be written to a folder, which may be missing."""
-  existing = pathlib.Path(folder)
-  try:
-    while not existing.exists() and existing != existing.parent:
-      existing = existing.parent
-    if not existing.is_dir():
-      raise UserError(f"cannot write {path or folder}: {existing} is not a folder")
-    with tempfile.TemporaryFile(dir=existing):  # asks the file system itself: the superuser passes any check of bits
-      pass
-  except OSError as error:
-    raise UserError(f"cannot write {path or folder}: {error.strerror or error}") from error
+    raise UserError(f"{path} cannot be written: it is a folder")
 
 
 def save_png(picture, path):
   """Writes a PIL picture as PNG, whole or not at all; UserError if the place cannot be written."""
-  return write_beside(path, lambda file: picture.save(file, format="PNG", optimize=True))
+  with files.whole_file(path) as beside:
+    picture.save(beside, format="PNG", optimize=True)
+  return pathlib.Path(path)

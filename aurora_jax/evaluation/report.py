@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from aurora_jax import files
 from aurora_jax.errors import UserError
-from aurora_jax.evaluation import judge, pictures, report_sections, run_log
+from aurora_jax.evaluation import judge, report_sections, run_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ def write_report(run_dir, panels=Panels()):
   if not run_dir.is_dir():
     raise UserError(f"run folder not found: {run_dir}")
   page = render(run_dir, panels)
-  return pictures.write_beside(run_dir / "report.html", lambda file: file.write(page.encode("utf-8")))
+  files.write_text(run_dir / "report.html", page)
+  return run_dir / "report.html"
 
 
 def render(run_dir, panels):

@@ -8,14 +8,13 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
 
+from aurora_jax import files
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_names, tensor_files
@@ -233,9 +232,7 @@ def save(
   """
   folder = pathlib.Path(folder)
   check_writable(folder, overwrite=overwrite)
-  work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-  try:
-    work.mkdir(parents=True)
+  with files.whole_folder(folder, lambda: check_writable(folder, overwrite=overwrite)) as work:
     _write_json(work / "config.json", _their_config(bundle))
     _write_json(work / "preprocessor_config.json", _their_processor(bundle.config.image))
     if notes is not None:
@@ -243,17 +240,6 @@ def save(
     bundle.tokenizer.save(work)
     # transformers refuses a file that does not say "pt".
     safetensors.numpy.save_file(_state_dict(bundle), work / "model.safetensors", metadata={"format": "pt"})
-    if folder.exists() and any(folder.iterdir()):
-      old = folder.with_name(f"{work.name}.old")
-      folder.rename(old)
-      work.rename(folder)
-      shutil.rmtree(old)
-    else:
-      work.rename(folder)
-  except OSError as error:
-    raise UserError(f"cannot write {folder}: {error}") from error
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def check_writable(folder: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -263,11 +249,7 @@ def check_writable(folder: str | os.PathLike, *, overwrite: bool = False) -> Non
     raise UserError(f"{folder} is a file, not a folder")
   if folder.is_dir() and any(folder.iterdir()) and not overwrite:
     raise UserError(f"{folder} is not empty; choose another folder or say --overwrite")
-  parent = folder.absolute().parent
-  while not parent.exists():
-    parent = parent.parent
-  if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-    raise UserError(f"cannot write {folder}: no permission to write in {parent}")
+  files.check_folder(folder)
 
 
 def _state_dict(bundle: ClipBundle) -> dict[str, np.ndarray]:

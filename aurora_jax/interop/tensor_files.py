@@ -5,11 +5,8 @@ either way, and `torch.load(mmap=True)` would count the mapped file as memory be
 1.6 is left to `torch.load(weights_only=True)`.
 """
 
-import contextlib
 import json
-import os
 import pathlib
-import secrets
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -144,28 +141,13 @@ def _read_old_torch(path):
   return wrap(content)
 
 
-@contextlib.contextmanager
-def written_beside(path, *, overwrite=False):
-  """Yields a path beside `path`, renamed to it when the block ends well and removed otherwise.
-
-  Raises:
-    UserError: `path` exists (without `overwrite`), or cannot be written.
-  """
+def check_target(path, overwrite=False):
+  """Raises UserError if a weight file must not be written to `path`: a folder, or a file without `overwrite`."""
   path = pathlib.Path(path)
   if path.is_dir():
     raise UserError(f"{path} is a folder, not a file")
   if path.exists() and not overwrite:
     raise UserError(f"{path} exists; choose another name or say --overwrite")
-  beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield beside
-    os.replace(beside, path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-  finally:
-    with contextlib.suppress(OSError):
-      beside.unlink()
 
 
 def write_safetensors(path, shapes, arrays):

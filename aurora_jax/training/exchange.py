@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import secrets
-import shutil
 import types
 from collections.abc import Mapping
 
@@ -18,6 +16,7 @@ import jax
 import numpy as np
 
 from aurora_jax import config as config_lib
+from aurora_jax import files
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
 from aurora_jax.models import generator as generator_lib
@@ -98,11 +97,11 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
   parts = {"generator": variables["generator"]["params"], "ema": variables["ema"]["params"], "buffers": buffers}
   origin = {part: name for part, (name, _) in sets.items()}
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
-  with stage(f"writing {size / 1e9:,.1f} GB to {workdir}"), _folder_beside(workdir) as beside:
+  with stage(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.whole_folder(workdir) as beside:
     folder = run_folder.RunFolder(beside)
     checkpoint.write_parts(folder.checkpoints, 0, parts, config_lib.to_mapping(experiment),
                            {"converted_from": str(path), "weights": origin})
-    run_folder.write_atomically(folder.config, config_lib.to_json(experiment))
+    files.write_text(folder.config, config_lib.to_json(experiment))
   values = sum(leaf.size for leaf in jax.tree.leaves(parts["ema"]))
   return Converted(workdir, 0, origin, values, tuple(notes))
 
@@ -169,24 +168,6 @@ def _check_target_folder(workdir, overwrite):
     raise UserError(f"{workdir} is not an earlier conversion, so --overwrite leaves it alone; choose another folder")
 
 
-@contextlib.contextmanager
-def _folder_beside(target):
-  """Yields a folder beside `target` that takes its place when the block ends well, and is removed otherwise."""
-  beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-  old = beside.with_name(f"{beside.name}.old")
-  try:
-    beside.mkdir(parents=True)
-    yield beside
-    if target.exists():
-      target.rename(old)
-    beside.rename(target)
-  except OSError as error:
-    raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-  finally:
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Ours to released
 
@@ -225,8 +206,8 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
   text, arguments = json.dumps(kwargs, indent=2) + "\n", path.with_suffix(".json")
   if arguments.is_file() and arguments.read_text(encoding="utf-8", errors="replace") != text and not overwrite:
     raise UserError(f"{arguments} exists and says something else; choose another name or say --overwrite")
-  with tensor_files.written_beside(arguments, overwrite=True) as json_beside, \
-      tensor_files.written_beside(path, overwrite=overwrite) as beside:
+  tensor_files.check_target(path, overwrite)
+  with files.whole_file(arguments) as json_beside, files.whole_file(path) as beside:
     variables = generator_lib.abstract_variables(cfg)
     abstract = types.SimpleNamespace(generator=variables["params"], ema=variables["params"],
                                      buffers=variables["buffers"])

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aurora_jax import config
+from aurora_jax import config, files
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
 from aurora_jax.training import checkpoint, guard, progress, run_folder
@@ -101,7 +101,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       run_folder.check_writable(run_dir)
       stack.enter_context(run_folder.held(folder.path) if primary else contextlib.nullcontext())
       if primary:
-        run_folder.write_atomically(folder.config, config.to_json(experiment))
+        files.write_text(folder.config, config.to_json(experiment))
       log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
     with hosts.together("looking for what process 0 wrote"):
       if not folder.config.is_file():

@@ -13,10 +13,9 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
 import time
 
-from aurora_jax import config
+from aurora_jax import config, files
 from aurora_jax.errors import UserError
 from aurora_jax.training import checkpoint
 
@@ -97,17 +96,7 @@ def check_writable(path):
   """
   if "://" in str(path):
     raise UserError(f"workdir {path}: a run needs a local or mounted folder, not a URL")
-  path = pathlib.Path(path)
-  try:
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-      existing = existing.parent
-    if not existing.is_dir():
-      raise UserError(f"workdir {path} cannot be made: {existing} is not a folder")
-    with tempfile.TemporaryFile(dir=existing):  # asks the file system itself: the superuser passes any check of bits
-      pass
-  except OSError as error:
-    raise UserError(f"workdir {path} cannot be written to: {error.strerror or error}") from error
+  files.check_folder(path, f"workdir {path}")
 
 
 @contextlib.contextmanager
@@ -151,23 +140,6 @@ def _lock(descriptor, attempts=1):
     except OSError:  # a file system without locks
       return True
   return fcntl is None
-
-
-def write_atomically(path, text):
-  """Writes a small text file beside and renames it, so that no reader ever sees half of it.
-
-  Raises:
-    UserError: it cannot be written.
-  """
-  path = pathlib.Path(path)
-  beside = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      beside.unlink()
-    raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def config_changes(stored, experiment):

@@ -20,7 +20,7 @@ def test_a_gif_goes_forth_and_back_and_rests_at_the_prompts(tmp_path):
   pages = animation.frames(walk(2, 5), ["a", "b", "c"])
   assert len(pages) == 5 and len({page.size for page in pages}) == 1
   animation.save_gif(pages, 3, tmp_path / "new" / "x.gif", 100)
-  red, durations = [], []
+  durations = []
   with Image.open(tmp_path / "new" / "x.gif") as gif:
     assert gif.info["loop"] == 0 and gif.n_frames == 8
     for n in range(8):

@@ -130,20 +130,6 @@ def test_save_png_makes_folders_and_replaces(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-  path = tmp_path / "grid.png"
-  pictures.save_png(Image.new("RGB", (2, 2), "red"), path)
-  before = path.read_bytes()
-
-  def fail(file):
-    file.write(b"half")
-    raise RuntimeError("stopped")
-
-  with pytest.raises(RuntimeError):
-    pictures.write_beside(path, fail)
-  assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["grid.png"]
-
-
 def test_an_unwritable_place_is_named(tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(UserError, match="file/grid.png"):

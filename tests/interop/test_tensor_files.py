@@ -230,18 +230,3 @@ def test_safetensors_as_their_own_library_reads_them(tmp_path):
   safetensors.numpy.save_file(half, tmp_path / "h.safetensors")
   for name, array in tensor_files.read(tmp_path / "h.safetensors").items():
     assert array.read().dtype == half[name].dtype and array.read().tolist() == [0, 1, 2]
-
-
-def test_written_beside_leaves_nothing_half(tmp_path):
-  path = tmp_path / "x.pth"
-  with pytest.raises(KeyError):
-    with tensor_files.written_beside(path) as beside:
-      beside.write_text("half")
-      raise KeyError
-  assert not list(tmp_path.iterdir())
-  with tensor_files.written_beside(path) as beside:
-    beside.write_text("whole")
-  with pytest.raises(UserError, match="exists"):
-    with tensor_files.written_beside(path):
-      pass
-  assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x.pth", "whole")]
