@@ -15,7 +15,6 @@ from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.training import checkpoint
 from aurora_jax.training import run_folder
-from aurora_jax.training import step as step_lib
 
 # CLIP reads at most 77 tokens; a text this long is a mistake (a file's content in place of its name, say).
 LONGEST_PROMPT = 1000
@@ -88,8 +87,9 @@ def load(workdir, step=None, batch_size=None, *, pictures=None, prompts_at_once=
   cfg = experiment.generator.for_sampling(jax.default_backend())
   cfg = dataclasses.replace(cfg, compute_dtype=dtype or cfg.compute_dtype)
   bundle = _load_clip(clip, experiment)
-  abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
-  step, state = checkpoint.read(folder.checkpoints, abstract, ("ema", "buffers"), step)
+  abstract = generator_lib.abstract_variables(cfg)
+  abstract = {"ema": abstract["params"], "buffers": abstract["buffers"]}
+  step, state = checkpoint.read(folder.checkpoints, abstract, step)
   # Buffers stay as they are: frequencies and the average of w are few and worth their precision.
   params = state.pop("ema")
   params = _cast(params, dtype) if dtype == "bfloat16" else params

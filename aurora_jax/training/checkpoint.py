@@ -239,13 +239,13 @@ def only_parts(folder, step=None):
   return _stored_config_item(folder, step).get("parts")
 
 
-def read(folder, abstract_state, parts, step=None):
+def read(folder, abstract_parts, step=None):
   """Reads some parts of a checkpoint's state without being the run that writes there. For sampling and evaluation.
 
   Args:
     folder: path of `checkpoints/`.
-    abstract_state: as of `Checkpoints.restore`.
-    parts: names of the state's fields to read; the others (optimisers, say) are left on the disk.
+    abstract_parts: {name of a field of the state: its shapes and dtypes, and shardings where it matters}; the fields that
+      are not named (optimisers, say) are left on the disk.
     step: which one; None takes the newest.
 
   Returns:
@@ -259,8 +259,8 @@ def read(folder, abstract_state, parts, step=None):
   step = _chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
   _quieten_orbax()
-  wanted = {part: _with_shardings(getattr(abstract_state, part)) for part in parts}
-  _check_same_leaves(path, wanted, parts)
+  wanted = _with_shardings(dict(abstract_parts))
+  _check_same_leaves(path, wanted, tuple(wanted))
   try:
     stored = _stored_tree(path)
     item = {name: wanted.get(name, jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)) for name, tree in stored.items()}
@@ -270,7 +270,7 @@ def read(folder, abstract_state, parts, step=None):
       restored = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how))
   except Exception as error:  # pylint: disable=broad-except
     raise _unreadable(path, error) from error
-  return step, {part: restored[part] for part in parts}
+  return step, {part: restored[part] for part in wanted}
 
 
 def stored_config(folder, step=None):

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import types
 from collections.abc import Mapping
 
 import jax
@@ -209,10 +208,9 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
   tensor_files.check_target(path, overwrite)
   with files.whole_file(arguments) as json_beside, files.whole_file(path) as beside:
     variables = generator_lib.abstract_variables(cfg)
-    abstract = types.SimpleNamespace(generator=variables["params"], ema=variables["params"],
-                                     buffers=variables["buffers"])
+    abstract = dict.fromkeys(chosen, variables["params"]) | {"buffers": variables["buffers"]}
     with stage(f"reading {folder.checkpoints}"):
-      step, parts = checkpoint.read(folder.checkpoints, abstract, (*chosen, "buffers"), step)
+      step, parts = checkpoint.read(folder.checkpoints, abstract, step)
     with stage(f"writing {path}") as update:
       sets = {part: {"params": parts[part], "buffers": parts["buffers"]} for part in chosen}
       if bare:

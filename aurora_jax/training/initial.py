@@ -89,13 +89,13 @@ def first_state(experiment, init, key, abstract_state):
     return jax.jit(init, out_shardings=shardings, compiler_options=compiling.options(runs_once=True))(key), ""
   folder, step = source(experiment.train.init_from)
   try:
-    _, taken = checkpoint.read(folder, abstract_state, GENERATOR_PARTS, step)
+    _, taken = checkpoint.read(folder, {part: getattr(abstract_state, part) for part in GENERATOR_PARTS}, step)
   except UserError as error:
     raise UserError(f"train.init_from={experiment.train.init_from}: {error}") from error
   words = f"generator, its average and buffers from {folder / str(step)}; "
   why_not = _why_no_discriminator(folder, step, experiment, abstract_state)
   if why_not is None:
-    taken |= checkpoint.read(folder, abstract_state, ("discriminator",), step)[1]
+    taken |= checkpoint.read(folder, {"discriminator": abstract_state.discriminator}, step)[1]
     words += "discriminator from there too"
   else:
     words += f"discriminator fresh ({why_not})"

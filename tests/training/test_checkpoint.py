@@ -75,7 +75,7 @@ def test_saved_while_the_state_is_donated_on(tmp_path):
       _assert_equal(_raw(restored), expected)
       assert jnp.array_equal(jax.random.normal(restored.key), jax.random.normal(jax.random.key(7)))
   assert checkpoint.stored_config(tmp_path) == {"name": "x"}
-  step, parts = checkpoint.read(tmp_path, jax.eval_shape(_init), ("params",))
+  step, parts = checkpoint.read(tmp_path, {"params": jax.eval_shape(_init).params})
   assert step == 30 and list(parts) == ["params"]
   restored, expected = parts["params"], kept[30].params
   _assert_equal(_raw(restored["a"]), expected["a"])
@@ -149,7 +149,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
   with pytest.raises(UserError, match="cannot be read"):
     checkpoint.fingerprint(tmp_path)
   with pytest.raises(UserError, match="no checkpoint in"):
-    checkpoint.read(tmp_path / "empty", abstract, ("params",))
+    checkpoint.read(tmp_path / "empty", {"params": abstract.params})
 
 
 def test_restored_on_other_meshes(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import sys
-import types
 
 import jax
 import numpy as np
@@ -45,9 +44,8 @@ def parts_of(folder, *parts):
   """Parts of the checkpoint in a converted folder."""
   experiment = run_folder.RunFolder(folder).experiment()
   variables = generator_lib.abstract_variables(experiment.generator)
-
-  abstract = types.SimpleNamespace(generator=variables["params"], ema=variables["params"], buffers=variables["buffers"])
-  return checkpoint.read(pathlib.Path(folder) / "checkpoints", abstract, parts)[1]
+  abstract = {"generator": variables["params"], "ema": variables["params"], "buffers": variables["buffers"]}
+  return checkpoint.read(pathlib.Path(folder) / "checkpoints", {part: abstract[part] for part in parts})[1]
 
 
 def assert_same(first, second):
