@@ -233,6 +233,15 @@ class Data:
   rotate: float = 0.0  # degrees
   flip: bool = False
   workers: int = 2
+  # Training stops when more than this share of the split's distinct records could not be read. build-data shuffles
+  # pictures over its shards, so that a lost shard is a random sample: training may go on without one of its eight (12.5
+  # %), but not without two, nor when a disk goes bad or a mount is gone. Every skipped record is warned of and listed.
+  max_skipped: float = 0.2
+  # Start although shards or indices are missing, cut off or broken; their records count as skipped when they are met.
+  tolerate_damage: bool = False
+
+  def __post_init__(self):
+    _require(0 <= self.max_skipped <= 1, f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,15 @@
   python -m aurora_jax inspect runs/openmoji                     the story of a run: steps, restarts, newest numbers
   python -m aurora_jax inspect runs/openmoji/checkpoints/4000    a checkpoint's parts and their sizes
   python -m aurora_jax inspect datasets/openmoji                 a data set's splits, source, licence, some captions
+  python -m aurora_jax inspect datasets/openmoji --verify        reads every record; lists those that are damaged
   python -m aurora_jax inspect --config configs/aurora_64.py     an experiment's networks, without allocating them
   python -m aurora_jax inspect --config configs/aurora_64.py --sharding --devices 256 --config.mesh.expert=16
                                                                  where every parameter lies, on any mesh
   python -m aurora_jax inspect runs/openmoji --fingerprint       one SHA-256 of the full newest state
 
 Two runs have the same fingerprint if and only if their states agree in every bit: networks, averages, optimisers, step.
+
+Exit status: 0, or 2 for wrong input and for a data set in which --verify finds damage.
 """
 
 import json
@@ -28,6 +31,8 @@ def add_arguments(parser):
   parser.add_argument("--config", metavar="FILE[:VARIANT]", help="an experiment, as of `train`")
   parser.add_argument("--fingerprint", action="store_true",
                       help="print one SHA-256 of the newest (or the named) checkpoint's whole state, nothing else")
+  parser.add_argument("--verify", action="store_true",
+                      help="for a data set: read every record, checksums and pictures, and list what is damaged")
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
   parser.add_argument("--sharding", action="store_true",
                       help="for an experiment: how every parameter is cut along the axes of its mesh")
@@ -47,7 +52,11 @@ def run(args):
     return
   if (args.sharding or args.devices is not None) and not args.config_argv:
     raise UserError("--sharding and --devices are for a config, not for a run")
-  if args.sharding:
+  if args.verify:
+    if not args.path or not (pathlib.Path(args.path) / "manifest.json").is_file():
+      raise UserError("--verify is for a data set's folder")
+    lines = _verify_lines(pathlib.Path(args.path))
+  elif args.sharding:
     lines = _sharding_lines(config.load(args.config_argv), args.devices)
   else:
     lines = _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path))
@@ -95,7 +104,7 @@ def _fingerprint(path):
 
 def _run_lines(path):
   """The story of a run in a screen."""
-  from aurora_jax.training import checkpoint, metrics, progress, run_folder  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import checkpoint, metrics, progress, run_folder, skipped  # pylint: disable=g-import-not-at-top
 
   folder = run_folder.RunFolder(path)
   experiment = folder.experiment()
@@ -130,6 +139,11 @@ def _run_lines(path):
         yield f"           at {row['step']:,}: {name} {json.dumps(old)} -> {json.dumps(new)}"
   else:
     yield "restarts   none"
+  listed = skipped.read(folder.skipped_records)
+  if listed:
+    yield (f"skipped    {len(listed):,} record{'s' if len(listed) > 1 else ''} of the data set that could not be read, "
+           f"listed in {folder.skipped_records}; the newest, at step {listed[-1].step:,}:")
+    yield f"           {listed[-1]}"
   if steps:
     sizes = ", ".join(f"{step:,} ({_bytes(checkpoint.size_bytes(folder.checkpoints, step))})" for step in steps)
     yield f"saved      step{'s' if len(steps) > 1 else ''} {sizes}"
@@ -146,7 +160,8 @@ def _run_lines(path):
 def _ending(rows, held):
   """How the last process ended, if it did."""
   words = {"done": "all steps are done", "time": "train.max_seconds were over", "interrupt": "by Ctrl-C, saved",
-           "terminated": "by SIGTERM, saved"}
+           "terminated": "by SIGTERM, saved",
+           "damaged data": "too many records could not be read (data.max_skipped); saved"}
   last = rows[-1] if rows else {}
   if held:
     return "not yet: a process is training in it now"
@@ -190,7 +205,7 @@ def _checkpoint_lines(path):
 
 def _data_lines(path):
   """A data set's manifest in words, and some captions."""
-  from aurora_jax.data import dataset  # pylint: disable=g-import-not-at-top
+  from aurora_jax.data import dataset, tfrecords  # pylint: disable=g-import-not-at-top
 
   manifest = dataset.read_manifest(path)
   yield f"data set   {path} ({manifest['name']})"
@@ -204,11 +219,39 @@ def _data_lines(path):
     yield (f"{split:10s} {len(opened):,} pictures, {entry['captions']:,} captions, {len(entry['shards'])} "
            f"file{'s' if len(entry['shards']) != 1 else ''}, {_bytes(size)}")
     for i in range(0, len(opened), max(1, len(opened) // _CAPTIONS_SHOWN))[:_CAPTIONS_SHOWN]:
-      yield "             " + " | ".join(opened[i].captions)
+      try:
+        yield "             " + " | ".join(opened[i].captions)
+      except tfrecords.RecordError as error:
+        yield f"             {error} (--verify lists all damage)"
   rejected = manifest.get("rejected", {"count": 0})
   yield f"rejected   {rejected['count'] or 'none'}"
   for entry in rejected.get("listed", [])[:_CAPTIONS_SHOWN]:
     yield f"             {entry['key']}: {entry['reason']}"
+
+
+def _verify_lines(path):
+  """Every damaged record of a data set; `UserError` at the end if there was any."""
+  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
+  from aurora_jax.data import damage, dataset  # pylint: disable=g-import-not-at-top
+
+  damaged, total, changed = 0, 0, 0
+  for split in dataset.read_manifest(path)["splits"]:
+    opened = dataset.Dataset.open(path, split, tolerate_damage=True)
+    for words in opened.problems:
+      yield f"{split:10s} {words}"
+    found = 0
+    with progress(f"reading {split}") as update:
+      for skip in damage.verify(opened, update):
+        found += 1
+        yield f"{split:10s} {skip}"
+    yield f"{split:10s} {found or 'none'} of {len(opened):,} records damaged"
+    for name in damage.changed_shards(opened):
+      changed += 1
+      yield f"{split:10s} {name}: its bytes are not those that the manifest has the SHA-256 of"
+    damaged, total = damaged + found, total + len(opened)
+  if damaged or changed:
+    shards = f"; {changed} shard{'s' if changed > 1 else ''} changed since build-data" if changed else ""
+    raise UserError(f"data set {path}: {damaged:,} of {total:,} records are damaged{shards}")
 
 
 def _clip_lines(path, stored):

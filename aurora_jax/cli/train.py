@@ -22,8 +22,13 @@ Example (after build-data and train-clip):
   python -m aurora_jax train --config configs/openmoji_32.py --config.data.path=datasets/openmoji \\
       --config.text.clip=clips/conditioner --workdir runs/openmoji
 
-Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), 3 a loss became NaN
-or infinite.
+A record that cannot be read (a wrong checksum, a shard that is cut off or gone, no picture, no caption) is skipped: the
+run tells of it, lists it in skipped_records.jsonl and goes on with another in its place, up to data.max_skipped. Damage
+that shows at the start already is refused, unless data.tolerate_damage=true.
+
+Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), also when it comes
+up while training (more records cannot be read than data.max_skipped allows: saved first), 3 a loss became NaN or
+infinite.
 """
 
 import hashlib

@@ -1,4 +1,11 @@
-"""A data set on disk: a folder with sharded tfrecords, an index per shard and `manifest.json`."""
+"""A data set on disk: a folder with sharded tfrecords, an index per shard and `manifest.json`.
+
+Damage. What sizes and counts show when a data set is opened (a missing, truncated or grown shard, a broken index) is an
+error: whoever starts something is there to mend it. With `tolerate_damage` the data set opens all the same, and with as
+many records as its manifest says: none is dropped, so that every other record keeps its number. Damage that shows when
+a record is read, then or days later, concerns that record alone: `RecordError`. What becomes of it is up to the reader:
+training takes another record in its place (data/loader.py), evaluation stops.
+"""
 
 import json
 import os
@@ -7,6 +14,7 @@ import threading
 
 import numpy as np
 
+from aurora_jax.data import images
 from aurora_jax.data import schema
 from aurora_jax.data import tfrecords
 from aurora_jax.errors import UserError
@@ -27,9 +35,10 @@ class Dataset:
     manifest: the folder's `manifest.json`, a dict.
     name: the data set's name.
     resolution: side of the stored (square) pictures, in pixels.
+    problems: list of str, what `tolerate_damage` let through.
   """
 
-  def __init__(self, path, split, manifest, shards, indices):
+  def __init__(self, path, split, manifest, shards, indices, problems=()):
     """Use `Dataset.open`.
 
     Args:
@@ -37,13 +46,15 @@ class Dataset:
       split: the split's name.
       manifest: dict.
       shards: list of shard paths.
-      indices: list of int64 [records, 2], one per shard.
+      indices: list of int64 [records, 2], one per shard; -1 where a record's place is unknown.
+      problems: list of str.
     """
     self.path = pathlib.Path(path)
     self.split = split
     self.manifest = manifest
     self.name = manifest["name"]
     self.resolution = manifest["resolution"]
+    self.problems = list(problems)
     self._shards = shards
     self._indices = indices
     self._starts = np.concatenate([[0], np.cumsum([len(index) for index in indices])]).astype(np.int64)
@@ -55,12 +66,14 @@ class Dataset:
     self._lock = threading.Lock()
 
   @classmethod
-  def open(cls, path, split="train"):
+  def open(cls, path, split="train", tolerate_damage=False):
     """Opens a split.
 
     Args:
       path: a folder written by `build-data`.
       split: name of a split in its manifest, "train" or "heldout".
+      tolerate_damage: open it although shards or indices are missing, cut off or broken; `problems` says which. The
+        records concerned raise `RecordError` when they are read.
 
     Returns:
       A `Dataset`.
@@ -73,14 +86,21 @@ class Dataset:
     path = pathlib.Path(path)
     if split not in manifest["splits"]:
       raise UserError(f"data set {path} has no split {split!r} (it has {', '.join(manifest['splits'])})")
-    shards = [path / shard["file"] for shard in manifest["splits"][split]["shards"]]
-    indices = [tfrecords.load_index(shard) for shard in shards]
-    for shard, index, entry in zip(shards, indices, manifest["splits"][split]["shards"]):
-      if len(index) != entry["examples"]:
-        raise UserError(f"shard {shard} holds {len(index)} examples, the manifest says {entry['examples']}")
+    shards, indices, problems = [], [], []
+    for entry in manifest["splits"][split]["shards"]:
+      shard, examples = path / entry["file"], entry["examples"]
+      if tolerate_damage:
+        index, problem = tfrecords.salvage_index(shard, examples)
+        problems += [problem] if problem else []
+      else:
+        index = tfrecords.load_index(shard)
+      if len(index) != examples:
+        raise UserError(f"shard {shard} holds {len(index)} examples, the manifest says {examples}")
+      shards.append(shard)
+      indices.append(index)
     if not sum(map(len, indices)):
       raise UserError(f"split {split!r} of data set {path} is empty")
-    return cls(path, split, manifest, shards, indices)
+    return cls(path, split, manifest, shards, indices, problems)
 
   def __len__(self):
     return int(self._starts[-1])
@@ -89,8 +109,8 @@ class Dataset:
     """The `Example` at `number`; `tfrecords.RecordError` if it cannot be read, naming file and record."""
     try:
       return schema.decode(self.read(number))
-    except ValueError as error:
-      raise tfrecords.RecordError(f"{self.where(number)}: {error}") from None
+    except schema.ExampleError as error:
+      raise tfrecords.RecordError(f"{self.where(number)}:", str(error), error.key) from None
 
   def __repr__(self):
     return f"Dataset({str(self.path)!r}, split={self.split!r}, examples={len(self)})"
@@ -111,20 +131,71 @@ class Dataset:
   def read(self, number):
     """The bytes of record `number`, checked; `tfrecords.RecordError` if that fails."""
     shard, record = self._locate(number)
-    offset, length = self._indices[shard][record]
+    offset, length = self._indices[shard][record].tolist()
+    if offset < 0:
+      raise tfrecords.RecordError(f"{self._shards[shard]}: record {record}", "is lost: nothing says where it begins")
     file = self._descriptor(shard) if len(self._shards) <= _KEPT_OPEN else self._shards[shard]
-    return tfrecords.read_record(file, int(offset), int(length), self._shards[shard], record)
+    return tfrecords.read_record(file, offset, length, self._shards[shard], record)
+
+  def picture(self, number):
+    """Reads an example and decodes its picture.
+
+    Args:
+      number: of the example.
+
+    Returns:
+      (PIL image of mode RGB, `Example`).
+
+    Raises:
+      tfrecords.RecordError: the record cannot be read, or its picture cannot be decoded or has another size than the
+        record says.
+    """
+    example = self[number]
+    size = (example.width, example.height) if example.width and example.height else None
+    try:
+      return images.open_image(example.image, size=size), example
+    except images.ImageError as error:
+      raise tfrecords.RecordError(f"{self.where(number)}:", str(error), example.key) from None
 
   def where(self, number):
     """File and record of example `number`, for messages."""
     shard, record = self._locate(number)
     return f"{self._shards[shard]}: record {record}"
 
+  def place(self, number):
+    """(shard's file name, number of the record in it, byte at which it begins or -1) of example `number`."""
+    shard, record = self._locate(number)
+    return self._shards[shard].name, record, int(self._indices[shard][record, 0])
+
   def captions(self):
-    """All captions of the split, in order: a list of tuples, the primary caption first. Read once, then kept."""
+    """All captions of the split, in order: a list of tuples, the primary caption first. Read once, then kept.
+
+    Raises:
+      UserError: a record cannot be read.
+    """
     if self._captions is None:
-      self._captions = [self[number].captions for number in range(len(self))]
+      try:
+        self._captions = [self[number].captions for number in range(len(self))]
+      except tfrecords.RecordError as error:
+        raise UserError(str(error)) from None
     return self._captions
+
+  def first_captions(self, count):
+    """Primary captions of the first `count` examples that can be read (fewer where there are no more).
+
+    Returns:
+      (numbers of the examples, list of str).
+    """
+    numbers, captions = [], []
+    for number in range(len(self)):
+      if len(numbers) == count:
+        break
+      try:
+        captions.append(self[number].captions[0])
+      except tfrecords.RecordError:  # It will be told of when training meets it.
+        continue
+      numbers.append(number)
+    return numbers, captions
 
   def _locate(self, number):
     if not -len(self) <= number < len(self):
@@ -136,10 +207,7 @@ class Dataset:
   def _descriptor(self, shard):
     with self._lock:
       if shard not in self._descriptors:
-        try:
-          self._descriptors[shard] = os.open(self._shards[shard], os.O_RDONLY)
-        except OSError as error:
-          raise tfrecords.RecordError(f"{self._shards[shard]}: {error.strerror}") from None
+        self._descriptors[shard] = tfrecords.open_shard(self._shards[shard])
       return self._descriptors[shard]
 
 
@@ -177,4 +245,11 @@ def read_manifest(path):
   missing = [name for name in ("name", "resolution", "splits") if name not in manifest]
   if missing:
     raise UserError(f"data set {path}: {MANIFEST} lacks {', '.join(missing)}")
+  try:
+    for split in manifest["splits"].values():
+      for shard in split["shards"]:
+        if not (isinstance(shard["file"], str) and isinstance(shard["examples"], int) and shard["examples"] >= 0):
+          raise ValueError(shard)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    raise UserError(f"data set {path}: {MANIFEST} is damaged: it does not list the shards of each split") from None
   return manifest

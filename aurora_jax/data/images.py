@@ -12,26 +12,31 @@ class ImageError(Exception):
   """Bytes that are not a readable picture. The message says why."""
 
 
-def open_image(data, least_side=None):
+def open_image(data, least_side=None, size=None):
   """Decodes a picture.
 
   Args:
     data: bytes of a PNG, JPEG, WebP, BMP or GIF (its first frame).
     least_side: a JPEG may be reduced while it is decoded (by 2, 4 or 8, several times faster) as long as both its sides
       keep this many pixels.
+    size: (width, height) that the encoded picture must have, in pixels, or None.
 
   Returns:
     PIL image of mode RGB: turned upright as its EXIF says, transparency laid on white, 16-bit values scaled to 8.
 
   Raises:
-    ImageError: no picture, or a broken one.
+    ImageError: no picture, a broken one, or one of another size.
   """
   try:
     image = Image.open(io.BytesIO(data))
+    if size is not None and image.size != tuple(size):
+      raise ImageError(f"{image.width}x{image.height} pixels instead of {size[0]}x{size[1]}")
     if least_side is not None:
       image.draft(None, (least_side, least_side))
     image.load()
     return to_rgb(_upright(image))
+  except ImageError:
+    raise
   except UnidentifiedImageError:  # Its own message names an object in memory.
     raise ImageError(f"not a readable picture: {len(data)} bytes of no known format") from None
   # Pillow's decoders raise most of the built-in exceptions on broken files: OSError, SyntaxError, ValueError,

@@ -3,6 +3,12 @@
 The batch of step s is a pure function of (data set, seed, s): `BatchMaker.__call__`. grain runs that function ahead of
 the training loop; its position is the step and nothing else, so a run resumes at any step at once, and any number of
 hosts sees the same global batches.
+
+Where a record cannot be read (a wrong checksum, a shard that is cut off or gone, no Example, no caption, no picture or
+one of another size than the record says) it alone is skipped, and another takes its slot: the first readable one of a
+keyed permutation of that step and slot (`order.stand_in`). Nothing is remembered for that, so what stands in is a pure
+function of (data set, seed, step, slot) too. What was skipped travels with the batch, out of grain's threads or
+processes, into `Batches.skipped`.
 """
 
 import dataclasses
@@ -16,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from aurora_jax.data import augment as augmentation
+from aurora_jax.data import damage
 from aurora_jax.data import images
 from aurora_jax.data import order
 from aurora_jax.data import tfrecords
@@ -24,6 +31,13 @@ from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 
 CACHE_BYTES = 512 * 2**20
+# Stand-ins that are tried for one slot. So many in a row fail only where nearly nothing can be read, and then a batch
+# must not go through millions of records: with every second record lost it happens once in 2**1000 slots.
+_MOST_ATTEMPTS = 1000
+
+
+class NothingReadable(UserError):
+  """A batch cannot be made: what was tried for one of its slots, all records or very many, cannot be read."""
 
 
 def to_float(pixels):
@@ -46,11 +60,7 @@ def load_pixels(dataset, number, side):
   Raises:
     tfrecords.RecordError: the record or its picture cannot be read.
   """
-  example = dataset[number]
-  try:
-    image = images.open_image(example.image)
-  except images.ImageError as error:
-    raise tfrecords.RecordError(f"{dataset.where(number)}: {error}") from None
+  image, example = dataset.picture(number)
   if image.size != (side, side):
     image = images.square(image, side, Image.Resampling.BOX if min(image.size) >= side else Image.Resampling.BICUBIC)
   return np.asarray(image), example.captions
@@ -118,13 +128,20 @@ class BatchMaker:
     return augmentation.working_side(self.dataset.resolution, self.resolution)
 
   def __call__(self, step):
-    """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of (number, reason)."""
+    """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of `damage.Skip`.
+
+    Where there is nothing to be read, the batch has `unreadable` (words) instead of all else.
+    """
     slots = self.slots
-    skipped = []
+    skipped = {}
     numbers, examples = [], []
     indices = order.example_index(self.seed, len(self.dataset), self.batch_size, step, slots)
     for slot, number in zip(slots, indices):
       number, example = self._readable(step, slot, int(number), skipped)
+      if example is None:
+        last = list(skipped.values())[-1]
+        return {"unreadable": f"no record of data set {self.dataset.path} can be read for slot {slot} of step {step}, "
+                              f"the last one: {last}", "skipped": list(skipped.values())}
       numbers.append(number)
       examples.append(example)
     if self.augment.active:
@@ -140,23 +157,27 @@ class BatchMaker:
         "image": to_float(np.stack(pixels)),
         "caption": captions,
         "index": np.array(numbers, np.int64),
-        "skipped": skipped,
+        "skipped": list(skipped.values()),
     }
     if self.tokenizer is not None:
       batch["tokens"] = np.asarray(self.tokenizer(captions), np.int32)
     return batch
 
   def _readable(self, step, slot, number, skipped):
-    """(number, (pixels, captions)) of the example meant for a slot, or the next readable one in the epoch's order."""
+    """(number, (pixels, captions)) of the example meant for a slot, or of its first readable stand-in; else (_, None).
+
+    What cannot be read is added to `skipped`, {number: `damage.Skip`}.
+    """
     size = len(self.dataset)
-    for offset in range(size):
-      if offset:
-        number = int(order.example_index(self.seed, size, self.batch_size, step, slot, offset)[0])
+    for attempt in range(min(size, _MOST_ATTEMPTS) + 1):
+      if attempt:
+        number = order.stand_in(self.seed, size, step, slot, attempt - 1)
       try:
         return number, self._load(number)
       except tfrecords.RecordError as error:
-        skipped.append((number, str(error)))
-    raise UserError(f"no record of data set {self.dataset.path} can be read, the last one: {skipped[-1][1]}")
+        if number not in skipped:
+          skipped[number] = damage.skip_of(self.dataset, number, error, int(step))
+    return number, None
 
   def _load(self, number):
     """(pixels, captions), the pixels ready for `augmentation.warp` if there is any."""
@@ -186,11 +207,10 @@ class Batches:
 
   Attributes:
     step: of the batch that comes next.
-    skipped: {number of the example: why it could not be read}, of all batches so far.
+    skipped: {number of the example: `damage.Skip`} of all batches so far, in the order in which they were met.
   """
 
-  def __init__(self, iterator, step, on_skip):
-    self._on_skip = on_skip
+  def __init__(self, iterator, step):
     # Threads and processes must end, and grain's iterator must be gone, before the interpreter tears its modules down.
     self._running = [iterator]
     self._end = weakref.finalize(self, lambda running: running.pop().close(), self._running)
@@ -204,10 +224,10 @@ class Batches:
     if not self._running:
       raise ValueError("these batches have been closed")
     batch = next(self._running[0])
-    for number, reason in batch.pop("skipped"):
-      if number not in self.skipped:
-        self.skipped[number] = reason
-        self._on_skip(number, reason)
+    for skip in batch.pop("skipped"):
+      self.skipped.setdefault(skip.number, skip)
+    if "unreadable" in batch:
+      raise NothingReadable(batch["unreadable"])
     self.step += 1
     return batch
 
@@ -223,8 +243,7 @@ class Batches:
 
 
 def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augment=Augment(), tokenizer=None,
-                  primary_caption_probability=1.0, slots=None, workers=2, prefetch=4, cache_bytes=CACHE_BYTES,
-                  on_skip=lambda number, reason: None):
+                  primary_caption_probability=1.0, slots=None, workers=2, prefetch=4, cache_bytes=CACHE_BYTES):
   """Endless training batches, shuffled anew each epoch.
 
   Args:
@@ -241,8 +260,6 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
       processes (0: one thread).
     prefetch: batches made ahead (by each worker process).
     cache_bytes: see `workers`; 0 for no cache.
-    on_skip: called once per unreadable record with (number, reason); see also `Batches.skipped`. The record's place is
-      taken by the next readable one in the epoch's order.
 
   Returns:
     `Batches`, an iterator over dicts, b slots: `image` float32 [b, resolution, resolution, 3] in
@@ -250,8 +267,8 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     int32 [b, N].
 
   Raises:
-    UserError: `resolution` is more than the data set's, or a slot not one of the batch. While iterating: no
-      record can be read.
+    UserError: `resolution` is more than the data set's, or a slot not one of the batch.
+    NothingReadable: while iterating, no record can be read.
   """
   check_resolution(dataset, resolution)
   if batch_size < 1:
@@ -272,4 +289,4 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     batches = batches.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
         worker_init_fn=_ignore_interrupts)
-  return Batches(iter(batches), start_step, on_skip)
+  return Batches(iter(batches), start_step)

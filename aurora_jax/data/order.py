@@ -61,10 +61,16 @@ def epoch_permutation(seed, epoch, size, positions):
   Returns:
     int64 [b]: the record at each position.
   """
+  keys = fold(seed, zlib.crc32(b"epoch"), epoch)
+  return _permutation(keys, size, positions)
+
+
+def _permutation(keys, size, positions):
+  """`epoch_permutation` under uint64 keys [1] or [b]."""
   columns = math.isqrt(size - 1) + 1
   rows = -(-size // columns)
   values = np.atleast_1d(np.asarray(positions, np.int64)).astype(np.uint64)
-  keys = np.broadcast_to(fold(seed, zlib.crc32(b"epoch"), epoch), values.shape)
+  keys = np.broadcast_to(keys, values.shape)
 
   def permute(values, keys):
     left, right = values // np.uint64(rows), values % np.uint64(rows)
@@ -79,7 +85,7 @@ def epoch_permutation(seed, epoch, size, positions):
   return result.astype(np.int64)
 
 
-def example_index(seed, size, batch_size, step, slots, offset=0):
+def example_index(seed, size, batch_size, step, slots):
   """The record at slots of a global step.
 
   Steps follow each other without a gap, so an epoch may end within a batch; it covers each record exactly once.
@@ -90,10 +96,28 @@ def example_index(seed, size, batch_size, step, slots, offset=0):
     batch_size: global.
     step: global step, from 0.
     slots: int [b] in range(batch_size).
-    offset: that many places further on in the epoch's permutation, around its end: stand-ins for unreadable records.
 
   Returns:
     int64 [b] in range(size).
   """
   place = step * batch_size + np.atleast_1d(np.asarray(slots, np.int64))
-  return epoch_permutation(seed, place // size, size, (place % size + offset) % size)
+  return epoch_permutation(seed, place // size, size, place % size)
+
+
+def stand_in(seed, size, step, slot, attempt):
+  """The record to try in the place of one that cannot be read.
+
+  Every slot of every step has a permutation of its own over all records. So what stands in depends on nothing but
+  (data set, seed, step, slot), whoever reads and whatever was skipped before, and each record is tried once.
+
+  Args:
+    seed: int.
+    size: number of records.
+    step: global step.
+    slot: of the global batch.
+    attempt: from 0, below `size`.
+
+  Returns:
+    int in range(size).
+  """
+  return int(_permutation(fold(seed, zlib.crc32(b"stand-in"), step, slot), size, attempt)[0])

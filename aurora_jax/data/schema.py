@@ -26,6 +26,14 @@ SCHEMA_VERSION = 1
 _RESERVED = ("image", "caption", "width", "height", "key")
 
 
+class ExampleError(ValueError):
+  """Bytes that are no whole example. `key` is the example's, "" where that much cannot be read."""
+
+  def __init__(self, message, key=""):
+    super().__init__(message)
+    self.key = key
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
   """One picture with its captions.
@@ -128,30 +136,33 @@ def decode(record):
     An `Example`. Features that are neither of the schema nor floats are left out.
 
   Raises:
-    ValueError: not a `tf.train.Example`, or one without an image or caption.
+    ExampleError: not a `tf.train.Example`, or one without an image or a caption, or with an empty caption.
   """
   try:
     feature = _ExampleProto.FromString(record).features.feature
-  except message.DecodeError:
-    raise ValueError(f"not a tf.train.Example ({len(record)} bytes)") from None
+  except (message.DecodeError, UnicodeDecodeError):
+    raise ExampleError(f"not a tf.train.Example ({len(record)} bytes)") from None
   # Looking a missing name up would add it to the map, as in a defaultdict: ask first.
+  key = feature["key"].bytes_list.value if "key" in feature else ()
+  key = key[0].decode(errors="replace") if key else ""
   image = feature["image"].bytes_list.value if "image" in feature else ()
   captions = feature["caption"].bytes_list.value if "caption" in feature else ()
   if len(image) != 1 or not image[0]:
-    raise ValueError(f"no feature 'image' with one value (features: {', '.join(sorted(feature)) or 'none'})")
+    raise ExampleError(f"no feature 'image' with one value (features: {', '.join(sorted(feature)) or 'none'})", key)
   if not captions:
-    raise ValueError(f"no feature 'caption' with a value (features: {', '.join(sorted(feature))})")
+    raise ExampleError(f"no feature 'caption' with a value (features: {', '.join(sorted(feature))})", key)
   try:
     captions = tuple(caption.decode() for caption in captions)
   except UnicodeDecodeError:
-    raise ValueError("feature 'caption' is not UTF-8") from None
-  key = feature["key"].bytes_list.value if "key" in feature else ()
+    raise ExampleError("feature 'caption' is not UTF-8", key) from None
+  if not all(caption.strip() for caption in captions):
+    raise ExampleError("feature 'caption' has an empty value", key)
   return Example(
       image=image[0],
       captions=captions,
       width=_first_integer(feature, "width"),
       height=_first_integer(feature, "height"),
-      key=key[0].decode(errors="replace") if key else "",
+      key=key,
       features={
           name: np.array(value.float_list.value, np.float32)
           for name, value in feature.items()

@@ -3,8 +3,12 @@
 A record in the file: its length (uint64), a masked CRC-32C of the length (uint32), the bytes, a masked CRC-32C of the
 bytes (uint32), all little-endian. The index `NAME.index` beside `NAME.tfrecord` is a bare array of little-endian
 uint64 pairs, one per record: where its frame begins in the file, and how many bytes its payload has.
+
+A record is read at the place that its index gives and both checksums are checked, always. So damage to one record says
+nothing about the next one, and nothing passes whose bytes are not those that were written.
 """
 
+import errno
 import hashlib
 import os
 import pathlib
@@ -21,8 +25,27 @@ FRAME_BYTES = HEADER_BYTES + FOOTER_BYTES
 _MASK_DELTA = 0xA282EAD8
 
 
+# What the process lacks, not the file: such an error must not pass for a damaged record.
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Memory for a larger record is asked for only where the file is that long: a damaged index may name any length.
+_LARGE = 2**26
+
+
 class RecordError(Exception):
-  """A record that cannot be read. The message names file and record."""
+  """A record that cannot be read. The message names the file and, unless all of that is gone, the record.
+
+  Attributes:
+    where: file and record, the beginning of the message.
+    reason: the rest of it, such as "has a wrong checksum".
+    key: the example's key, "" where that much cannot be read.
+  """
+
+  def __init__(self, where, reason, key=""):
+    super().__init__(where, reason, key)  # all of them, so that it can travel between processes
+    self.where, self.reason, self.key = where, reason, key
+
+  def __str__(self):
+    return f"{self.where} {self.reason}"
 
 
 def masked_crc(data):
@@ -102,28 +125,49 @@ def read_record(file, offset, length, name=None, number=None):
     The payload, bytes.
 
   Raises:
-    RecordError: the file ends early, a length differs from the index, or a checksum is wrong.
+    RecordError: the file ends early or cannot be read, a length differs from the index, or a checksum is wrong.
   """
   if not isinstance(file, int):
-    try:
-      descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-      raise RecordError(f"{file}: {error.strerror}") from None
+    descriptor = open_shard(file)
     try:
       return read_record(descriptor, offset, length, name or file, number)
     finally:
       os.close(descriptor)
   where = f"{name}: record at byte {offset}" if number is None else f"{name}: record {number} at byte {offset}"
-  data = os.pread(file, length + FRAME_BYTES, offset)
-  if len(data) < length + FRAME_BYTES:
-    raise RecordError(f"{where} is cut off: {len(data)} of {length + FRAME_BYTES} bytes")
+  wanted = length + FRAME_BYTES
+  try:
+    if length > _LARGE:
+      there = min(wanted, max(0, os.fstat(file).st_size - offset))
+      data = os.pread(file, wanted, offset) if there == wanted else b""
+    else:
+      data = os.pread(file, wanted, offset)
+      there = len(data)
+  except OSError as error:
+    raise _unreadable(error, where) from None
+  if there < wanted:
+    raise RecordError(where, f"is cut off: {there} of {wanted} bytes")
   stored_length, length_crc = struct.unpack_from("<QI", data)
   if length_crc != masked_crc(data[:8]) or stored_length != length:
-    raise RecordError(f"{where} has a broken header (length {stored_length}, the index says {length})")
+    raise RecordError(where, f"has a broken header (length {stored_length}, the index says {length})")
   payload = data[HEADER_BYTES:-FOOTER_BYTES]
   if struct.unpack("<I", data[-FOOTER_BYTES:])[0] != masked_crc(payload):
-    raise RecordError(f"{where} has a wrong checksum")
+    raise RecordError(where, "has a wrong checksum")
   return payload
+
+
+def open_shard(path):
+  """A descriptor for `read_record`, to be closed; `RecordError` if there is no such file or it cannot be opened."""
+  try:
+    return os.open(path, os.O_RDONLY)
+  except OSError as error:
+    raise _unreadable(error, f"{path}:") from None
+
+
+def _unreadable(error, where):
+  """The `RecordError` for a file that cannot be read; `UserError` where the process is to blame."""
+  if error.errno in _LACKING:
+    return UserError(f"{where.removesuffix(':')} cannot be read: {error.strerror}")
+  return RecordError(where, error.strerror or str(error))
 
 
 def scan(path):
@@ -133,29 +177,41 @@ def scan(path):
     path: of the shard.
 
   Returns:
-    uint64 [records, 2]: where each record's frame begins and its payload's length, in bytes.
+    int64 [records, 2]: where each record's frame begins and its payload's length, in bytes.
 
   Raises:
     RecordError: a header is broken, or the file ends within a record.
   """
-  entries = []
-  size = os.path.getsize(path)
-  position = 0
-  with open(path, "rb") as file:
-    while position < size:
-      file.seek(position)
-      header = file.read(HEADER_BYTES)
-      where = f"{path}: record {len(entries)} at byte {position}"
-      if len(header) < HEADER_BYTES:
-        raise RecordError(f"{where} is cut off within its header")
-      length, crc = struct.unpack("<QI", header)
-      if crc != masked_crc(header[:8]):
-        raise RecordError(f"{where} has a broken header")
-      if position + length + FRAME_BYTES > size:
-        raise RecordError(f"{where} is cut off: {size - position} of {length + FRAME_BYTES} bytes")
-      entries.append((position, length))
-      position += length + FRAME_BYTES
-  return np.array(entries, np.uint64).reshape(-1, 2)
+  index, error = _scan_to_damage(path)
+  if error is not None:
+    raise error
+  return index
+
+
+def _scan_to_damage(path):
+  """(the index of the records up to the first that cannot be found, why there are no more or None)."""
+  entries, position, error = [], 0, None
+  try:
+    with open(path, "rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      while position < size:
+        where = f"{path}: record {len(entries)} at byte {position}"
+        file.seek(position)
+        header = file.read(HEADER_BYTES)
+        if len(header) < HEADER_BYTES:
+          raise RecordError(where, "is cut off within its header")
+        length, crc = struct.unpack("<QI", header)
+        if crc != masked_crc(header[:8]):
+          raise RecordError(where, "has a broken header")
+        if position + length + FRAME_BYTES > size:
+          raise RecordError(where, f"is cut off: {size - position} of {length + FRAME_BYTES} bytes")
+        entries.append((position, length))
+        position += length + FRAME_BYTES
+  except OSError as caught:
+    error = _unreadable(caught, f"{path}:")
+  except RecordError as caught:
+    error = caught
+  return np.array(entries, np.int64).reshape(-1, 2), error
 
 
 def load_index(path):
@@ -176,21 +232,66 @@ def load_index(path):
     size = path.stat().st_size
   except OSError:
     raise UserError(f"shard {path} is missing") from None
+  index = _stored_index(path)
+  if index is None:
+    return _rebuild_index(path)
+  expected = int(index[-1].sum()) + FRAME_BYTES if len(index) else 0
+  if size != expected:
+    raise UserError(f"shard {path} has {size} bytes, its index says {expected}: it is truncated or was changed")
+  return index
+
+
+def _stored_index(path):
+  """int64 [records, 2] from the file beside a shard, None where there is none; `UserError` if it makes no sense."""
+  broken = f"index {index_path(path)} is broken (delete it to have it made anew)"
   try:
     data = index_path(path).read_bytes()
   except FileNotFoundError:
-    return _rebuild_index(path)
-  broken = f"index {index_path(path)} is broken (delete it to have it made anew)"
+    return None
+  except OSError as error:
+    raise UserError(f"{broken}: {error.strerror}") from None
   if len(data) % 16:
     raise UserError(f"{broken}: {len(data)} bytes are not whole pairs")
   index = np.frombuffer(data, "<u8").astype(np.int64).reshape(-1, 2)
   ends = index.sum(axis=1) + FRAME_BYTES
-  if not np.array_equal(index[:, 0], np.concatenate([[0], ends])[:-1].astype(np.int64)):
+  # A length of 2**63 or more has become negative here, and sums that run over end below where they began.
+  if (index < 0).any() or (ends < index[:, 0]).any() or not np.array_equal(index[1:, 0], ends[:-1]) or index[:1, 0].any():
     raise UserError(f"{broken}: its records do not follow each other")
-  expected = int(ends[-1]) if len(ends) else 0
-  if size != expected:
-    raise UserError(f"shard {path} has {size} bytes, its index says {expected}: it is truncated or was changed")
   return index
+
+
+def salvage_index(path, records):
+  """The index of a shard that may be damaged: what can be known of where its records are.
+
+  No record is dropped: there are as many rows as records. No index of a damaged shard is written.
+
+  Args:
+    path: of the shard.
+    records: how many the shard held when it was written.
+
+  Returns:
+    (int64 [records, 2] as of `load_index`, -1 where a record's place is unknown; words for what is wrong, or None).
+
+  Raises:
+    UserError: the shard holds more records than that: it is another one.
+  """
+  problem = None
+  try:
+    index = load_index(path)
+  except UserError as error:
+    problem = str(error)
+    try:
+      index = _stored_index(pathlib.Path(path))
+    except UserError:
+      index = None
+    if index is None or len(index) != records:
+      index, _ = _scan_to_damage(path)
+  if len(index) > records:
+    raise UserError(f"shard {path} holds {len(index)} examples, the manifest says {records}")
+  if len(index) < records:
+    problem = problem or f"shard {path} holds {len(index)} examples, the manifest says {records}"
+    index = np.concatenate([index, np.full((records - len(index), 2), -1)])
+  return index, problem
 
 
 def _rebuild_index(path):
@@ -204,4 +305,4 @@ def _rebuild_index(path):
     os.replace(partial, index_path(path))
   except OSError:  # A read-only folder: the scan is repeated at the next start.
     pass
-  return index.astype(np.int64)
+  return index

@@ -62,14 +62,14 @@ def join(args, fingerprint=""):
   return job
 
 
-def _alone():
+def is_alone():
   """Whether this is the only process; unlike `jax.process_count` it wakes no backend."""
   return not jax.distributed.is_initialized()
 
 
 def is_first():
   """Whether this process is the one that talks and writes."""
-  return _alone() or jax.process_index() == 0
+  return is_alone() or jax.process_index() == 0
 
 
 def banner(job, required=None):
@@ -144,7 +144,7 @@ def together(doing):
   Raises:
     UserError: it was raised here, or in another process, which the message then names.
   """
-  if _alone():
+  if is_alone():
     yield
     return
   error = None
@@ -179,7 +179,7 @@ def leaving_at_once(command):
   try:
     yield
   except Exception as error:  # pylint: disable=broad-except
-    if _alone() or getattr(error, "is_agreed", False):
+    if is_alone() or getattr(error, "is_agreed", False):
       raise
     known = isinstance(error, UserError)
     words = f"aurora_jax {command}: {' '.join(str(error).split())}" if known else traceback.format_exc()
@@ -190,11 +190,35 @@ def leaving_at_once(command):
 
 def from_first(number):
   """An integer as the first process has it."""
-  if _alone():
+  if is_alone():
     return number
   from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
 
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def from_all(text):
+  """A text of each process, in all of them.
+
+  Args:
+    text: str, of any length.
+
+  Returns:
+    list of str, by process.
+  """
+  if is_alone():
+    return [text]
+  from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(encoded))))
+  if not lengths.any():
+    return [""] * len(lengths)
+  # A power of two: few different programs are compiled.
+  padded = np.zeros(1 << max(12, int(lengths.max() - 1).bit_length()), np.uint8)
+  padded[:len(encoded)] = encoded
+  rows = multihost_utils.process_allgather(padded)
+  return [bytes(row[:length]).decode() for row, length in zip(rows, lengths)]
 
 
 class Vote:
@@ -227,4 +251,4 @@ class Alone:
 
 def vote(sharding):
   """`Vote` among several processes, `Alone` in one."""
-  return Alone() if _alone() else Vote(sharding)
+  return Alone() if is_alone() else Vote(sharding)

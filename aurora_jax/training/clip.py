@@ -11,6 +11,7 @@ augmentation from a key folded from the same two.
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -103,9 +104,13 @@ class Joined:
     dataset, number = self._locate(number)
     return dataset[number]
 
-  def where(self, number):
+  def picture(self, number):
     dataset, number = self._locate(number)
-    return dataset.where(number)
+    return dataset.picture(number)
+
+  def place(self, number):
+    dataset, number = self._locate(number)
+    return dataset.place(number)
 
   def captions(self):
     return list(itertools.chain.from_iterable(dataset.captions() for dataset in self._datasets))
@@ -311,6 +316,9 @@ def train_clip(
           speed = (now - measured_from) / (_MEASURED_STEPS[1] - _MEASURED_STEPS[0])
           total = step + 1 + max(0, int((seconds - (now - started)) / speed))
     _report(on_step, total, total, metrics)
+  if batches.skipped:
+    print(f"{len(batches.skipped)} of {len(dataset)} records could not be read and others took their places, the first: "
+          f"{next(iter(batches.skipped.values()))}", file=sys.stderr, flush=True)
   return ClipBundle(config, {"params": jax.tree.map(np.asarray, state.params)}, tokenizer), total
 
 

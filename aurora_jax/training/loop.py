@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from aurora_jax import config, files
+from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, progress, run_folder
+from aurora_jax.training import checkpoint, guard, progress, run_folder, skipped
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
 from aurora_jax.training.interrupts import Interrupts
@@ -29,9 +30,10 @@ TIME = "time"  # train.max_seconds are over
 INTERRUPT = "interrupt"  # Ctrl-C
 TERMINATED = "terminated"  # SIGTERM
 NON_FINITE = "non-finite"
+DAMAGED_DATA = "damaged data"  # more records than data.max_skipped could not be read; saved
 # Of several wishes to stop, by several processes, the last one here counts.
 _WISHES = (None, TIME, INTERRUPT, TERMINATED)
-_STATUS = {DONE: 0, ALREADY_DONE: 0, TIME: 0, INTERRUPT: 0, TERMINATED: 0, NON_FINITE: 3}
+_STATUS = {DONE: 0, ALREADY_DONE: 0, TIME: 0, INTERRUPT: 0, TERMINATED: 0, NON_FINITE: 3, DAMAGED_DATA: 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   Args:
     prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
       `sample(state)` (or None: no pictures are drawn); and, optionally, `batch_sharding` (a Sharding for every entry
-      of a batch) and `headline` (names of the metrics to show while training).
+      of a batch), `headline` (names of the metrics to show while training) and `dataset` (whose unreadable records the
+      batches name in `skipped`, see training/skipped.py).
     run_dir: the run's folder.
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
@@ -103,6 +106,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       if primary:
         files.write_text(folder.config, config.to_json(experiment))
       log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
+      unread = skipped.follow(folder.skipped_records, getattr(prepared, "dataset", None), experiment.data.max_skipped,
+                              resumed=newest is not None)
     with hosts.together("looking for what process 0 wrote"):
       if not folder.config.is_file():
         raise UserError(f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
@@ -110,7 +115,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     interrupts = stack.enter_context(Interrupts())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
-    trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts)
+    trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread)
 
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
@@ -148,17 +153,20 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
 class _Trainer:
   """The loop and what it carries from step to step on the host."""
 
-  def __init__(self, prepared, folder, hooks, log, checkpoints, display, interrupts):
+  def __init__(self, prepared, folder, hooks, log, checkpoints, display, interrupts, unread):
     self._prepared, self._settings = prepared, prepared.experiment.train
     self._folder, self._hooks, self._log = folder, hooks, log
     self._checkpoints, self._display, self._interrupts = checkpoints, display, interrupts
     self._headline = tuple(getattr(prepared, "headline", ()))
     self._vote = hosts.vote(getattr(prepared, "batch_sharding", None))
+    self._unread = unread
+    self._no_batch = None  # why there is no next batch
 
   def begin(self, stored, started):
     """Takes up the clock and the unfinished window of a checkpoint's progress, {} for a new run."""
     self.clock = Clock(stored.get("clock"), started)
     self._window = metrics_lib.Window(stored.get("window"))
+    self._unread.begin()
     self._pending = None  # (steps done, device metrics): dispatched, not yet looked at
     self._sampled = None
     self.step = None  # steps dispatched so far
@@ -173,7 +181,7 @@ class _Trainer:
     batches = iter(prepared.batches(step))
     try:
       with clock.phase("input"):
-        batch = self._put(next(batches))
+        batch = self._next(batches)
       while (reason := self._reason_to_stop(step)) is None:
         with clock.phase("step"):
           # Whatever reaches the device unasked is a mistake that would cost time at every step.
@@ -181,7 +189,7 @@ class _Trainer:
             state, metrics = prepared.step(step, state, batch)
         self.step = step = step + 1
         with clock.phase("input"):  # the next batch travels while this step runs
-          batch = self._put(next(batches))
+          batch = self._next(batches)
         with clock.phase("step"):
           self._observe(self._pending)  # waits for the step before this one
         self._pending = (step, metrics)
@@ -202,7 +210,19 @@ class _Trainer:
     wish = self._interrupts.reason
     if wish is None and self._settings.max_seconds and self.clock.seconds_here >= self._settings.max_seconds:
       wish = TIME
-    return _WISHES[self._vote(_WISHES.index(wish))]
+    wish = _WISHES[self._vote(_WISHES.index(wish))]
+    return DAMAGED_DATA if self._no_batch or self._unread.too_many else wish
+
+  def _next(self, batches):
+    """The next batch, on its way to the devices; None where nothing can be read, which ends training before it."""
+    try:
+      batch = next(batches)
+    except loader.NothingReadable as error:
+      if not hosts.is_alone():  # The others have a batch and will wait in it for this process.
+        raise
+      self._no_batch, batch = str(error), None
+    self._unread.met(getattr(batches, "skipped", {}))
+    return None if batch is None else self._put(batch)
 
   def _put(self, batch):
     """Starts the transfer of a batch; what is no array of numbers (captions) stays behind."""
@@ -223,6 +243,7 @@ class _Trainer:
     guard.check_metrics(done - 1, metrics)
     self._window.add(metrics)
     if done % self._settings.log_every == 0:
+      self._unread.share()
       self._write_window(done)
     names = [name for name in self._headline if name in metrics] or [
         name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])][:_SHOWN_METRICS]
@@ -234,6 +255,7 @@ class _Trainer:
     values = self._window.take()
     values |= self.clock.take_window(self._settings.batch_size)
     values["images"] = done * self._settings.batch_size
+    values["data/skipped"] = self._unread.count(done)
     self._log.train(done, self.clock.seconds, values)
 
   def _seconds_left(self, done):
@@ -269,6 +291,7 @@ class _Trainer:
     self._flush()
     with self.clock.phase("checkpoint"):
       self._display.doing("saving", brief=True)
+      self._unread.share()
       guard.check_state(step, state)
       self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
           "clock": self.clock.to_json(), "window": self._window.to_json()})
@@ -285,9 +308,19 @@ class _Trainer:
     if reason == DONE and step % self._settings.log_every:
       self._write_window(step)
     self._log.note("stop", step, self.clock.seconds, {"reason": reason})
-    if hosts.is_first():
+    if reason == DAMAGED_DATA and hosts.is_first():
+      self._tell_damage(step)
+    elif hosts.is_first():
       self._tell_end(step, reason)
     return Outcome(step, reason, state)
+
+  def _tell_damage(self, step):
+    saved = self._checkpoints.newest()
+    stands = "no checkpoint was saved yet" if saved is None else f"saved in {self._checkpoints.folder / str(saved)}"
+    why = self._unread.in_words() if self._unread.too_many else self._no_batch
+    print(f"aurora_jax train: data set {self._prepared.dataset.path}: {why}; training stopped at step {step:,}; {stands}; "
+          "mend the data set, or let more go with --config.data.max_skipped, and the same command goes on",
+          file=sys.stderr, flush=True)
 
   def _tell_end(self, step, reason):
     total = self._settings.total_steps

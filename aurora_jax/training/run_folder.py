@@ -3,6 +3,7 @@
     config.json       the experiment, as `config.to_json` writes it
     checkpoints/      one folder per saved step (training/checkpoint.py)
     metrics.jsonl     one JSON object per line (training/metrics.py)
+    skipped_records.jsonl   the records that could not be read, if there were any (training/skipped.py)
     samples/          step-00001000.png
     tensorboard/      event files
     report.html       written by the command when training ends
@@ -28,7 +29,7 @@ except ImportError:  # not a Unix: no lock there
 # that decays is planned to the total_steps of the start at hand. A run moves between meshes.
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "data.workers", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
+    "train.keep_checkpoints", "data.workers", "data.max_skipped", "data.tolerate_damage", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
     "train.init_from",  # a run that goes on has left its beginning behind
     "mesh.exchange_capacity",
 })
@@ -55,6 +56,10 @@ class RunFolder:
   @property
   def metrics(self):
     return self.path / "metrics.jsonl"
+
+  @property
+  def skipped_records(self):
+    return self.path / "skipped_records.jsonl"
 
   @property
   def samples(self):

@@ -94,7 +94,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     return state
 
   return Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, placed), init=init,
+      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
       abstract_state=placed.abstract_state, batch_sharding=layout.batch,
       batches=functools.partial(_batches, experiment, dataset, clip, layout), step=step,
       sample=_sampler(experiment, clip, frozen, placed))
@@ -102,7 +102,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
 
 def _read(experiment):
   """Data set and CLIP from the disk, fitting the experiment."""
-  dataset = Dataset.open(experiment.data.path, experiment.data.split)
+  dataset = Dataset.open(experiment.data.path, experiment.data.split, experiment.data.tolerate_damage)
   loader.check_resolution(dataset, experiment.generator.resolution)
   clip = clip_hf.load(experiment.text.clip)
   for name in ("generator", "discriminator"):
@@ -112,15 +112,17 @@ def _read(experiment):
   return dataset, clip
 
 
-def _notes(experiment, placed):
-  """The mesh in words, where there is more than one device."""
+def _notes(experiment, dataset, placed):
+  """What is wrong with the data set, and the mesh in words where there is more than one device."""
   layout = placed.layout
+  damage = tuple(f"WARNING: {words} (data.tolerate_damage: its records are skipped when they are met)"
+                 for words in dataset.problems)
   if layout.devices == 1:
-    return ()
+    return damage
   axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
   stored = "cut along data where stored" if experiment.mesh.fsdp else "whole on every device"
   batch = experiment.train.batch_size
-  return (f"mesh: {axes}; {batch // layout.devices} of {batch} images per device; dense parameters {stored}",
+  return (*damage, f"mesh: {axes}; {batch // layout.devices} of {batch} images per device; dense parameters {stored}",
           *experts_lib.explain(placed.exchange, experiment.generator, batch))
 
 
@@ -138,14 +140,13 @@ def _freeze(experiment, dataset, clip, layout):
   """CLIP's variables and the bank of caption embeddings, on every device."""
   module = clip.module()
   variables = hosts.replicate(layout.replicated, clip.variables)
-  count = min(experiment.loss.clip_bank, len(dataset))
+  numbers, captions = dataset.first_captions(experiment.loss.clip_bank)
   bank = np.zeros((0, clip.config.embedding_width), np.float32)
-  if count:
-    captions = [names[0] for names in dataset.captions()[:count]]
+  if captions:
     encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),
                      out_shardings=layout.replicated)
     bank = encode(variables, np.asarray(clip.tokenizer(captions)))
-  bank, ids = hosts.replicate(layout.replicated, (bank, np.arange(count, dtype=np.int32)))
+  bank, ids = hosts.replicate(layout.replicated, (bank, np.asarray(numbers, np.int32)))
   return step_lib.Frozen(variables, bank, ids)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
 from aurora_jax import config
+from aurora_jax.data import tfrecords
 from aurora_jax.interop import aurora_torch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -143,14 +145,36 @@ def test_bad_input_is_one_line_and_status_2(home, run, tmp_path):
   assert not out.exists()
 
 
-def test_a_truncated_shard_is_named(home, tmp_path):
-  import shutil
-
-  shutil.copytree(home / "data", tmp_path / "data")
-  shard = sorted((tmp_path / "data").glob("*train*.tfrecord"))[0]
-  shard.write_bytes(shard.read_bytes()[:-7])
-  fail(shard.name, *train_args(home, "cut", f"--config.data.path={tmp_path / 'data'}"))
+def test_damaged_data(home, tmp_path):
+  """What sizes show at the start is refused, unless it is allowed; else the record is skipped and told of."""
+  data = shutil.copytree(home / "data", tmp_path / "data")
+  flipped, cut = sorted(data.glob("*train*.tfrecord"))
+  content = bytearray(flipped.read_bytes())
+  content[tfrecords.load_index(flipped)[1, 0] + 50] ^= 1
+  flipped.write_bytes(content)
+  last = len(tfrecords.load_index(cut)) - 1
+  cut.write_bytes(cut.read_bytes()[:-7])
+  args = train_args(home, "cut", f"--config.data.path={data}", "--config.train.total_steps=3", "--config.data.max_skipped=0.9",
+                    "--config.train.sample_prompts=()")
+  fail(cut.name, *args)
   assert not (home / "cut").exists()
+
+  done = succeed(*args, "--config.data.tolerate_damage=True")
+  assert f"WARNING: shard {cut} has" in done.stdout and "it is truncated" in done.stdout
+  assert "WARNING: 2 of " in done.stderr or "WARNING: 1 of " in done.stderr
+  listed = [json.loads(line) for line in (home / "cut/skipped_records.jsonl").read_text().splitlines()]
+  assert {(row["shard"], row["record"], row["reason"].split(":")[0]) for row in listed} == {
+      (flipped.name, 1, "has a wrong checksum"), (cut.name, last, "is cut off")}
+  trained = [json.loads(line) for line in (home / "cut/metrics.jsonl").read_text().splitlines()]
+  assert [row["data/skipped"] for row in trained if row["kind"] == "train"][-1] == 2
+  assert "skipped    2 records of the data set" in succeed("inspect", home / "cut").stdout
+
+  done = command("inspect", data, "--verify")
+  assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+  assert "2 of 12 records are damaged; 2 shards changed since build-data" in done.stderr
+  assert f"{flipped.name}: record 1: has a wrong checksum" in done.stdout
+  assert f"{cut.name}: record {last}: is cut off" in done.stdout
+  assert "none of" in succeed("inspect", home / "data", "--verify").stdout
 
 
 def test_a_clip_of_another_width_is_refused(home):

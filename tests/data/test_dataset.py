@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -166,6 +167,39 @@ def test_truncated_shard(copy):
   os.truncate(path, path.stat().st_size - 1)
   with pytest.raises(UserError, match="shapes-train-00002-of-00003.tfrecord has .* truncated"):
     Dataset.open(copy)
+
+
+def test_what_can_be_had_of_damaged_shards(copy, data_folder):
+  whole = Dataset.open(data_folder)
+  expected = [whole[number] for number in range(16)]
+  counts = [len(tfrecords.load_index(path)) for path in shards(copy)]
+  starts = np.cumsum([0, *counts])
+  cut = tfrecords.load_index(shards(copy)[0])
+  os.truncate(shards(copy)[0], int(cut[1, 0]) + 5)
+  shards(copy)[1].unlink()
+  path = shards(copy)[1]  # the third; no index, and damage at its record 2
+  tfrecords.index_path(path).unlink()
+  data = bytearray(path.read_bytes())
+  data[tfrecords.scan(path)[2, 0]] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(UserError, match="truncated"):
+    Dataset.open(copy)
+  dataset = Dataset.open(copy, tolerate_damage=True)
+  assert len(dataset) == 16 and len(dataset.problems) == 3
+  for words, problem in zip(("it is truncated", "is missing", "record 2 at byte .* has a broken header"), dataset.problems):
+    assert re.search(words, problem)
+  good = {0, starts[2], starts[2] + 1}
+  for number in range(16):
+    if number in good:
+      assert dataset[number] == expected[number]
+    else:
+      with pytest.raises(tfrecords.RecordError):
+        dataset[number]
+  assert dataset.first_captions(2) == ([0, starts[2]], [expected[0].captions[0], expected[starts[2]].captions[0]])
+  assert dataset.first_captions(9)[0] == sorted(good)
+  assert not tfrecords.index_path(path).exists()  # none is made of what is damaged
+  with pytest.raises(UserError, match="record 1 at byte .* is cut off"):
+    dataset.captions()
 
 
 def test_missing_index_is_no_harm(copy):

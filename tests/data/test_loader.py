@@ -1,6 +1,9 @@
 """Training batches: the same whatever the host, the worker or the step a run resumed at."""
 
+import dataclasses
+import errno
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -45,20 +48,10 @@ def assert_same(left, right):
       np.testing.assert_array_equal(one[name], other[name])
 
 
-def damage(folder, shard, record, kind="checksum"):
-  """Spoils a record; returns its number in the split."""
+def damage(folder, shard, record):
+  """Flips a bit of a record; returns its number in the split."""
   shards = sorted(folder.glob("*-train-*.tfrecord"))
-  index = tfrecords.load_index(shards[shard])
-  if kind == "picture":
-    payloads = [tfrecords.read_record(shards[shard], offset, length) for offset, length in index.tolist()]
-    payloads[record] = payloads[record].replace(b"\x89PNG", b"\x89JPG")
-    with tfrecords.ShardWriter(shards[shard]) as writer:
-      for payload in payloads:
-        writer.write(payload)
-  else:
-    data = bytearray(shards[shard].read_bytes())
-    data[index[record, 0] + 100] ^= 1
-    shards[shard].write_bytes(data)
+  _flip(shards[shard], record)
   return sum(len(tfrecords.load_index(path)) for path in shards[:shard]) + record
 
 
@@ -161,7 +154,8 @@ def test_processes_change_nothing(data_folder, tmp_path):
   expected = first(dataset, 9, **shared)
   with train_batches(dataset, resolution=8, batch_size=4, seed=1, workers=2, cache_bytes=0, **shared) as batches:
     assert_same(list(itertools.islice(batches, 9)), expected)
-    assert list(batches.skipped) == [damaged]
+    assert list(batches.skipped) == [damaged]  # it came back from the other process
+    assert batches.skipped[damaged].shard == "shapes-train-00001-of-00003.tfrecord"
 
 
 def test_which_caption(dataset):
@@ -205,26 +199,135 @@ def test_mild_augmentation_is_mild(tmp_path):
 # ------------------------------------------------------------------------------------------- unreadable records
 
 
-@pytest.mark.parametrize("kind, reason", [("checksum", "wrong checksum"), ("picture", "not a readable picture")])
-def test_unreadable_records_are_replaced_and_told(data_folder, tmp_path, kind, reason):
+def _rewrite(path, record, change):
+  """Writes a shard anew, its checksums right, with one payload replaced by `change(payload)`."""
+  payloads = [tfrecords.read_record(path, offset, length) for offset, length in tfrecords.load_index(path).tolist()]
+  payloads[record] = change(payloads[record])
+  with tfrecords.ShardWriter(path) as writer:
+    for payload in payloads:
+      writer.write(payload)
+
+
+def _flip(path, record):
+  data = bytearray(path.read_bytes())
+  data[tfrecords.load_index(path)[record, 0] + 100] ^= 1
+  path.write_bytes(data)
+
+
+def _example(**changes):
+  return lambda payload: schema.encode(dataclasses.replace(schema.decode(payload), **changes))
+
+
+def _small_picture():
+  return images.encode_png(Image.new("RGB", (8, 8)))
+
+
+# What is done to record 2 of shard 1 after the data set was opened, why it is skipped, and whether its key is known.
+_FAULTS = {
+    "flipped byte": (_flip, "has a wrong checksum", False),
+    "no Example": (lambda path, record: _rewrite(path, record, lambda payload: b"\xff" * len(payload)),
+                   "not a tf.train.Example", False),
+    "no picture": (lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"\x89PNG", b"\x89JPG")),
+                   "not a readable picture", True),
+    "cut picture": (lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"IDAT", b"IDAX")),
+                    "not a readable picture", True),
+    "wrong size": (lambda path, record: _rewrite(path, record, _example(image=_small_picture())),
+                   "8x8 pixels instead of 16x16", True),
+    "empty caption": (lambda path, record: _rewrite(path, record, _example(captions=(" ",))),
+                      "feature 'caption' has an empty value", True),
+    "no caption": (lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"caption", b"aption_")),
+                   "no feature 'caption'", True),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_unreadable_records_are_replaced_and_told(data_folder, tmp_path, fault):
+  change, reason, keyed = _FAULTS[fault]
   folder = shutil.copytree(data_folder, tmp_path / "copy")
-  damaged = damage(folder, 1, 2, kind)
+  path = sorted(folder.glob("*-train-*.tfrecord"))[1]
+  damaged = len(tfrecords.load_index(sorted(folder.glob("*-train-*.tfrecord"))[0])) + 2
+  key = Dataset.open(folder)[damaged].key
+  change(path, 2)
   expected = first(Dataset.open(data_folder), 12)
-  told = []
-  with train_batches(Dataset.open(folder), resolution=8, batch_size=4, seed=1,
-                     on_skip=lambda number, reason: told.append((number, reason))) as batches:
+  with train_batches(Dataset.open(folder), resolution=8, batch_size=4, seed=1) as batches:
     got = list(itertools.islice(batches, 12))
-  # Three epochs, told once.
-  assert batches.skipped == dict(told) and len(told) == 1
-  (number, words), = told
-  assert number == damaged and reason in words and "shapes-train-00001-of-00003.tfrecord: record 2" in words
   stream = np.concatenate([batch["index"] for batch in expected])
-  stand_in = {place: stream[place + 1] if (place + 1) % 16 else stream[place - 15]
-              for place in np.flatnonzero(stream == damaged)}
-  assert len(stand_in) == 3
+  wanted = np.flatnonzero(stream == damaged)
+  assert len(wanted) == 3  # epochs; told once
+  skip, = batches.skipped.values()
+  assert (skip.number, skip.shard, skip.record) == (damaged, path.name, 2)
+  assert skip.offset == tfrecords.load_index(path)[2, 0] and reason in skip.reason
+  assert skip.key == (key if keyed else "") and skip.step == wanted[0] // 4
+  # Only that record, and in its places the first readable one of the permutation of that step and slot.
   for place, number in enumerate(np.concatenate([batch["index"] for batch in got])):
-    assert number == stand_in.get(place, stream[place])
-  assert not np.isin(damaged, [batch["index"] for batch in got])
+    if place in wanted:
+      candidates = [order.stand_in(1, 16, place // 4, place % 4, attempt) for attempt in range(16)]
+      assert number == next(other for other in candidates if other != damaged)
+    else:
+      assert number == stream[place]
+
+
+def _damaged_copy(data_folder, tmp_path):
+  """A copy in which a third of the records has a flipped byte, one shard is cut off and one is gone; (Dataset, good)."""
+  folder = shutil.copytree(data_folder, tmp_path / "copy")
+  shards = sorted(folder.glob("*-train-*.tfrecord"))
+  opened = Dataset.open(folder)
+  for record in (0, 3):
+    _flip(shards[0], record)
+  cut = tfrecords.load_index(shards[1])
+  os.truncate(shards[1], int(cut[2, 0]) + 30)
+  shards[2].unlink()
+  first_shard = len(tfrecords.load_index(shards[0]))
+  return opened, sorted(set(range(first_shard)) - {0, 3}) + [first_shard, first_shard + 1]
+
+
+def test_replacements_depend_on_step_and_slot_alone(data_folder, tmp_path):
+  opened, good = _damaged_copy(data_folder, tmp_path)
+  options = {"batch_size": 8, "augment": WILD, "primary_caption_probability": 0.5}
+  whole = first(opened, 12, **options)
+  stream = np.concatenate([batch["index"] for batch in whole])
+  # All the good ones go on being seen, those after the damage of their shard too; nothing else is.
+  assert sorted(set(stream.tolist())) == good
+  wanted = np.concatenate([order.example_index(1, 16, 8, step, np.arange(8)) for step in range(12)])
+  kept = np.isin(wanted, good)
+  np.testing.assert_array_equal(stream[kept], wanted[kept])
+  assert len({tuple(stream[step * 8:step * 8 + 8][~kept[step * 8:step * 8 + 8]]) for step in range(12)}) == 12
+  # Two hosts, a resume, the steps in another order: the same.
+  parts = [first(opened, 12, slots=slots, **options) for slots in (np.arange(0, 8, 2), np.arange(1, 8, 2))]
+  for slots, part in zip((slice(0, 8, 2), slice(1, 8, 2)), parts):
+    np.testing.assert_array_equal(np.stack([b["image"] for b in part]), np.stack([b["image"] for b in whole])[:, slots])
+    assert [b["caption"] for b in part] == [b["caption"][slots] for b in whole]
+  assert_same(first(opened, 4, start_step=8, **options), whole[8:])
+  maker = loader.BatchMaker(opened, 8, 8, 1)
+  backwards = [maker(step)["index"] for step in reversed(range(12))]
+  np.testing.assert_array_equal(np.stack(backwards)[::-1].ravel(), stream)
+
+
+def test_hosts_come_to_the_same_list(data_folder, tmp_path):
+  opened, good = _damaged_copy(data_folder, tmp_path)
+
+  def skipped(slots):
+    with train_batches(opened, resolution=8, batch_size=8, seed=1, slots=slots) as batches:
+      for _ in range(12):
+        next(batches)
+      return batches.skipped
+
+  whole = skipped(None)
+  assert sorted(whole) == sorted(set(range(16)) - set(good))
+  one, other = (skipped(slots) for slots in (np.arange(4), np.arange(4, 8)))
+  earliest = {number: min(part[number].step for part in (one, other) if number in part) for number in whole}
+  assert earliest == {number: skip.step for number, skip in whole.items()}
+  assert {skip.reason.split(":")[0] for skip in whole.values()} == {
+      "has a wrong checksum", "is cut off", "No such file or directory"}
+
+
+def test_what_the_process_lacks_is_no_damage(dataset, monkeypatch):
+  def refuse(path, flags):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  monkeypatch.setattr(tfrecords.os, "open", refuse)
+  with pytest.raises(UserError, match="tfrecord cannot be read: Too many open files"):
+    loader.BatchMaker(dataset, 8, 4, 1)(0)
 
 
 def test_nothing_readable(data_folder, tmp_path):
@@ -233,7 +336,8 @@ def test_nothing_readable(data_folder, tmp_path):
     for record in range(len(tfrecords.load_index(path))):
       damage(folder, shard, record)
   for options in ({}, {"workers": 0, "cache_bytes": 0}):
-    with pytest.raises(UserError, match="no record of data set .* can be read, the last one: .*wrong checksum"):
+    with pytest.raises(loader.NothingReadable, match="no record of data set .* can be read for slot 0 of step 0, the last "
+                       "one: .*wrong checksum"):
       first(Dataset.open(folder), 1, **options)
 
 

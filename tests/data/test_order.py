@@ -69,11 +69,12 @@ def test_far_steps_cost_nothing():
   assert len(set(indices.tolist())) == 16
 
 
-def test_stand_ins_walk_through_the_epoch():
-  # Step 4 of batches of 4 over 10 records: epoch 1, place 6 and on.
-  epoch = order.epoch_permutation(9, 1, 10, np.arange(10)).tolist()
-  walk = [int(order.example_index(9, 10, 4, 4, 0, offset)[0]) for offset in range(10)]
-  assert walk == epoch[6:] + epoch[:6]
+def test_stand_ins():
+  walks = {(seed, step, slot): tuple(order.stand_in(seed, 10, step, slot, attempt) for attempt in range(10))
+           for seed in range(2) for step in (0, 1, 10**12) for slot in range(3)}
+  assert all(sorted(walk) == list(range(10)) for walk in walks.values())
+  assert len(set(walks.values())) == len(walks)
+  assert order.stand_in(0, 1, 5, 3, 0) == 0
 
 
 def test_uniform_depends_on_each_coordinate():

@@ -164,6 +164,9 @@ def test_missing_shard(tmp_path):
     (lambda data: data[16:], "do not follow each other"),
     (lambda data: data[:8] + b"\xff" * 8 + data[16:], "do not follow each other"),
     (lambda data: data[:-16], "truncated or was changed"),
+    # Sums that run over would follow each other and even end where the file ends.
+    (lambda data: np.array([[0, 2**64 - 10], [6, 2**64 - 20]], "<u8").tobytes(), "do not follow each other"),
+    (lambda data: data[:-8] + b"\xff" * 7 + b"\x7f", "do not follow each other"),
 ])
 def test_broken_index(shard, change, words):
   index = tfrecords.index_path(shard)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from PIL import Image
 
 from aurora_jax.cli import main
+from aurora_jax.data import loader, tfrecords
+from aurora_jax.data.dataset import Dataset
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDS, BATCH, STEPS = 12, 4, 3  # one epoch
@@ -159,9 +162,21 @@ def test_the_first_process_alone_talks_and_writes(home, both):
   assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
 
 
+def damaged_data(home):
+  """A copy of the data set in which two records have a flipped byte."""
+  folder = shutil.copytree(home / "data", home / "damaged")
+  for path in sorted(folder.glob("*.tfrecord"))[:2]:
+    data = bytearray(path.read_bytes())
+    data[tfrecords.load_index(path)[1, 0] + 40] ^= 4
+    path.write_bytes(data)
+  return folder
+
+
 def test_a_signal_to_one_stops_both_at_the_same_step_and_two_or_one_go_on(home, both):
+  """On damaged data: the list of what was skipped is that of one uninterrupted process too."""
   del both  # the programs are compiled
-  processes = start_two(home, "stopped", "--config.train.total_steps=100000")
+  data = f"--config.data.path={damaged_data(home)}"
+  processes = start_two(home, "stopped", data, "--config.train.total_steps=100000")
   log = home / "stopped/metrics.jsonl"
   deadline = time.monotonic() + 400
   while time.monotonic() < deadline and not (log.is_file() and '"train"' in log.read_text()):
@@ -175,12 +190,25 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_two_or_one_go_on(home, 
   assert (stop["kind"], stop["reason"]) == ("stop", "terminated")
 
   step = stop["step"]
-  done = finish(start_two(home, "stopped", f"--config.train.total_steps={step + 1}"))
+  done = finish(start_two(home, "stopped", data, f"--config.train.total_steps={step + 1}"))
   assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
   assert f"going on from the checkpoint of step {step:,}" in done[0][1]
-  [(status, said, error)] = finish([start(home, "stopped", 4, f"--config.train.total_steps={step + 2}")])
+  [(status, said, error)] = finish([start(home, "stopped", 4, data, f"--config.train.total_steps={step + 4}")])
   assert status == 0, error[-4000:]
   assert f"going on from the checkpoint of step {step + 1:,}" in said
+
+  last = step + 4  # more than an epoch
+  maker = loader.BatchMaker(Dataset.open(home / "damaged"), 8, BATCH, 0)
+  met = {}
+  for number in range(last):
+    for skip in maker(number)["skipped"]:
+      met.setdefault(skip.number, skip.step)
+  listed = lines(home / "stopped/skipped_records.jsonl")
+  assert len(met) == 2 and {row["number"]: row["step"] for row in listed if row["step"] < last} == met
+  assert len({row["number"] for row in listed}) == len(listed)
+  for row in lines(log):
+    if row["kind"] == "train":
+      assert row["data/skipped"] == sum(first < row["step"] for first in met.values())
 
 
 def test_a_process_that_never_comes_is_named(home):

@@ -240,7 +240,7 @@ def test_joined_splits(data):
   assert len(joined) == len(train) + len(heldout) == 16 and len(heldout) > 0
   assert joined.captions() == train.captions() + heldout.captions()
   assert [joined[i].captions[0] for i in range(16)] == [captions[0] for captions in joined.captions()]
-  assert joined.where(len(train)) == heldout.where(0) and joined.where(0) == train.where(0)
+  assert joined.place(len(train)) == heldout.place(0) and joined.place(0) == train.place(0)
   np.testing.assert_array_equal(loader.load_images(joined, 16)[len(train):], loader.load_images(heldout, 16))
 
 
