@@ -136,12 +136,12 @@ def read_record(file, offset, length, name=None, number=None):
   where = f"{name}: record at byte {offset}" if number is None else f"{name}: record {number} at byte {offset}"
   wanted = length + FRAME_BYTES
   try:
-    if length > _LARGE:
-      there = min(wanted, max(0, os.fstat(file).st_size - offset))
-      data = os.pread(file, wanted, offset) if there == wanted else b""
-    else:
-      data = os.pread(file, wanted, offset)
-      there = len(data)
+    there = wanted if length <= _LARGE else min(wanted, max(0, os.fstat(file).st_size - offset))
+    data = os.pread(file, wanted, offset) if there == wanted else b""
+    while there == wanted and len(data) < wanted:  # A mounted file system may give less than there is.
+      more = os.pread(file, wanted - len(data), offset + len(data))
+      data += more
+      there = wanted if more else len(data)
   except OSError as error:
     raise _unreadable(error, where) from None
   if there < wanted:

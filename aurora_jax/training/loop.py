@@ -318,7 +318,7 @@ class _Trainer:
     saved = self._checkpoints.newest()
     stands = "no checkpoint was saved yet" if saved is None else f"saved in {self._checkpoints.folder / str(saved)}"
     why = self._unread.in_words() if self._unread.too_many else self._no_batch
-    print(f"aurora_jax train: data set {self._prepared.dataset.path}: {why}; training stopped at step {step:,}; {stands}; "
+    print(f"aurora_jax train: {why}; training stopped at step {step:,}; {stands}; "
           "mend the data set, or let more go with --config.data.max_skipped, and the same command goes on",
           file=sys.stderr, flush=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,6 +142,11 @@ def _freeze(experiment, dataset, clip, layout):
   module = clip.module()
   variables = hosts.replicate(layout.replicated, clip.variables)
   numbers, captions = dataset.first_captions(experiment.loss.clip_bank)
+  digest = zlib.crc32(np.asarray(numbers, np.int64).tobytes()) >> 1  # an int32
+  first = hosts.from_first(digest)
+  with hosts.together("reading captions"):
+    if first != digest:
+      raise UserError(f"data set {dataset.path}: other records can be read here than in process 0")
   bank = np.zeros((0, clip.config.embedding_width), np.float32)
   if captions:
     encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),

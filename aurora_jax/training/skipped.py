@@ -32,22 +32,22 @@ class SkippedRecords:
 
     Args:
       path: of skipped_records.jsonl.
-      dataset: the `Dataset`, or None where there is none (then nothing is expected).
+      dataset: the `Dataset`.
       share: `data.max_skipped`.
       resumed: whether the run goes on; a new one begins with an empty list.
 
     Raises:
       UserError: the file cannot be read or written.
     """
-    self._path = path
-    self.size = len(dataset) if dataset is not None else 0
+    self._path, self._data = path, dataset.path
+    self.size = len(dataset)
     self.most = int(share * self.size)
     self._known = {}  # number -> Skip, the same in all processes
     self._own = []  # of this process, not yet told to the others
     self._taken = 0  # of the loader's
     if hosts.is_first():
       listed = read(path) if resumed else []
-      left = [skip for skip in listed if dataset is not None and _is_unreadable(dataset, skip)]
+      left = [skip for skip in listed if _is_unreadable(dataset, skip)]
       if left != listed or not resumed or _is_torn(path):
         _write_whole(path, left)
       if len(left) < len(listed):
@@ -84,7 +84,7 @@ class SkippedRecords:
 
   def in_words(self):
     """Why training stops."""
-    return (f"{len(self._known):,} of {self.size:,} records cannot be read, more than data.max_skipped allows "
+    return (f"{len(self._known):,} of {self.size:,} records of data set {self._data} cannot be read, more than data.max_skipped allows "
             f"({self.most:,}); they are listed in {self._path}")
 
   def _gather(self):

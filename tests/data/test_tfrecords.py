@@ -118,6 +118,16 @@ def test_damage_is_named(shard, position, words):
     assert tfrecords.read_record(shard, *index[number]) == PAYLOADS[number]
 
 
+def test_read_in_pieces(shard, monkeypatch):
+  pread = os.pread
+  monkeypatch.setattr(tfrecords.os, "pread", lambda file, count, offset: pread(file, min(count, 9999), offset))
+  assert read_all(shard) == PAYLOADS
+  offset, length = tfrecords.load_index(shard).tolist()[2]
+  os.truncate(shard, offset + 20_000)
+  with pytest.raises(tfrecords.RecordError, match="is cut off: 20000 of 76816 bytes"):
+    tfrecords.read_record(shard, offset, length)
+
+
 def test_read_past_the_end(shard):
   with pytest.raises(tfrecords.RecordError, match=r"at byte 5 is cut off: \d+ of 100000016 bytes"):
     tfrecords.read_record(shard, 5, 100_000_000)

@@ -197,7 +197,7 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
   count = len(listed(tmp_path / "run"))
   assert 8 < count <= len(faults)
   line = capsys.readouterr().err.strip().splitlines()[-1]
-  for words in (f"data set {data}: {count} of 40 records cannot be read, more than data.max_skipped allows (8)",
+  for words in (f"{count} of 40 records of data set {data} cannot be read, more than data.max_skipped allows (8)",
                 f"listed in {tmp_path}/run/skipped_records.jsonl", f"training stopped at step {outcome.step}",
                 f"saved in {tmp_path}/run/checkpoints/{outcome.step}"):
     assert words in line
