@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
 from aurora_jax import config
+from aurora_jax.cli import main
 from aurora_jax.data import tfrecords
 from aurora_jax.interop import aurora_torch
 
@@ -145,7 +146,7 @@ def test_bad_input_is_one_line_and_status_2(home, run, tmp_path):
   assert not out.exists()
 
 
-def test_damaged_data(home, tmp_path):
+def test_damaged_data(home, tmp_path, capsys):
   """What sizes show at the start is refused, unless it is allowed; else the record is skipped and told of."""
   data = shutil.copytree(home / "data", tmp_path / "data")
   flipped, cut = sorted(data.glob("*train*.tfrecord"))
@@ -167,14 +168,16 @@ def test_damaged_data(home, tmp_path):
       (flipped.name, 1, "has a wrong checksum"), (cut.name, last, "is cut off")}
   trained = [json.loads(line) for line in (home / "cut/metrics.jsonl").read_text().splitlines()]
   assert [row["data/skipped"] for row in trained if row["kind"] == "train"][-1] == 2
-  assert "skipped    2 records of the data set" in succeed("inspect", home / "cut").stdout
+  assert main.main(["inspect", str(home / "cut")]) == 0
+  assert "skipped    2 records of the data set" in capsys.readouterr().out
 
-  done = command("inspect", data, "--verify")
-  assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-  assert "2 of 12 records are damaged; 2 shards changed since build-data" in done.stderr
-  assert f"{flipped.name}: record 1: has a wrong checksum" in done.stdout
-  assert f"{cut.name}: record {last}: is cut off" in done.stdout
-  assert "none of" in succeed("inspect", home / "data", "--verify").stdout
+  assert main.main(["inspect", str(data), "--verify"]) == 2
+  said = capsys.readouterr()
+  assert "2 of 12 records are damaged; 2 shards changed since build-data" in said.err and said.err.count("\n") == 1
+  assert f"{flipped.name}: record 1: has a wrong checksum" in said.out
+  assert f"{cut.name}: record {last}: is cut off" in said.out
+  assert main.main(["inspect", str(home / "data"), "--verify"]) == 0
+  assert "none of" in capsys.readouterr().out
 
 
 def test_a_clip_of_another_width_is_refused(home):

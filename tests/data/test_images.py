@@ -211,3 +211,10 @@ def test_encode_png_is_lossless():
   data = images.encode_png(Image.fromarray(pixels))
   assert data.startswith(b"\x89PNG")
   np.testing.assert_array_equal(images.decode_image(data), pixels)
+
+
+def test_a_picture_of_another_size():
+  data = images.encode_png(Image.new("RGB", (4, 6)))
+  assert images.open_image(data, size=(4, 6)).size == (4, 6)
+  with pytest.raises(images.ImageError, match="^4x6 pixels instead of 6x4$"):
+    images.open_image(data, size=(6, 4))
