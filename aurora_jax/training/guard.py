@@ -8,6 +8,7 @@ A step's metrics carry one sum of squares per parameter array (`Squares`): the n
 where one is not finite, the name of the array.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import optax
 SKIPPED = "guard/skipped"  # 1 in the metrics of a step whose update was left out; summed over a window
 SKIPPED_R1 = "guard/skipped_r1"  # the same for the lazy regularisation, which is an update of its own
 BAD_PICTURES = {"guard/bad_real": "the batch's pictures", "guard/bad_generated": "the generator's pictures"}
-_INTERNAL = (SKIPPED_R1, *BAD_PICTURES)  # for the diagnosis only
+_INTERNAL = (SKIPPED_R1, *BAD_PICTURES, "grad_norm/r1/*")  # for the diagnosis only
 NETWORKS = {"g": "generator", "d": "discriminator", "r1": "R1 of the discriminator"}
 
 
@@ -54,11 +55,16 @@ class Squares:
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
 
+def _names_of(tree):
+  """The names of a tree's arrays, in their order."""
+  return tuple("/".join(str(getattr(key, "key", key)) for key in path)
+               for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
 def squares(tree):
   """`Squares` of a tree of arrays: one pass over it, which the norm of the whole takes too."""
-  paths_and_leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  names = tuple("/".join(str(getattr(key, "key", key)) for key in path) for path, _ in paths_and_leaves)
-  return Squares(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for _, leaf in paths_and_leaves]), names)
+  return Squares(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]),
+                 _names_of(tree))
 
 
 class Guard:
@@ -74,9 +80,23 @@ class Guard:
     return {name: 1.0 - jnp.isfinite(images).all().astype(jnp.float32)
             for name, images in zip(BAD_PICTURES, (real, generated))}
 
-  def moves(self, name, new, old):
-    """As `norms`, of what an update does to the parameters."""
-    return self.norms(name, jax.tree.map(jnp.subtract, new, old))
+  def moves(self, name, due, update, gradients, opt_state, params):
+    """Metrics: the `Squares` under `name`/* of what an update does to the parameters, where it is `due`, else all -1.
+
+    It is computed a second time for that: in every step it would cost more than the guard. From the gradients and not
+    from the new parameters, so that these can take the place of the old ones in memory.
+
+    Args:
+      name: "update_norm/g".
+      due: bool scalar.
+      update: (gradients, opt_state, params) -> (new params, new opt_state).
+      gradients, opt_state, params: its arguments.
+    """
+    names = _names_of(params)
+    values = jax.lax.cond(
+        due, lambda *before: squares(jax.tree.map(jnp.subtract, update(*before)[0], before[2])).values,
+        lambda *_: jnp.full(len(names), -1.0), gradients, opt_state, params)
+    return {f"{name}/*": Squares(values, names)}
 
   def healthy(self, metrics):
     """Whether all losses and norms of gradients among the metrics are finite: a bool scalar, the same on every device."""
@@ -102,7 +122,7 @@ class NoGuard:
   def pictures(self, real, generated):
     return {}
 
-  def moves(self, name, new, old):
+  def moves(self, name, due, update, gradients, opt_state, params):
     return {}
 
   def healthy(self, metrics):
@@ -137,16 +157,28 @@ def group_of(name):
   return re.sub(r"_(un)?conditional$", "_heads", module).replace("_from_rgb", "_rgb")
 
 
+@functools.lru_cache(maxsize=16)
+def _groups(names):
+  """(groups in order of name, [arrays] index of each array's group): asked at every step, the same each time."""
+  groups = sorted({group_of(name) for name in names})
+  return groups, np.array([groups.index(group_of(name)) for name in names])
+
+
 def by_module(metrics):
   """What of a step's metrics is logged, every `Squares` as norms per group of modules: {"grad_norm/g/r8_conv": float}."""
-  plain = {name: value for name, value in metrics.items() if not isinstance(value, Squares) and name not in _INTERNAL}
-  for key, parts in metrics.items():
-    if isinstance(parts, Squares):
-      sums = {}
-      for name, value in zip(parts.names, np.asarray(parts.values, np.float64)):
-        group = group_of(name)
-        sums[group] = sums.get(group, 0.0) + value
-      plain |= {f"{key.removesuffix('*')}{group}": np.sqrt(value) for group, value in sums.items()}
+  plain = {}
+  for key, value in metrics.items():
+    if key in _INTERNAL:
+      continue
+    if isinstance(value, Squares):
+      sums = np.asarray(value.values, np.float64)
+      if len(sums) and sums[0] < 0:
+        continue  # not measured in this step
+      groups, index = _groups(value.names)
+      plain[key.removesuffix("/*")] = np.sqrt(sums.sum())
+      plain |= {f"{key[:-1]}{group}": norm for group, norm in zip(groups, np.sqrt(np.bincount(index, sums)))}
+    else:
+      plain[key] = value
   return plain
 
 
@@ -211,6 +243,12 @@ def diagnose(step, metrics):
         bad, arrays = counts.get(module_of(name), (0, 0))
         counts[module_of(name)] = bad + (not finite), arrays + 1
       modules[network] = {name: pair for name, pair in counts.items() if pair[0]}
+  if "d" in modules and not _number(metrics.get("guard/bad_generated", 0.0)):
+    # The generator is judged by the updated discriminator: of what is wrong with it, this is a consequence.
+    for name in ("loss/g_adversarial", "loss/g_matching"):
+      losses.pop(name, None)
+    if not any(_network_of_loss(name) == "g" for name in losses):
+      modules.pop("g", None)
   pictures = tuple(words for name, words in BAD_PICTURES.items() if _number(metrics.get(name, 0.0)))
   return Skip(step, losses, modules, pictures)
 
@@ -267,6 +305,8 @@ def _number(value):
 
 def check_metrics(step, metrics):
   """Raises `NonFinite` at the first metric (in order of name) that is not finite. Args: host values of one step."""
+  if np.isfinite(np.concatenate([np.ravel(value) for value in metrics.values()], dtype=np.float64)).all():
+    return
   for name in sorted(metrics):
     value = np.asarray(metrics[name], np.float64)
     if not np.isfinite(value).all():

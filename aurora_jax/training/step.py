@@ -4,6 +4,7 @@ Both programs are pure functions `(state, ...) -> (state, metrics)`. The generat
 serve the discriminator's update (as constants) and, pulled back through the *updated* discriminator, its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -173,27 +174,26 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     fake = {r: pyramid[r] for r in inputs}
     d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
     metrics |= guard.norms("grad_norm/d", d_grad) | guard.pictures(batch["image"], pyramid[max(pyramid)])
-    d_healthy = guard.healthy(metrics)
-    d_before = state.discriminator, state.discriminator_opt
-    d_after = state_lib.update(opt_cfg, d_adam, d_grad, state.discriminator_opt, state.discriminator,
-                               opt_cfg.discriminator_lr * lazy * factor)
-    # The generator is judged by a finite discriminator, so that what is wrong with its own losses is its own.
-    d_params, d_opt = guard.keep(d_healthy, d_after, d_before)
+    healthy = guard.healthy(metrics)
+    d_update = functools.partial(state_lib.update, opt_cfg, d_adam, learning_rate=opt_cfg.discriminator_lr * lazy * factor)
+    d_before = d_grad, state.discriminator_opt, state.discriminator
+    d_params, d_opt = d_update(*d_before)
 
     cotangent, g_metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, clip_key, text, batch["index"])
     (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
-    g_params, g_opt = state_lib.update(opt_cfg, g_adam, g_grad, state.generator_opt, state.generator,
-                                       opt_cfg.generator_lr * factor)
+    g_update = functools.partial(state_lib.update, opt_cfg, g_adam, learning_rate=opt_cfg.generator_lr * factor)
+    g_before = g_grad, state.generator_opt, state.generator
+    g_params, g_opt = g_update(*g_before)
     g_metrics |= {"loss/moe": moe_loss} | guard.norms("grad_norm/g", g_grad)
-    healthy = d_healthy & guard.healthy(g_metrics)
+    healthy &= guard.healthy(g_metrics)
 
     decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, g_params)
     average = state.buffers["w_avg"]
     average = average + (1 - opt_cfg.w_average_decay) * (jnp.mean(w, axis=0) - average)
     metrics |= g_metrics | guard.verdict(guard_lib.SKIPPED, healthy) | expert_loads(routing)
-    metrics |= guard.moves("update_norm/g", g_params, state.generator)
-    metrics |= guard.moves("update_norm/d", d_params, state.discriminator)
+    due = (state.step + 1) % train.log_every == 0
+    metrics |= guard.moves("update_norm/d", due, d_update, *d_before) | guard.moves("update_norm/g", due, g_update, *g_before)
     metrics |= {"learning_rate": opt_cfg.generator_lr * factor, "g/w_std": jnp.mean(jnp.std(w, axis=0))}
     after = state.replace(generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
                           discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average})

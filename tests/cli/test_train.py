@@ -82,9 +82,10 @@ def test_train_then_go_on_then_inspect(experiment, prepare, tmp_path, capsys):
 
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
-  for words in ("(small)", "step 9 of 9", "restarts   1, from step 6", "train.total_steps 6 -> 9", "all steps are done",
-                "saved      steps", "samples    4, newest", "loss/g"):
-    assert words in said
+  for words in ("(small)", "step 9 of 9", "restarts   1", "step 6  went on", "with train.total_steps 6 -> 9",
+                "all steps are done", "saved      step 9", "earlier: ", "samples    4, newest samples/step-00000009.png",
+                "numbers    g "):
+    assert words in said, words
   assert len(said.splitlines()) < 30
 
   assert main.main(["inspect", str(tmp_path / "run"), "--fingerprint"]) == 0
