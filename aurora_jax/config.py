@@ -303,8 +303,8 @@ class Watch:
   # Mean distance between the sample pictures of one prompt, or of different prompts, against the largest that this run
   # has had since its first step. Quickstart: never below 0.77 for one prompt, 0.94 for several.
   diversity: float = 0.1
-  # Entropy of the load of a layer's experts over a window, 1: even, 0: one has it all. At 0.25 sixteen experts do the work
-  # of two. Quickstart: at least 0.82.
+  # Entropy of the load of a layer's experts over a window, 1: even, 0: one has it all. At 0.25 sixteen experts do the
+  # work of two. Quickstart: at least 0.82.
   expert_entropy: float = 0.25
 
   def __post_init__(self):

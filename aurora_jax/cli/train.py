@@ -26,8 +26,8 @@ Example (after build-data and train-clip):
 A step whose loss or gradient is NaN or infinite changes nothing but the step's number; one line says where it came from.
 Warnings say when the discriminator wins, pictures collapse or experts starve (config.watch). `inspect DIR` tells it all.
 
-Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), 3 too many steps in
-a row were skipped (train.max_skipped_in_a_row), or the state itself is no longer finite.
+Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), 3 too many steps
+in a row were skipped (train.max_skipped_in_a_row), or the state itself is no longer finite.
 """
 
 import hashlib

@@ -143,7 +143,8 @@ def warnings(log):
                   + [(step, "skipped", words) for step, words in log.skipped_steps])
   if not events:
     return ""
-  rows = "".join(f'<li class="{kind}"><b>step {number(step)}</b> {"" if kind == "warning" else "skipped: "}{text(words)}</li>'
+  what = {"warning": "", "skipped": "skipped: "}
+  rows = "".join(f'<li class="{kind}"><b>step {number(step)}</b> {what[kind]}{text(words)}</li>'
                  for step, kind, words in events[-_EVENTS_SHOWN:])
   more = f" The newest {_EVENTS_SHOWN} of {number(len(events))} are shown." if len(events) > _EVENTS_SHOWN else ""
   return _section(

@@ -51,7 +51,8 @@ def tell(path):
   yield from _opening(folder, experiment)
   parts = checkpoint.only_parts(folder.checkpoints) if steps else None
   if parts is not None:
-    yield _line("converted", f"{', '.join(parts)}: to sample from, or to begin a run with (--config.train.init_from={path})")
+    yield _line("converted", f"{', '.join(parts)}: to sample from, or to begin a run with "
+                f"(--config.train.init_from={path})")
     yield _line("saved", size_words(checkpoint.size_bytes(folder.checkpoints, steps[-1])))
     return
   yield from _progress(experiment, rows)
@@ -115,8 +116,8 @@ def _progress(experiment, rows):
   newest = next(row["images_per_second"] for row in reversed(rows) if row.get("images_per_second"))
   left = (train.total_steps - last["step"]) * train.batch_size / newest
   rest = f", {progress.duration(left)} to go" if left > 0 else ""
-  yield _line("speed", f"{newest:,.1f} images/s in the last window, {rates[len(rates) // 2]:,.1f} in the middle one; {spent}"
-              f"{rest}")
+  yield _line("speed", f"{newest:,.1f} images/s in the last window, {rates[len(rates) // 2]:,.1f} in the middle one; "
+              f"{spent}{rest}")
 
 
 def _clock(row):
@@ -136,7 +137,7 @@ def _events(everything, held):
     if kind in ("start", "resume"):
       if open_step is not None:
         events.append(("", open_step, f"killed{_lost(open_step, row)}"))
-      changed = [f"{name} {json.dumps(pair[0])} -> {json.dumps(pair[1])}" for name, pair in (row.get("changed") or {}).items()]
+      changed = [f"{name} {json.dumps(old)} -> {json.dumps(new)}" for name, (old, new) in (row.get("changed") or {}).items()]
       devices = f" on {row['devices']}" if row.get("devices") else ""
       events.append((_clock(row), row["step"], ("started" if kind == "start" else "went on") + devices))
       events += [("", None, f"with {words}") for words in changed]

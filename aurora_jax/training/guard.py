@@ -76,7 +76,7 @@ class Guard:
     return {name: jnp.sqrt(jnp.sum(parts.values)), f"{name}/*": parts}
 
   def pictures(self, real, generated):
-    """Metrics that tell a NaN that came in from one that was made: `BAD_PICTURES`, 1 where [B, R, R, 3] is not finite."""
+    """Metrics that tell a NaN that came in from one that was made: `BAD_PICTURES`, 1 where not all pixels are finite."""
     return {name: 1.0 - jnp.isfinite(images).all().astype(jnp.float32)
             for name, images in zip(BAD_PICTURES, (real, generated))}
 
@@ -99,7 +99,7 @@ class Guard:
     return {f"{name}/*": Squares(values, names)}
 
   def healthy(self, metrics):
-    """Whether all losses and norms of gradients among the metrics are finite: a bool scalar, the same on every device."""
+    """Whether all losses and norms of gradients among the metrics are finite: a bool scalar, the same on all devices."""
     watched = [value for name, value in metrics.items()
                if name.startswith(("loss/", "grad_norm/")) and not isinstance(value, Squares)]
     return jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in watched])).all()
@@ -165,7 +165,7 @@ def _groups(names):
 
 
 def by_module(metrics):
-  """What of a step's metrics is logged, every `Squares` as norms per group of modules: {"grad_norm/g/r8_conv": float}."""
+  """What of a step's metrics is logged, each `Squares` as norms per group of modules: {"grad_norm/g/r8_conv": float}."""
   plain = {}
   for key, value in metrics.items():
     if key in _INTERNAL:

@@ -6,7 +6,8 @@ over the steps that had it.
 
 A line of metrics.jsonl is one JSON object with "step" (steps done), "seconds" (trained so far, over all restarts) and
 "kind": "start", "resume", "train" (averages of a window), "samples" (measured on the fixed prompts), "stage", "warning",
-"skipped" (a step that the guard left out), "stop", or what other commands add ("judge"). After a resume the lines beyond the step that was resumed from stay in the file; `history` leaves them out.
+"skipped" (a step that the guard left out), "stop", or what other commands add ("judge"). After a resume the lines beyond
+the step that was resumed from stay in the file; `history` leaves them out.
 """
 
 import io

@@ -175,7 +175,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
     metrics |= guard.norms("grad_norm/d", d_grad) | guard.pictures(batch["image"], pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
-    d_update = functools.partial(state_lib.update, opt_cfg, d_adam, learning_rate=opt_cfg.discriminator_lr * lazy * factor)
+    d_update = functools.partial(state_lib.update, opt_cfg, d_adam,
+                                 learning_rate=opt_cfg.discriminator_lr * lazy * factor)
     d_before = d_grad, state.discriminator_opt, state.discriminator
     d_params, d_opt = d_update(*d_before)
 
@@ -193,7 +194,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     average = average + (1 - opt_cfg.w_average_decay) * (jnp.mean(w, axis=0) - average)
     metrics |= g_metrics | guard.verdict(guard_lib.SKIPPED, healthy) | expert_loads(routing)
     due = (state.step + 1) % train.log_every == 0
-    metrics |= guard.moves("update_norm/d", due, d_update, *d_before) | guard.moves("update_norm/g", due, g_update, *g_before)
+    metrics |= guard.moves("update_norm/d", due, d_update, *d_before)
+    metrics |= guard.moves("update_norm/g", due, g_update, *g_before)
     metrics |= {"learning_rate": opt_cfg.generator_lr * factor, "g/w_std": jnp.mean(jnp.std(w, axis=0))}
     after = state.replace(generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
                           discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average})

@@ -76,8 +76,8 @@ class Watch:
       expert = max(loads, key=loads.get)
       warnings += self._below(
           name, entropy, self._limits.expert_entropy,
-          f"the experts of {layer} starve: expert {expert} of {len(loads)} gets {100 * loads[expert]:.0f} % of the tokens "
-          f"(entropy {entropy:.2f}, limit {self._limits.expert_entropy:g}); see generator.router_balance_weight")
+          f"the experts of {layer} starve: expert {expert} of {len(loads)} gets {100 * loads[expert]:.0f} % of the "
+          f"tokens (entropy {entropy:.2f}, limit {self._limits.expert_entropy:g}); see generator.router_balance_weight")
     if "d/logit_real" in values and "d/logit_fake" in values:
       gap, limit = values["d/logit_real"] - values["d/logit_fake"], self._limits.logit_gap
       warnings += self._sign(
