@@ -287,10 +287,39 @@ class Train:
   sample_latents: int = 2
   # A checkpoint to begin with (of `convert` or any run; its folder, or RUN/checkpoints/STEP): networks, not optimisers.
   init_from: str = ""
+  # A step whose loss or gradient is not finite changes nothing but the step's number, see training/guard.py; norms per
+  # module are measured with it. Without it the first NaN ends the run.
+  guard: bool = True
+  # That many steps skipped in a row end the run (exit status 3). A single bad batch should not; MaxText and T5X stop at
+  # the first NaN, Levanter never does (facts/jax.md, part D).
+  max_skipped_in_a_row: int = 10
 
   def __post_init__(self):
-    for name in ("total_steps", "batch_size", "checkpoint_every", "log_every", "sample_every"):
+    for name in ("total_steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "max_skipped_in_a_row"):
       _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """When training warns that it goes astray (training/watch.py); nothing but words depends on it. 0 turns a warning off.
+
+  The two quickstart runs of configs/openmoji_32.py that these limits were checked against are sound to the end.
+  """
+
+  # Mean logit of real pictures minus that of generated ones, over a window. The losses of a healthy GigaGAN lie between
+  # 0 and 10 (README of gigagan-pytorch), which is a logit of 10 on either side. Quickstart: at most 5.0.
+  logit_gap: float = 20.0
+  # Mean distance between the sample pictures of one prompt, or of different prompts, against the largest that this run
+  # has had since its first step. Quickstart: never below 0.77 for one prompt, 0.94 for several.
+  diversity: float = 0.1
+  # Entropy of the load of a layer's experts over a window, 1: even, 0: one has it all. At 0.25 sixteen experts do the
+  # work of two. Quickstart: at least 0.82.
+  expert_entropy: float = 0.25
+
+  def __post_init__(self):
+    _require(self.logit_gap >= 0, f"watch.logit_gap must not be negative, got {self.logit_gap}")
+    for name in ("diversity", "expert_entropy"):
+      _require(0 <= getattr(self, name) < 1, f"watch.{name} must be from 0 to below 1, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +335,7 @@ class Experiment:
   text: Text = Text()
   mesh: Mesh = Mesh()
   train: Train = Train()
+  watch: Watch = Watch()
 
   def __post_init__(self):
     _require(self.generator.resolution == self.discriminator.resolution,

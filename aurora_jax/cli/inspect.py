@@ -1,6 +1,6 @@
 """Tells in words what something is: a run, a checkpoint, a data set, a CLIP, or an experiment.
 
-  python -m aurora_jax inspect runs/openmoji                     the story of a run: steps, restarts, newest numbers
+  python -m aurora_jax inspect runs/openmoji                     the story of a run: restarts, time, warnings, numbers
   python -m aurora_jax inspect runs/openmoji/checkpoints/4000    a checkpoint's parts and their sizes
   python -m aurora_jax inspect datasets/openmoji                 a data set's splits, source, licence, some captions
   python -m aurora_jax inspect datasets/openmoji --verify        reads every record; lists those that are damaged
@@ -21,6 +21,7 @@ import re
 
 from aurora_jax import config
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation import run_story
 
 _CAPTIONS_SHOWN = 6
 
@@ -74,7 +75,7 @@ def _describe_path(path):
     return _data_lines(path)
   stored = _json(path / "config.json") if (path / "config.json").is_file() else {}
   if "generator" in stored:
-    return _run_lines(path)
+    return run_story.tell(path)
   if stored.get("model_type") == "clip" or "text_config" in stored:
     return _clip_lines(path, stored)
   raise UserError(f"{path} is no run, checkpoint, data set or CLIP: it has no config.json or manifest.json of one")
@@ -102,93 +103,6 @@ def _fingerprint(path):
   return checkpoint.fingerprint(path / "checkpoints")[1]
 
 
-def _run_lines(path):
-  """The story of a run in a screen."""
-  from aurora_jax.training import checkpoint, metrics, progress, run_folder, skipped  # pylint: disable=g-import-not-at-top
-
-  folder = run_folder.RunFolder(path)
-  experiment = folder.experiment()
-  rows = metrics.history(folder.metrics)
-  everything = metrics.read(folder.metrics)
-  steps = checkpoint.steps(folder.checkpoints)
-  train = experiment.train
-  measured = [row for row in rows if row["kind"] == "train"]
-  last = rows[-1] if rows else {"step": 0, "seconds": 0.0}
-
-  yield f"run        {path} ({experiment.name})"
-  yield f"trains     {_networks_in_words(experiment)}"
-  yield f"on         {experiment.data.path} [{experiment.data.split}], text by {experiment.text.clip}"
-  parts = checkpoint.only_parts(folder.checkpoints) if steps else None
-  if parts is not None:
-    yield f"converted  {', '.join(parts)}: to sample from, or to begin a run with (--config.train.init_from={path})"
-    yield f"saved      {_bytes(checkpoint.size_bytes(folder.checkpoints, steps[-1]))}"
-    return
-  yield (f"progress   step {last['step']:,} of {train.total_steps:,}, {last['step'] * train.batch_size:,} images in "
-         f"batches of {train.batch_size}, {progress.duration(last['seconds'])} of training")
-  if measured:
-    rate = measured[-1].get("images_per_second")
-    yield f"speed      {rate:,.1f} images/s in the last window" if rate else "speed      unknown"
-  yield f"ended      {_ending(everything, run_folder.is_held(path))}"
-  resumes = [row for row in everything if row["kind"] == "resume"]
-  if resumes:
-    at = ", ".join(f"{row['step']:,}" for row in resumes[-8:])
-    earlier = "..., " if len(resumes) > 8 else ""
-    yield f"restarts   {len(resumes)}, from step{'s' if len(resumes) > 1 else ''} {earlier}{at}"
-    for row in resumes:
-      for name, (old, new) in (row.get("changed") or {}).items():
-        yield f"           at {row['step']:,}: {name} {json.dumps(old)} -> {json.dumps(new)}"
-  else:
-    yield "restarts   none"
-  listed = skipped.read(folder.skipped_records)
-  if listed:
-    yield (f"skipped    {len(listed):,} record{'s' if len(listed) > 1 else ''} of the data set that could not be read, "
-           f"listed in {folder.skipped_records}; the newest, at step {listed[-1].step:,}:")
-    yield f"           {listed[-1]}"
-  if steps:
-    sizes = ", ".join(f"{step:,} ({_bytes(checkpoint.size_bytes(folder.checkpoints, step))})" for step in steps)
-    yield f"saved      step{'s' if len(steps) > 1 else ''} {sizes}"
-  else:
-    yield "saved      nothing yet"
-  samples = sorted(folder.samples.glob("step-*.png")) if folder.samples.is_dir() else []
-  yield f"samples    {len(samples)}, newest {samples[-1]}" if samples else "samples    none yet"
-  yield f"report     {folder.report if folder.report.is_file() else 'not written yet'}"
-  if measured:
-    yield f"numbers    averages up to step {measured[-1]['step']:,}"
-    yield from _numbers(measured[-1])
-
-
-def _ending(rows, held):
-  """How the last process ended, if it did."""
-  words = {"done": "all steps are done", "time": "train.max_seconds were over", "interrupt": "by Ctrl-C, saved",
-           "terminated": "by SIGTERM, saved",
-           "damaged data": "too many records could not be read (data.max_skipped); saved"}
-  last = rows[-1] if rows else {}
-  if held:
-    return "not yet: a process is training in it now"
-  if last.get("kind") != "stop":
-    return "its process was killed; `train` goes on from the newest checkpoint" if rows else "not started"
-  if last.get("reason") == "non-finite":
-    return f"at step {last['step']:,}: {last.get('metric')} is {last.get('value')}"
-  return words.get(last.get("reason"), str(last.get("reason")))
-
-
-def _numbers(row):
-  """Metrics in three columns; the loads of experts and the times are left to the report."""
-  hidden = ("step", "seconds", "images", "images_per_second")
-  shown = [(name, value) for name, value in row.items()
-           if name not in hidden and isinstance(value, (int, float)) and not name.startswith(("time/", "moe/load/"))]
-  cells = [f"{name} {value:.4g}" for name, value in shown]
-  width = max((len(cell) for cell in cells), default=0) + 3
-  for first in range(0, len(cells), 3):
-    yield "           " + "".join(cell.ljust(width) for cell in cells[first:first + 3]).rstrip()
-
-
-def _networks_in_words(experiment):
-  cfg = experiment.generator
-  experts = ", ".join(f"{cfg.experts[r]} at {r}" for r in sorted(cfg.attention_depth) if cfg.experts[r] > 1)
-  return f"{cfg.resolution}x{cfg.resolution} pictures; experts per layer by resolution: {experts or 'none'}"
-
-
 def _checkpoint_lines(path):
   """A checkpoint's parts, from its description alone."""
   from aurora_jax.training import checkpoint  # pylint: disable=g-import-not-at-top
@@ -196,8 +110,8 @@ def _checkpoint_lines(path):
   parts = checkpoint.describe(path.parent, int(path.name))
   yield f"checkpoint {path}: {int(path.name):,} steps were done"
   for name, (leaves, values, size) in parts.items():
-    yield f"  {name:20s} {leaves:6,d} arrays  {values:15,d} values  {_bytes(size):>9s}"
-  yield f"on disk    {_bytes(checkpoint.size_bytes(path.parent, int(path.name)))}"
+    yield f"  {name:20s} {leaves:6,d} arrays  {values:15,d} values  {run_story.size_words(size):>9s}"
+  yield f"on disk    {run_story.size_words(checkpoint.size_bytes(path.parent, int(path.name)))}"
   stored = checkpoint.stored_config(path.parent, int(path.name))
   if stored:
     yield f"config     {stored.get('name')}"
@@ -217,7 +131,7 @@ def _data_lines(path):
     opened = dataset.Dataset.open(path, split)  # says what is missing or cut
     size = sum((path / shard["file"]).stat().st_size for shard in entry["shards"])
     yield (f"{split:10s} {len(opened):,} pictures, {entry['captions']:,} captions, {len(entry['shards'])} "
-           f"file{'s' if len(entry['shards']) != 1 else ''}, {_bytes(size)}")
+           f"file{'s' if len(entry['shards']) != 1 else ''}, {run_story.size_words(size)}")
     for i in range(0, len(opened), max(1, len(opened) // _CAPTIONS_SHOWN))[:_CAPTIONS_SHOWN]:
       try:
         yield "             " + " | ".join(opened[i].captions)
@@ -276,7 +190,7 @@ def _describe_config(args):
   state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   count = parameter_overview.count_parameters
   train = experiment.train
-  yield f"experiment {experiment.name}: {_networks_in_words(experiment)}"
+  yield f"experiment {experiment.name}: {run_story.networks_in_words(experiment)}"
   yield (f"length     {train.total_steps:,} steps of {train.batch_size} images = "
          f"{train.total_steps * train.batch_size / 1e6:,.2f} M images")
   yield f"data       {experiment.data.path or '(to be set: --config.data.path)'} [{experiment.data.split}]"
@@ -293,7 +207,8 @@ def _describe_config(args):
     if args.parameters:
       yield parameter_overview.get_parameter_overview(parameters, include_stats=False)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-  yield f"training state: {_bytes(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, optimisers)"
+  yield (f"training state: {run_story.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, "
+         "optimisers)")
 
 
 def _sharding_lines(experiment, devices):
@@ -327,7 +242,7 @@ def _sharding_lines(experiment, devices):
     pieces = sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                  for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.state(tree))))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    yield f"{name}: {_bytes(size)}, {_bytes(pieces)} per device"
+    yield f"{name}: {run_story.size_words(size)}, {run_story.size_words(pieces)} per device"
 
 
 def _named(parameters):
@@ -362,10 +277,3 @@ def _grouped(parameters):
 def _idle_expert_parameters(parameters):
   """Parameters of the experts that a pixel does not go to."""
   return sum(leaf.size - leaf.size // leaf.shape[0] for names, leaf in _named(parameters) if _is_expert(names, leaf))
-
-
-def _bytes(size):
-  for unit in ("B", "kB", "MB", "GB", "TB"):
-    if size < 1000 or unit == "TB":
-      return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-    size /= 1000

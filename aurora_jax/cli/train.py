@@ -7,6 +7,7 @@ Everything that the run makes lies in the folder --workdir:
   samples/       pictures for the same prompts and latents, every train.sample_every steps
   metrics.jsonl  losses and other numbers, one JSON object per line; tensorboard/ has them for TensorBoard
   report.html    everything on one page, for a browser
+  profile/       traces of --profile-steps
   config.json    the experiment
 
 Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved. The same command
@@ -26,9 +27,12 @@ A record that cannot be read (a wrong checksum, a shard that is cut off or gone,
 run tells of it, lists it in skipped_records.jsonl and goes on with another in its place, up to data.max_skipped. Damage
 that shows at the start already is refused, unless data.tolerate_damage=true.
 
+A step whose loss or gradient is NaN or infinite changes nothing but the step's number; one line says where it came from.
+Warnings say when the discriminator wins, pictures collapse or experts starve (config.watch). `inspect DIR` tells it all.
+
 Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), also when it comes
-up while training (more records cannot be read than data.max_skipped allows: saved first), 3 a loss became NaN or
-infinite.
+up while training (more records cannot be read than data.max_skipped allows: saved first), 3 too many steps in a row were
+skipped (train.max_skipped_in_a_row), or the state itself is no longer finite.
 """
 
 import hashlib
@@ -36,7 +40,7 @@ import time
 
 from aurora_jax import config
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, initial, run_folder
+from aurora_jax.training import checkpoint, initial, profiling, run_folder
 
 
 def add_arguments(parser):
@@ -49,18 +53,22 @@ def add_arguments(parser):
   parser.add_argument("--stopped-status", type=int, default=0, metavar="N",
                       help="exit status when stopped cleanly before the last step (default: 0); another one tells a "
                            "scheduler to start the same command again")
+  parser.add_argument("--profile-steps", metavar="FIRST:END",
+                      help="take a profiler trace of these steps (20:25 is 20 to 24) into DIR/profile, for TensorBoard; "
+                           "the run's result is the same")
   hosts.add_arguments(parser)
 
 
 def run(args):
   started = time.monotonic()
+  profile_steps = profiling.parse(args.profile_steps) if args.profile_steps else None
   experiment = config.load(args.config_argv)
   job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())
   with hosts.leaving_at_once("train"):
-    return _train(args, experiment, job, started)
+    return _train(args, experiment, job, started, profile_steps)
 
 
-def _train(args, experiment, job, started):
+def _train(args, experiment, job, started, profile_steps):
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
   with hosts.together("looking at the run's folder"):
     run_folder.check_writable(args.workdir)
@@ -79,7 +87,7 @@ def _train(args, experiment, job, started):
     for words in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
       print(words, flush=True)
   outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
-                     allow_config_change=args.allow_config_change, started=started)
+                     allow_config_change=args.allow_config_change, started=started, profile_steps=profile_steps)
   if hosts.is_first() and outcome.reason != loop.ALREADY_DONE:
     print(f"report: {report.write_report(args.workdir)}")
   if outcome.reason in (loop.TIME, loop.INTERRUPT, loop.TERMINATED):

@@ -15,6 +15,7 @@ import numpy as np
 from aurora_jax import config as config_lib
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.ops import flop_count
+from aurora_jax.training import checkpoint, guard, metrics, setup
 
 _TOKENS = 77  # of a CLIP caption
 
@@ -113,3 +114,85 @@ def peak_bytes() -> int:
   """The largest resident memory of this process so far."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
+
+
+class GuardCost(NamedTuple):
+  """Training with and without the numerical guard, steps taken in turn.
+
+  Attributes:
+    on, off: median seconds of a step.
+    low, high: the middle half of (off / on) over pairs of neighbouring steps: how noisy the machine is.
+    work_on, work_off: median seconds of processor time that this process spent on a step, all threads together. What
+      other processes do to the machine hardly shows in them.
+    pairs: how many.
+  """
+  on: float
+  off: float
+  low: float
+  high: float
+  work_on: float
+  work_off: float
+  pairs: int
+
+  @property
+  def share(self):
+    """Steps per second with the guard, relative to without."""
+    return self.off / self.on
+
+  @property
+  def work_share(self):
+    """The same by processor time."""
+    return self.work_off / self.work_on
+
+
+def guard_cost(experiment: config_lib.Experiment, pairs: int = 100, warm_up: int = 3) -> GuardCost:
+  """Trains twice at once, one run with `train.guard` and one without, on the same batches.
+
+  A step's time is what the loop waits for: the step (R1 where it is due) and its metrics on the host, judged and
+  averaged. Which of the two goes first alternates.
+
+  Args:
+    experiment: with data and CLIP.
+    pairs: pairs of steps that count.
+    warm_up: pairs before, after those that compile.
+  """
+  arms = {}
+  for on in (True, False):
+    train = dataclasses.replace(experiment.train, guard=on)
+    prepared = setup.prepare(dataclasses.replace(experiment, train=train))
+    arms[on] = _Arm(prepared, checkpoint.place(prepared.init(), prepared.abstract_state), guard.Skips(pairs),
+                    metrics.Window())
+  interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 1
+  compiling = {0, 1 % interval}  # steps with and without R1
+  batches = iter(arms[True].prepared.batches(0))
+  seconds, work = {True: [], False: []}, {True: [], False: []}
+  try:
+    for step in range(len(compiling) + warm_up + pairs):
+      batch = {name: jax.make_array_from_process_local_data(arms[True].prepared.batch_sharding, value)
+               for name, value in next(batches).items() if name in ("image", "tokens", "index")}
+      for on in (step % 2 == 0, step % 2 == 1):
+        begin, begin_work = time.perf_counter(), time.process_time()
+        arms[on].train(step, batch)
+        if step >= len(compiling) + warm_up:
+          seconds[on].append(time.perf_counter() - begin)
+          work[on].append(time.process_time() - begin_work)
+  finally:
+    batches.close()
+  low, high = np.quantile(np.divide(seconds[False], seconds[True]), (0.25, 0.75))
+  return GuardCost(statistics.median(seconds[True]), statistics.median(seconds[False]), float(low), float(high),
+                   statistics.median(work[True]), statistics.median(work[False]), pairs)
+
+
+@dataclasses.dataclass
+class _Arm:
+  """One of the two runs."""
+  prepared: setup.Prepared
+  state: object
+  skips: guard.Skips
+  window: metrics.Window
+
+  def train(self, step, batch):
+    self.state, values = self.prepared.step(step, self.state, batch)
+    values, _ = self.skips.look(step, metrics.to_host(values))
+    self.window.add(values)
+    jax.block_until_ready(self.state)

@@ -101,6 +101,7 @@ def render(run_dir, panels):
   name = panels.name or config.get("name") or run_dir.resolve().name
   sections = (
       report_sections.header(name, config, log),
+      report_sections.warnings(log),
       report_sections.figures(figures, panels.notes),
       report_sections.samples(samples, shot_count),
       report_sections.heldout(panels.heldout),
@@ -110,7 +111,8 @@ def render(run_dir, panels):
       report_sections.curves(charts),
       report_sections.footer(log),
   )
-  data = {"samples": samples, "charts": charts, "resumes": list(log.resumes)}
+  data = {"samples": samples, "charts": charts, "resumes": list(log.resumes),
+          "warnings": sorted({step for step, _ in log.warnings})}
   page = importlib.resources.files(__package__) / "page"
   return string.Template((page / "report.html").read_text(encoding="utf-8")).substitute(
       title=report_sections.text(name),

@@ -110,6 +110,10 @@ def header(name, config, log):
     facts.append(("Images per second", number(float(np.median(speed[1])))))
   if log.resumes:
     facts.append(("Resumes", number(len(log.resumes))))
+  if log.warnings:
+    facts.append(("Warnings", number(len(log.warnings))))
+  if log.skipped_steps:
+    facts.append(("Skipped steps", number(len(log.skipped_steps))))
   facts = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts)
   summary = [(label, _lookup(config, path)) for path, label in _SUMMARY]
   summary = "".join(
@@ -126,6 +130,26 @@ def header(name, config, log):
     progress = '<p class="missing">No metrics.jsonl in the run folder.</p>'
   return (f'<header><p class="eyebrow">Text to picture, a sparse mixture-of-experts GAN</p><h1>{text(name)}</h1>'
           f"{progress}{about}</header>")
+
+
+# ---- what went wrong -----------------------------------------------------------------------------------------------
+
+_EVENTS_SHOWN = 30
+
+
+def warnings(log):
+  """Warnings and skipped steps in order; nothing for a run without."""
+  events = sorted([(step, "warning", words) for step, words in log.warnings]
+                  + [(step, "skipped", words) for step, words in log.skipped_steps])
+  if not events:
+    return ""
+  what = {"warning": "", "skipped": "skipped: "}
+  rows = "".join(f'<li class="{kind}"><b>step {number(step)}</b> {what[kind]}{text(words)}</li>'
+                 for step, kind, words in events[-_EVENTS_SHOWN:])
+  more = f" The newest {_EVENTS_SHOWN} of {number(len(events))} are shown." if len(events) > _EVENTS_SHOWN else ""
+  return _section(
+      "Warnings", "Signs that training goes astray, and steps that were left out because a loss or a gradient was not "
+      f"finite. Vertical lines mark the warnings in the curves.{more}", f'<ul class="events">{rows}</ul>')
 
 
 # ---- the judge's figures -----------------------------------------------------------------------------------------
@@ -388,7 +412,7 @@ def curves(charts):
   return _section(
       "Curves",
       "Faint: as logged; bold: smoothed. Point at a chart, or focus it and use the arrow keys, to read values. Dotted "
-      "lines: where the run was resumed.",
+      "lines: where the run was resumed; red ones: warnings.",
       body and ('<noscript><p class="missing">The curves need JavaScript.</p></noscript>'
                 f'<div class="charts">{body}</div>'),
       "No curves yet: metrics.jsonl holds fewer than two points.")

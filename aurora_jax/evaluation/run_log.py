@@ -12,6 +12,8 @@ import numpy as np
 # Fields of a metrics line that say when and what, and are no curve.
 _COUNTERS = ("step", "seconds", "images", "kind", "time")
 _LOAD = "moe/load/"
+# Lines that tell of something; their numbers are no curve.
+_EVENTS = ("warning", "skipped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,15 @@ class RunLog:
     last: the newest value of each counter: "step", "seconds", "images", where there are any.
     resumes: steps at which the run was taken up again.
     skipped: number of lines that could not be read.
+    warnings: (step, words) of each warning; what an interrupted run repeated is there once.
+    skipped_steps: (step, words) of each step that the guard left out.
   """
   series: dict
   last: dict
   resumes: tuple
   skipped: int
+  warnings: tuple = ()
+  skipped_steps: tuple = ()
 
   def latest(self, prefix):
     """{name: newest value} of the series whose name starts with `prefix`."""
@@ -46,6 +52,7 @@ def read_metrics(path):
   """
   points = collections.defaultdict(lambda: ([], []))
   last, resumes, skipped = {}, [], 0
+  events = {kind: [] for kind in _EVENTS}
   path = pathlib.Path(path)
   lines = path.open(encoding="utf-8", errors="replace") if path.is_file() else ()
   for line in lines:
@@ -62,6 +69,10 @@ def read_metrics(path):
         last[name] = row[name]
     if row.get("kind") == "resume":
       resumes.append(step)
+      events = {kind: [entry for entry in entries if entry[0] <= step] for kind, entries in events.items()}
+    if row.get("kind") in _EVENTS:
+      events[row["kind"]].append((step, str(row.get("words", ""))))
+      continue
     for name, value in row.items():
       if name in _COUNTERS or not _is_number(value):
         continue
@@ -74,7 +85,7 @@ def read_metrics(path):
   if hasattr(lines, "close"):
     lines.close()
   series = {name: (np.asarray(steps), np.asarray(values)) for name, (steps, values) in points.items()}
-  return RunLog(series, last, tuple(resumes), skipped)
+  return RunLog(series, last, tuple(resumes), skipped, tuple(events["warning"]), tuple(events["skipped"]))
 
 
 def _is_number(value):
@@ -99,6 +110,9 @@ def natural_key(name):
 # Which chart a curve belongs to: the first rule whose pattern is found in the name.
 _GROUPS = (
     ("Judge", r"^judge/"),
+    ("Skipped", r"skipped"),
+    ("Norms per module", r"^(grad|update)_norm/\w+/"),
+    ("Diversity", r"^samples/|w_std"),
     ("Matching", r"matching"),
     ("R1", r"(^|[/_])r1($|[/_])"),
     ("CLIP", r"clip"),
@@ -108,8 +122,12 @@ _GROUPS = (
     ("Other", r""),
 )
 # What the first part of a name is called in a chart's title.
-_PREFIXES = {"d": "discriminator", "g": "generator", "grad_norm": "gradient norm"}
-_ORDER = ("Adversarial", "Matching", "CLIP", "Mixture of experts", "R1", "Learning", "Judge", "Other")
+_PREFIXES = {"d": "discriminator", "g": "generator", "grad_norm": "gradient norm", "update_norm": "update norm",
+             "grad_norm/g": "gradient of the generator", "grad_norm/d": "gradient of the discriminator",
+             "update_norm/g": "update of the generator",
+             "update_norm/d": "update of the discriminator", "samples": "mean distance of samples"}
+_ORDER = ("Adversarial", "Matching", "CLIP", "Mixture of experts", "R1", "Diversity", "Learning", "Norms per module",
+          "Skipped", "Judge", "Other")
 
 
 def curve_groups(log, most_points=400):
@@ -135,7 +153,7 @@ def curve_groups(log, most_points=400):
       # Shares of 1 on one chart, everything else (degrees, distances, counts) on a chart of its own.
       if not re.search(r"top1|accuracy", name):
         continue
-    first, _, rest = name.partition("/")
+    first, _, rest = name.rpartition("/") if group == "Norms per module" else name.partition("/")
     steps, values = thin(steps, values, most_points)
     charts[group, first if rest else ""].append({
         "name": rest or name, "steps": [int(s) for s in steps], "values": [float(f"{v:.5g}") for v in values]})

@@ -1,10 +1,10 @@
-"""Where the time goes: input, step, samples, checkpoint; kept over restarts."""
+"""Where the time goes: input, step, samples, evaluation, checkpoint; kept over restarts."""
 
 import collections
 import contextlib
 import time
 
-PHASES = ("input", "step", "samples", "checkpoint")
+PHASES = ("input", "step", "samples", "evaluation", "checkpoint")
 _REMEMBERED_STEPS = 64
 
 
@@ -41,6 +41,11 @@ class Clock:
   def seconds_here(self):
     """Seconds since this process began."""
     return time.monotonic() - self.started
+
+  @property
+  def phases(self):
+    """{phase: seconds}, over all restarts."""
+    return {name: round(seconds, 3) for name, seconds in self._phases.items()}
 
   @contextlib.contextmanager
   def phase(self, name):

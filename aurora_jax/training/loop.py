@@ -16,7 +16,7 @@ from aurora_jax import config, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, progress, run_folder, skipped
+from aurora_jax.training import checkpoint, guard, profiling, progress, run_folder, skipped, watch
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
 from aurora_jax.training.interrupts import Interrupts
@@ -68,7 +68,7 @@ class Outcome:
     return _STATUS[self.reason]
 
 
-def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None):
+def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None, profile_steps=None):
   """Trains until `train.total_steps`, `train.max_seconds`, Ctrl-C or SIGTERM; goes on from the newest checkpoint.
 
   Args:
@@ -80,6 +80,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
     started: `time.monotonic()` from which `train.max_seconds` counts; None takes now.
+    profile_steps: (first, end) of the steps to take a profiler trace of, or None.
 
   Returns:
     An `Outcome`.
@@ -115,7 +116,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     interrupts = stack.enter_context(Interrupts())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
-    trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread)
+    profiler = profiling.Profiler(folder.profile, *profile_steps) if profile_steps else profiling.NoProfiler()
+    trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler)
 
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
@@ -128,7 +130,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       state, stored = checkpoints.restore(prepared.abstract_state, newest)
       step = newest
       log.note("resume", step, stored.get("clock", {}).get("seconds", 0.0),
-               {"changed": {name: list(pair) for name, pair in changes.items()}, "devices": _devices()})
+               {"changed": {name: list(pair) for name, pair in changes.items()}, "devices": _devices(),
+                "phases": stored.get("clock", {}).get("phases", {})})
       _tell(primary, f"{folder.path}: going on from the checkpoint of step {step:,}, to {train.total_steps:,}")
     trainer.begin(stored, started)
     hooks.on_start(step, state)
@@ -138,7 +141,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       checkpoints.wait()
       last = checkpoints.newest()
       log.note("stop", error.step, trainer.clock.seconds,
-               {"reason": NON_FINITE, "metric": error.name, "value": error.value})
+               {"reason": NON_FINITE, "metric": error.name, "value": error.value, "words": str(error),
+                "phases": trainer.clock.phases})
       stands = "no checkpoint was saved yet" if last is None else (
           f"the last checkpoint, step {last:,}, stands in {folder.checkpoints}")
       if primary:
@@ -146,17 +150,19 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       return Outcome(error.step, NON_FINITE)
     except checkpoint.SaveError:
       with contextlib.suppress(UserError):  # the disk may be full
-        log.note("stop", trainer.step, trainer.clock.seconds, {"reason": "save failed"})
+        log.note("stop", trainer.step, trainer.clock.seconds,
+                 {"reason": "save failed", "phases": trainer.clock.phases})
       raise
 
 
 class _Trainer:
   """The loop and what it carries from step to step on the host."""
 
-  def __init__(self, prepared, folder, hooks, log, checkpoints, display, interrupts, unread):
+  def __init__(self, prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler):
     self._prepared, self._settings = prepared, prepared.experiment.train
     self._folder, self._hooks, self._log = folder, hooks, log
     self._checkpoints, self._display, self._interrupts = checkpoints, display, interrupts
+    self._profiler = profiler
     self._headline = tuple(getattr(prepared, "headline", ()))
     self._vote = hosts.vote(getattr(prepared, "batch_sharding", None))
     self._unread = unread
@@ -167,6 +173,8 @@ class _Trainer:
     self.clock = Clock(stored.get("clock"), started)
     self._window = metrics_lib.Window(stored.get("window"))
     self._unread.begin()
+    self._skips = guard.Skips(self._settings.max_skipped_in_a_row, stored.get("skips"))
+    self._watch = watch.Watch(self._prepared.experiment.watch, stored.get("watch"))
     self._pending = None  # (steps done, device metrics): dispatched, not yet looked at
     self._sampled = None
     self.step = None  # steps dispatched so far
@@ -183,7 +191,8 @@ class _Trainer:
       with clock.phase("input"):
         batch = self._next(batches)
       while (reason := self._reason_to_stop(step)) is None:
-        with clock.phase("step"):
+        self._profiler.before(step)
+        with clock.phase("step"), self._profiler.step(step):
           # Whatever reaches the device unasked is a mistake that would cost time at every step.
           with jax.transfer_guard("disallow"):
             state, metrics = prepared.step(step, state, batch)
@@ -193,12 +202,16 @@ class _Trainer:
         with clock.phase("step"):
           self._observe(self._pending)  # waits for the step before this one
         self._pending = (step, metrics)
+        self._tell_profile(self._profiler.after(step, metrics))
         self._checkpoints.check()
         if step % settings.sample_every == 0:
           self._sample(step, state)
         if step % settings.checkpoint_every == 0:
-          self._save(step, state)
+          self._flush()
+          if not self._skips.in_a_row:  # else the newest checkpoint stays the one before the trouble
+            self._save(step, state)
     finally:
+      self._tell_profile(self._profiler.close(self.step))
       if hasattr(batches, "close"):
         batches.close()
     return self._finish(state, step, reason, first)
@@ -240,8 +253,10 @@ class _Trainer:
     done, metrics = pending
     metrics = metrics_lib.to_host(metrics)
     self.clock.step_done()
-    guard.check_metrics(done - 1, metrics)
+    metrics, skip = self._skips.look(done - 1, metrics)
     self._window.add(metrics)
+    if skip is not None:
+      self._report_skip(skip)
     if done % self._settings.log_every == 0:
       self._unread.share()
       self._write_window(done)
@@ -256,7 +271,27 @@ class _Trainer:
     values |= self.clock.take_window(self._settings.batch_size)
     values["images"] = done * self._settings.batch_size
     values["data/skipped"] = self._unread.count(done)
-    self._log.train(done, self.clock.seconds, values)
+    figures, warnings = self._watch.window(values)
+    self._log.train(done, self.clock.seconds, values | figures)
+    self._warn(done, warnings)
+
+  def _report_skip(self, skip):
+    """Says why a step was left out; raises `NonFinite` if it was one too many."""
+    self._log.note("skipped", skip.step + 1, self.clock.seconds, {"words": skip.words, **skip.to_json()})
+    if hosts.is_first():
+      in_a_row = f" ({self._skips.in_a_row} in a row)" if self._skips.in_a_row > 1 else ""
+      print(f"aurora_jax train: step {skip.step} was skipped{in_a_row}: {skip.words}", file=sys.stderr, flush=True)
+    self._skips.refuse(skip)
+
+  def _warn(self, step, warnings):
+    for warning in warnings:
+      self._log.note("warning", step, self.clock.seconds, warning.to_json())
+      if hosts.is_first():
+        print(f"aurora_jax train: warning at step {step:,}: {warning.words}", file=sys.stderr, flush=True)
+
+  def _tell_profile(self, line):
+    if line is not None:
+      _tell(hosts.is_first(), line)
 
   def _seconds_left(self, done):
     seconds = self.clock.step_seconds
@@ -281,10 +316,13 @@ class _Trainer:
     with self.clock.phase("samples"):
       self._display.doing("drawing samples", brief=True)
       samples = self._prepared.sample(state)
+      figures, warnings = self._watch.samples(step, samples.images)
       if hosts.is_first():
         picture = self._hooks.on_samples(step, samples, self._folder)
         if picture is not None:
           self._log.picture(step, "samples", picture)
+    self._log.measured("samples", step, self.clock.seconds, figures)
+    self._warn(step, warnings)
 
   def _save(self, step, state):
     """Starts to save. Everything that the checkpoint stands for is looked at and logged first."""
@@ -294,7 +332,8 @@ class _Trainer:
       self._unread.share()
       guard.check_state(step, state)
       self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
-          "clock": self.clock.to_json(), "window": self._window.to_json()})
+          "clock": self.clock.to_json(), "window": self._window.to_json(), "skips": self._skips.to_json(),
+          "watch": self._watch.to_json()})
 
   def _finish(self, state, step, reason, first):
     """Saves, waits for it, says how to go on."""
@@ -307,7 +346,7 @@ class _Trainer:
       self._checkpoints.wait()
     if reason == DONE and step % self._settings.log_every:
       self._write_window(step)
-    self._log.note("stop", step, self.clock.seconds, {"reason": reason})
+    self._log.note("stop", step, self.clock.seconds, {"reason": reason, "phases": self.clock.phases})
     if reason == DAMAGED_DATA and hosts.is_first():
       self._tell_damage(step)
     elif hosts.is_first():

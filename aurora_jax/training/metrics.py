@@ -5,8 +5,9 @@ A step's metrics are a flat dict {name: scalar, or vector that becomes name/0, n
 over the steps that had it.
 
 A line of metrics.jsonl is one JSON object with "step" (steps done), "seconds" (trained so far, over all restarts) and
-"kind": "start", "resume", "train" (averages of a window), "samples", "checkpoint", "stop", or what other commands add
-("eval"). After a resume the lines beyond the step that was resumed from stay in the file; `history` leaves them out.
+"kind": "start", "resume", "train" (averages of a window), "samples" (measured on the fixed prompts), "stage", "warning",
+"skipped" (a step that the guard left out), "stop", or what other commands add ("judge"). After a resume the lines beyond
+the step that was resumed from stay in the file; `history` leaves them out.
 """
 
 import io
@@ -24,8 +25,12 @@ from aurora_jax.data import tfrecords
 from aurora_jax.errors import UserError
 
 
+# What is counted over a window, not averaged.
+_COUNTED = frozenset({"guard/skipped"})
+
+
 class Window:
-  """Averages metrics over the steps between two log lines."""
+  """Averages metrics over the steps between two log lines; a few are counted."""
 
   def __init__(self, stored=None):
     """Begins empty, or with what `stored` (as of `to_json`) holds: a resumed run finishes the window it was in."""
@@ -43,7 +48,7 @@ class Window:
     """Returns the averages, {name: float}, sorted by name, and begins anew."""
     means = {}
     for name in sorted(self._sums):
-      mean = self._sums[name] / self._counts[name]
+      mean = self._sums[name] / (1 if name in _COUNTED else self._counts[name])
       if mean.ndim:
         means.update({f"{name}/{i}": float(value) for i, value in enumerate(mean.ravel())})
       else:
@@ -211,14 +216,18 @@ class Log:
     self._board = TensorBoard(folder.tensorboard)
 
   def note(self, kind, step, seconds, values=None):
-    """A line that is no measurement: a start, a resume, a stop."""
-    self._lines.write(kind, step, seconds, values)
+    """A line that is no measurement, with the time of day: a start, a resume, a warning, a skipped step, a stop."""
+    self._lines.write(kind, step, seconds, {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **(values or {})})
     if kind == "resume":
       self._board.resume(step)
 
   def train(self, step, seconds, values):
     """A window's averages."""
-    self._lines.write("train", step, seconds, values)
+    self.measured("train", step, seconds, values)
+
+  def measured(self, kind, step, seconds, values):
+    """Any other line of numbers."""
+    self._lines.write(kind, step, seconds, values)
     self._board.scalars(step, values)
 
   def picture(self, step, name, picture):
@@ -237,6 +246,9 @@ class NoLog:
     pass
 
   def train(self, step, seconds, values):
+    pass
+
+  def measured(self, kind, step, seconds, values):
     pass
 
   def picture(self, step, name, picture):

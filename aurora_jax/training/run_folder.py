@@ -6,6 +6,7 @@
     skipped_records.jsonl   the records that could not be read, if there were any (training/skipped.py)
     samples/          step-00001000.png
     tensorboard/      event files
+    profile/          traces of --profile-steps
     report.html       written by the command when training ends
 """
 
@@ -31,7 +32,7 @@ FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
     "train.keep_checkpoints", "data.workers", "data.max_skipped", "data.tolerate_damage", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
     "train.init_from",  # a run that goes on has left its beginning behind
-    "mesh.exchange_capacity",
+    "mesh.exchange_capacity", "train.max_skipped_in_a_row", "watch.logit_gap", "watch.diversity", "watch.expert_entropy",
 })
 _NOTHING = "(nothing)"
 
@@ -68,6 +69,10 @@ class RunFolder:
   @property
   def tensorboard(self):
     return self.path / "tensorboard"
+
+  @property
+  def profile(self):
+    return self.path / "profile"
 
   @property
   def report(self):

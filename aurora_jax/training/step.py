@@ -4,12 +4,12 @@ Both programs are pure functions `(state, ...) -> (state, metrics)`. The generat
 serve the discriminator's update (as constants) and, pulled back through the *updated* discriminator, its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from aurora_jax import config as config_lib
 from aurora_jax.models import clip as clip_lib
@@ -17,6 +17,7 @@ from aurora_jax.models import discriminator as discriminator_lib
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models import layers
 from aurora_jax.ops import moe
+from aurora_jax.training import guard as guard_lib
 from aurora_jax.training import losses
 from aurora_jax.training import state as state_lib
 
@@ -71,6 +72,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
   lazy = loss_cfg.r1_interval / (loss_cfg.r1_interval + 1) if loss_cfg.r1_gamma else 1.0
   g_adam = state_lib.adam(opt_cfg, opt_cfg.beta2)
   d_adam = state_lib.adam(opt_cfg, opt_cfg.beta2**lazy)
+  guard = guard_lib.of(train)
   clip_levels = [r for r in cfg.output_resolutions if r >= loss_cfg.clip_min_resolution]
 
   def init(key):
@@ -171,24 +173,33 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     real = discriminator_lib.image_pyramid(batch["image"], inputs)
     fake = {r: pyramid[r] for r in inputs}
     d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
-    d_params, d_opt = state_lib.update(opt_cfg, d_adam, d_grad, state.discriminator_opt, state.discriminator,
-                                       opt_cfg.discriminator_lr * lazy * factor)
+    metrics |= guard.norms("grad_norm/d", d_grad) | guard.pictures(batch["image"], pyramid[max(pyramid)])
+    healthy = guard.healthy(metrics)
+    d_update = functools.partial(state_lib.update, opt_cfg, d_adam,
+                                 learning_rate=opt_cfg.discriminator_lr * lazy * factor)
+    d_before = d_grad, state.discriminator_opt, state.discriminator
+    d_params, d_opt = d_update(*d_before)
 
     cotangent, g_metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, clip_key, text, batch["index"])
     (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
-    g_params, g_opt = state_lib.update(opt_cfg, g_adam, g_grad, state.generator_opt, state.generator,
-                                       opt_cfg.generator_lr * factor)
+    g_update = functools.partial(state_lib.update, opt_cfg, g_adam, learning_rate=opt_cfg.generator_lr * factor)
+    g_before = g_grad, state.generator_opt, state.generator
+    g_params, g_opt = g_update(*g_before)
+    g_metrics |= {"loss/moe": moe_loss} | guard.norms("grad_norm/g", g_grad)
+    healthy &= guard.healthy(g_metrics)
 
     decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, g_params)
     average = state.buffers["w_avg"]
     average = average + (1 - opt_cfg.w_average_decay) * (jnp.mean(w, axis=0) - average)
-    metrics.update(g_metrics)
-    metrics.update({"loss/moe": moe_loss, "grad_norm/g": optax.global_norm(g_grad),
-                    "grad_norm/d": optax.global_norm(d_grad), "learning_rate": opt_cfg.generator_lr * factor})
-    metrics.update(expert_loads(routing))
-    return state.replace(step=state.step + 1, generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
-                         discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average}), metrics
+    metrics |= g_metrics | guard.verdict(guard_lib.SKIPPED, healthy) | expert_loads(routing)
+    due = (state.step + 1) % train.log_every == 0
+    metrics |= guard.moves("update_norm/d", due, d_update, *d_before)
+    metrics |= guard.moves("update_norm/g", due, g_update, *g_before)
+    metrics |= {"learning_rate": opt_cfg.generator_lr * factor, "g/w_std": jnp.mean(jnp.std(w, axis=0))}
+    after = state.replace(generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
+                          discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average})
+    return guard.keep(healthy, after, state).replace(step=state.step + 1), metrics
 
   def r1_step(state, frozen, batch):
     text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
@@ -202,9 +213,12 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       return loss_cfg.r1_gamma / 2 * loss_cfg.r1_interval * penalty, penalty
 
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)
+    metrics = {"loss/r1": penalty} | guard.norms("grad_norm/r1", gradient)
+    healthy = guard.healthy(metrics)
     params, opt = state_lib.update(opt_cfg, d_adam, gradient, state.discriminator_opt, state.discriminator,
                                    opt_cfg.discriminator_lr * lazy * factor)
-    metrics = {"loss/r1": penalty, "grad_norm/r1": optax.global_norm(gradient)}
+    params, opt = guard.keep(healthy, (params, opt), (state.discriminator, state.discriminator_opt))
+    metrics |= guard.verdict(guard_lib.SKIPPED_R1, healthy)
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 
   return Programs(init, step, r1_step)

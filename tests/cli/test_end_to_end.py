@@ -109,6 +109,59 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_state(home, run):
   assert fingerprint(home / "killed") == fingerprint(run)
 
 
+# `train` with a NaN in the pictures of some batches; the first argument is a range of steps.
+PLANT = """
+import sys
+import numpy as np
+from aurora_jax.cli import main
+from aurora_jax.training import setup
+
+whole, poisoned = setup._batches, range(*map(int, sys.argv.pop(1).split(":")))
+
+def batches(*args):
+  for step, batch in enumerate(whole(*args), start=args[-1]):
+    if step in poisoned:
+      batch = batch | {"image": np.array(batch["image"])}
+      batch["image"][1, 2, 3, 0] = np.nan
+    yield batch
+
+setup._batches = batches
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def train_with_nan(steps, *args):
+  return subprocess.run([sys.executable, "-c", PLANT, steps, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                        check=False, timeout=600)
+
+
+def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
+  done = train_with_nan("3:4", *train_args(home, "one_nan"))
+  assert done.returncode == 0 and "all 6 steps are done" in done.stdout, done.stderr[-3000:]
+  (said,) = [line for line in done.stderr.splitlines() if "skipped" in line]
+  assert "step 3 was skipped: the batch's pictures are not finite; discriminator: loss/d_adversarial is nan" in said
+  assert "gradient not finite in " in said and "generator" not in said
+  lines = [json.loads(line) for line in (home / "one_nan" / "metrics.jsonl").read_text().splitlines()]
+  trained = {line["step"]: line for line in lines if line["kind"] == "train"}
+  assert [trained[step]["guard/skipped"] for step in range(1, 7)] == [0, 0, 0, 1, 0, 0]
+  assert "loss/g_clip" not in trained[4] and np.isfinite(trained[6]["loss/g_clip"])
+  assert fingerprint(home / "one_nan" / "checkpoints" / "2") == fingerprint(run / "checkpoints" / "2")
+  story = succeed("inspect", home / "one_nan").stdout
+  assert "skipped    1 step, no record" in story and "the newest, step 3: the batch's pictures are not finite" in story
+
+
+def test_nan_in_every_batch_stops_with_the_last_good_checkpoint(home, run):
+  args = train_args(home, "nans", "--config.train.max_skipped_in_a_row=3")
+  done = train_with_nan("2:99", *args)
+  assert done.returncode == 3, done.stderr[-3000:]
+  last = done.stderr.splitlines()[-1]
+  assert "3 steps in a row were skipped up to step 4 (train.max_skipped_in_a_row=3); training stopped; the last" in last
+  assert f"checkpoint, step 2, stands in {home / 'nans' / 'checkpoints'}" in last and "Traceback" not in done.stderr
+  assert fingerprint(home / "nans") == fingerprint(run / "checkpoints" / "2")
+  succeed(*args)  # and without them goes on to where it would have been
+  assert fingerprint(home / "nans") == fingerprint(run)
+
+
 def test_sample_writes_a_grid_and_singles_and_repeats_itself(run, tmp_path):
   args = ("sample", "--workdir", run, "--prompt", "red circle", "--prompt", "blue bar", "--latents", 2, "--psi", 0.5)
   succeed(*args, "--out", tmp_path / "one.png", "--singles", tmp_path / "singles")

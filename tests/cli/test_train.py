@@ -82,9 +82,10 @@ def test_train_then_go_on_then_inspect(experiment, prepare, tmp_path, capsys):
 
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
-  for words in ("(small)", "step 9 of 9", "restarts   1, from step 6", "train.total_steps 6 -> 9", "all steps are done",
-                "saved      steps", "samples    4, newest", "loss/g"):
-    assert words in said
+  for words in ("(small)", "step 9 of 9", "restarts   1", "step 6  went on", "with train.total_steps 6 -> 9",
+                "all steps are done", "saved      step 9", "earlier: ", "samples    4, newest samples/step-00000009.png",
+                "numbers    g "):
+    assert words in said, words
   assert len(said.splitlines()) < 30
 
   assert main.main(["inspect", str(tmp_path / "run"), "--fingerprint"]) == 0
@@ -111,12 +112,25 @@ def test_a_changed_experiment(experiment, prepare, tmp_path, capsys):
 
 
 def test_nan_is_status_3(experiment, monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(setup, "prepare", lambda values: toy.Toy(values, nan_at=4))
-  assert main.main(["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]) == 3
-  assert "loss/g is nan at step 4" in capsys.readouterr().err
-  assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 4]
+  monkeypatch.setattr(setup, "prepare", lambda values: toy.Toy(values, nan_at=range(3, 99)))
+  command = ["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]
+  assert main.main(command + ["--config.train.max_skipped_in_a_row=3"]) == 3
+  error = capsys.readouterr().err
+  assert "step 5 was skipped (3 in a row): generator: loss/g is nan" in error
+  assert "the last checkpoint, step 2, stands in" in error
+  assert checkpoint.steps(tmp_path / "run/checkpoints") == [2]
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
-  assert "at step 4: loss/g is nan" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "3 steps in a row were skipped up to step 5" in said and "loss/g is nan" in said
+
+
+def test_profile_steps(experiment, prepare, tmp_path, capsys):
+  command = ["train", "--config", str(experiment), "--workdir", str(tmp_path / "run"), "--profile-steps"]
+  assert main.main(command + ["5:3"]) == 2
+  assert "--profile-steps 5:3" in capsys.readouterr().err and not (tmp_path / "run").exists()
+  assert main.main(command + ["2:4"]) == 0
+  assert "profile of steps 2 to 3: " in capsys.readouterr().out
+  assert list((tmp_path / "run/profile/plugins/profile").glob("*/*.xplane.pb"))
 
 
 @pytest.mark.parametrize("arguments,words", [

@@ -115,6 +115,18 @@ def test_a_full_page(run_dir):
   assert {"sample-slider", "sample-image", "sample-label", "sample-play", "data"} <= page.ids()
 
 
+def test_warnings_and_skipped_steps_are_marked(run_dir):
+  assert "Warnings" not in read(report.write_report(run_dir))[1].sections
+  with (run_dir / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps({"kind": "warning", "step": 20, "words": NASTY, "value": 1.0, "limit": 2.0}) + "\n")
+    file.write(json.dumps({"kind": "skipped", "step": 25, "words": "generator: loss/g_clip is nan"}) + "\n")
+  source, page = read(report.write_report(run_dir))
+  assert "step 20 </script>" in page.sections["Warnings"] and "<script>alert" not in source
+  assert "step 25 skipped: generator: loss/g_clip is nan" in page.sections["Warnings"]
+  assert json.loads(page.data)["warnings"] == [20]
+  assert "<dt>Warnings</dt><dd>1</dd>" in source and "<dt>Skipped steps</dt><dd>1</dd>" in source
+
+
 def test_the_page_is_self_contained(run_dir):
   source, page = read(report.write_report(run_dir, full_panels()))
   outside = [r for r in page.references if not r.startswith("data:")]

@@ -37,6 +37,16 @@ def test_what_a_resumed_run_repeats_replaces_the_old(tmp_path):
   assert log.resumes == (20,) and log.latest("judge/") == {"judge/top1_of_32": 0.5}
 
 
+def test_warnings_and_skipped_steps_are_no_curves_and_are_forgotten_with_their_steps(tmp_path):
+  warning = lambda step, words: {"kind": "warning", "step": step, "words": words, "value": 21.0, "limit": 20.0}
+  log = run_log.read_metrics(write(
+      tmp_path / "metrics.jsonl", {"kind": "train", "step": 10, "loss/a": 1.0}, warning(10, "first"),
+      {"kind": "skipped", "step": 15, "words": "why"}, warning(30, "undone"), {"kind": "resume", "step": 20},
+      warning(30, "second")))
+  assert set(log.series) == {"loss/a"}
+  assert log.warnings == ((10, "first"), (30, "second")) and log.skipped_steps == ((15, "why"),)
+
+
 def test_lines_that_cannot_be_read_are_counted(tmp_path):
   log = run_log.read_metrics(write(
       tmp_path / "metrics.jsonl", {"step": 1, "loss/a": 1.0}, "[1, 2]", "{\"step\": \"x\"}", "", "{\"loss/a\": 3}",
@@ -67,7 +77,9 @@ def log_of(**series):
 def test_curves_are_grouped_by_what_they_measure():
   names = ["loss__d_adversarial", "loss__g_adversarial", "d__logit_real", "d__logit_fake", "loss__d_matching",
            "loss__r1", "loss__g_clip", "clip__accuracy", "loss__moe", "grad_norm__g", "images_per_second",
-           "judge__top1_of_32", "judge__captions", "something__else", "moe__load__r8/0"]
+           "judge__top1_of_32", "judge__captions", "something__else", "moe__load__r8/0", "grad_norm__g__r8_conv",
+           "grad_norm__g__mapping", "update_norm__d__last", "moe__entropy__r8", "samples__diversity_within",
+           "guard__skipped"]
   charts = run_log.curve_groups(log_of(**{name: [1.0, 2.0] for name in names}))
   found = {chart["title"]: [series["name"] for series in chart["series"]] for chart in charts}
   assert found == {
@@ -76,10 +88,15 @@ def test_curves_are_grouped_by_what_they_measure():
       "Matching": ["d_matching"],
       "CLIP: loss": ["g_clip"],
       "CLIP: accuracy": ["accuracy"],
-      "Mixture of experts": ["moe"],
+      "Mixture of experts: loss": ["moe"],
+      "Mixture of experts: moe": ["entropy/r8"],
       "R1": ["r1"],
+      "Diversity": ["diversity_within"],
       "Learning: images per second": ["images_per_second"],
       "Learning: gradient norm": ["g"],
+      "Norms per module: gradient of the generator": ["mapping", "r8_conv"],
+      "Norms per module: update of the discriminator": ["last"],
+      "Skipped": ["skipped"],
       "Judge": ["top1_of_32"],
       "Other": ["else"],
   }

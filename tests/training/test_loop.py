@@ -76,8 +76,13 @@ def test_a_run_leaves_its_folder(uninterrupted, capsys):
   assert checkpoint.steps(folder / "checkpoints") == [4, 8, 12]
   assert list((folder / "tensorboard").glob("*tfevents*"))
   lines = metrics.read(folder / "metrics.jsonl")
-  assert [row["kind"] for row in lines] == ["start"] + ["train"] * 4 + ["stop"]
-  assert [row["step"] for row in lines] == [0, 3, 6, 9, 12, 12]
+  assert [(row["kind"], row["step"]) for row in lines if row["kind"] != "samples"] == [
+      ("start", 0), ("train", 3), ("train", 6), ("train", 9), ("train", 12), ("stop", 12)]
+  assert [row["step"] for row in lines if row["kind"] == "samples"] == [0, 6, 12]
+  # The time of each phase, whole in the last line.
+  stop = lines[-1]["phases"]
+  assert stop["step"] == pytest.approx(sum(row.get("time/step", 0) for row in lines), abs=0.1)
+  assert 0 < sum(stop.values()) < lines[-1]["seconds"] + 0.01
   assert toy_run.seen[:12] == list(range(12))
 
 
@@ -109,7 +114,8 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, r
   assert _fingerprint(tmp_path) == _fingerprint(whole)
   assert first.seen[:outcome.step] + second.seen[:12 - outcome.step] == whole_toy.seen[:12]
   assert _train_lines(tmp_path) == _train_lines(whole)
-  kinds = [(row["kind"], row["step"]) for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] != "train"]
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  kinds = [(row["kind"], row["step"]) for row in rows if row["kind"] not in ("train", "samples")]
   assert kinds == [("start", 0), ("stop", outcome.step), ("resume", outcome.step), ("stop", 12)]
 
 
@@ -201,16 +207,87 @@ def test_samples_at_fixed_steps(tmp_path):
   assert drawn == [(0, 0.0), (6, 6.0), (8, 8.0)]
 
 
-def test_nan_stops_with_the_last_checkpoint_intact(tmp_path, capsys):
-  whole, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(), nan_at=6))
-  assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 6)
+def test_nan_in_one_batch_is_skipped_and_training_goes_on(tmp_path, capsys):
+  states = []
+
+  class Watched(toy.Toy):
+
+    def step(self, step, state, batch):
+      with jax.transfer_guard("allow"):
+        states.append(jax.device_get(state))
+        return super().step(step, state, batch)
+
+  _, outcome = toy.run(tmp_path, toy=Watched(toy.experiment(), nan_at=(6,)))
+  assert (outcome.reason, outcome.status) == (loop.DONE, 0)
+  for before, after in zip(jax.tree.leaves(states[6].replace(step=0)), jax.tree.leaves(states[7].replace(step=0))):
+    np.testing.assert_array_equal(before, after)
+  assert not np.array_equal(states[7].generator["w"], states[8].generator["w"])
   error = capsys.readouterr().err
-  assert "loss/g is nan at step 6; training stopped; the last checkpoint, step 4, stands in" in error
-  assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+  assert "step 6 was skipped: generator: loss/g is nan, gradient not finite in b (1 of 1 arrays)\n" in error
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  (line,) = [row for row in rows if row["kind"] == "skipped"]
+  assert (line["step"], line["losses"], line["networks"]) == (7, {"loss/g": "nan"}, ["generator"])
+  windows = {row["step"]: row for row in rows if row["kind"] == "train"}
+  assert [windows[step]["guard/skipped"] for step in (3, 6, 9, 12)] == [0, 0, 1, 0]
+  assert all(np.isfinite(value) for row in windows.values() for value in row.values() if not isinstance(value, str))
+  # The window's averages are those of the steps that counted.
+  toy.run(tmp_path / "each", toy=toy.Toy(toy.experiment(**{"train.log_every": 1}), nan_at=(6,)))
+  each = [row["loss/g"] for row in _train_lines(tmp_path / "each") if 6 < row["step"] <= 9 and "loss/g" in row]
+  assert len(each) == 2 and windows[9]["loss/g"] == pytest.approx(np.mean(each), rel=1e-6)
+
+
+def test_nan_in_every_batch_stops_with_the_last_good_checkpoint_intact(tmp_path, capsys):
+  settings = {"train.max_skipped_in_a_row": 5}
+  _, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(**settings), nan_at=range(5, 99)))
+  assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 9)
+  error = capsys.readouterr().err
+  assert "step 9 was skipped (5 in a row)" in error
+  assert ("5 steps in a row were skipped up to step 9 (train.max_skipped_in_a_row=5); training stopped; the last "
+          f"checkpoint, step 4, stands in {tmp_path}/checkpoints") in error
+  assert checkpoint.steps(tmp_path / "checkpoints") == [4]  # not of step 8, in the midst of the trouble
   stop = metrics.read(tmp_path / "metrics.jsonl")[-1]
   assert (stop["reason"], stop["metric"], stop["value"]) == ("non-finite", "loss/g", "nan")
+  toy.run(tmp_path / "four", **{"train.total_steps": 4})
+  assert _fingerprint(tmp_path) == _fingerprint(tmp_path / "four")
   _, outcome = toy.run(tmp_path)  # without the NaN it goes on
   assert outcome.reason == loop.DONE
+
+
+def test_steps_skipped_in_a_row_are_counted_over_a_restart(tmp_path):
+  settings = {"train.max_skipped_in_a_row": 5}
+  first = toy.Toy(toy.experiment(**settings), nan_at=range(5, 99), after_batch=_signal_at(7))
+  _, outcome = toy.run(tmp_path, toy=first)
+  assert outcome.reason == loop.INTERRUPT and outcome.step < 10
+  _, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(**settings), nan_at=range(5, 99)))
+  assert (outcome.reason, outcome.step) == (loop.NON_FINITE, 9)
+
+
+def test_without_the_guard_nan_stops_at_once(tmp_path, capsys):
+  _, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(**{"train.guard": False}), nan_at=(6,)))
+  assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 6)
+  error = capsys.readouterr().err
+  assert "is nan at step 6; training stopped; the last checkpoint, step 4, stands in" in error
+  assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+
+
+def test_warnings_are_said_and_written_once(tmp_path, capsys):
+  """The toy's loads are all but even: a limit just below 1 makes every window a reason."""
+  _, outcome = toy.run(tmp_path, **{"watch.expert_entropy": 0.99999})
+  assert outcome.reason == loop.DONE
+  (line,) = [row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "warning"]
+  assert (line["step"], line["warning"], line["limit"]) == (3, "moe/entropy/layer", 0.99999)
+  error = capsys.readouterr().err
+  assert error.count("warning at step") == 1 and f"warning at step 3: {line['words']}" in error
+
+
+def test_a_profile_is_taken_and_changes_nothing(uninterrupted, tmp_path, capsys):
+  toy_run = toy.Toy(toy.experiment())
+  loop.run(toy_run, tmp_path, profile_steps=(5, 8))
+  assert f"profile of steps 5 to 7: {tmp_path}/profile" in capsys.readouterr().out
+  (trace,) = (tmp_path / "profile/plugins/profile").glob("*/*.xplane.pb")
+  assert trace.stat().st_size > 1000 and b"train" in trace.read_bytes()
+  assert _fingerprint(tmp_path) == _fingerprint(uninterrupted[0])
+  assert _train_lines(tmp_path) == _train_lines(uninterrupted[0])
 
 
 def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from aurora_jax import config
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
+from aurora_jax.training import guard
 from aurora_jax.training import state as state_lib
 from aurora_jax.training import step as step_lib
 
@@ -43,6 +44,7 @@ def moved(before, after):
 def test_a_step_moves_both_networks_and_all_metrics_are_finite(system):
   state, metrics = system.step(system.first, system.frozen, system.batch)
   assert int(state.step) == 1
+  metrics = guard.by_module(jax.device_get(metrics))
   assert all(np.isfinite(value) for value in metrics.values())
   for name in ("loss/d_adversarial", "loss/d_matching", "loss/g_adversarial", "loss/g_clip", "loss/moe"):
     assert name in metrics
@@ -55,6 +57,83 @@ def test_a_step_moves_both_networks_and_all_metrics_are_finite(system):
   assert all(any(word in name for word in behind) for name in still), still
   assert "['synthesis']['r16_block0_conv']['conv1']['weight']" not in still
   assert len(moved(system.first.discriminator, state.discriminator)) > 40
+
+
+def test_norms_of_modules_make_up_the_whole(system):
+  every = system.experiment.train.log_every
+  first = system.first.replace(step=jnp.int32(every - 1))  # the last step of a window
+  state, metrics = system.step(first, system.frozen, system.batch)
+  metrics = guard.by_module(jax.device_get(metrics))
+  for kind in ("grad_norm/g", "grad_norm/d", "update_norm/g", "update_norm/d"):
+    parts = [value for name, value in metrics.items() if name.startswith(f"{kind}/")]
+    assert 5 < len(parts) < 15 and np.linalg.norm(parts) == pytest.approx(metrics[kind], rel=1e-5)
+  # One array by hand.
+  moves = [np.linalg.norm(state.generator[name][key] - system.first.generator[name][key])
+           for name in ("mapping_0", "mapping_1") for key in system.first.generator[name]]
+  assert metrics["update_norm/g/mapping"] == pytest.approx(np.linalg.norm(moves), rel=1e-5)
+
+
+def poisoned(tree, words, value=np.nan):
+  """The tree with one value in every leaf whose path holds all the words; at least one has them."""
+  hits = []
+
+  def one(path, leaf):
+    if not all(word in jax.tree_util.keystr(path) for word in words):
+      return leaf
+    hits.append(path)
+    return leaf.at[(0,) * leaf.ndim].set(value)
+
+  tree = jax.tree_util.tree_map_with_path(one, tree)
+  assert hits
+  return tree
+
+
+def skipped(system, *, batch=None, frozen=None, state=None):
+  """Runs a step that must be skipped: nothing but the step's number moves. Returns the diagnosis."""
+  before = system.first if state is None else state
+  after, metrics = system.step(before, frozen or system.frozen, batch or system.batch)
+  metrics = jax.device_get(metrics)
+  assert metrics[guard.SKIPPED] == 1.0 and int(after.step) == 1
+  for old, new in zip(jax.tree.leaves(before.replace(step=0)), jax.tree.leaves(after.replace(step=0)), strict=True):
+    np.testing.assert_array_equal(old, new)  # a planted NaN is equal to itself here
+  averaged, skip = guard.Skips(3).look(0, metrics)
+  assert averaged == {guard.SKIPPED: 1.0}
+  return skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_bad_picture_is_skipped_and_the_discriminator_named(system, value):
+  image = system.batch["image"].at[2, 3, 4, 1].set(value)
+  skip = skipped(system, batch=system.batch | {"image": image})
+  assert skip.networks == ("d",) and "loss/g_adversarial" not in skip.losses
+  assert "r16_from_rgb" in skip.modules["d"]
+  assert ("the batch's pictures are not finite" in skip.words) == (not np.isfinite(value))
+  assert "discriminator: " in skip.words and "generator" not in skip.words and "\n" not in skip.words
+
+
+def test_a_bad_loss_of_the_generator_is_skipped_in_both_networks(system):
+  """The image tower of the CLIP is in the generator's loss only; the discriminator by itself was well."""
+  frozen = system.frozen._replace(clip=poisoned(system.frozen.clip, ["image", "patch"]))
+  skip = skipped(system, frozen=frozen)
+  assert skip.networks == ("g",) and list(skip.losses) == ["loss/g_clip"]
+  assert {"mapping_0", "r8_block0_attention"} <= set(skip.modules["g"])
+  assert skip.words.startswith("generator: loss/g_clip is nan, gradient not finite in ")
+
+
+def test_a_bad_parameter_is_found_in_what_it_makes(system):
+  skip = skipped(system, state=system.first.replace(generator=poisoned(system.first.generator, ["r16_rgb", "bias"])))
+  assert skip.words.startswith("the generator's pictures are not finite; generator: ")
+  assert set(skip.networks) == {"g", "d"}
+
+
+def test_r1_is_skipped_by_itself(system):
+  image = system.batch["image"].at[0, 0, 0, 0].set(np.nan)
+  state, metrics = system.r1_step(system.first, system.frozen, system.batch | {"image": image})
+  metrics = jax.device_get(metrics)
+  assert not moved(system.first, state)
+  averaged, skip = guard.Skips(3).look(0, metrics | {"loss/g_clip": 1.0, guard.SKIPPED: 0.0})
+  assert averaged == {"loss/g_clip": 1.0, guard.SKIPPED: 1.0}
+  assert skip.networks == ("r1",) and skip.losses == {"loss/r1": "nan"} and "R1 of the discriminator: " in skip.words
 
 
 def test_everything_moves_after_a_few_steps(system):
@@ -98,11 +177,13 @@ def test_generator_descends_on_its_own_loss(system):
   """Many steps of the generator against a discriminator that barely moves lower its adversarial loss."""
   optimizer = dataclasses.replace(system.experiment.optimizer, discriminator_lr=0.0, generator_lr=0.01)
   loss = dataclasses.replace(system.experiment.loss, clip_weight=0.0)
-  experiment = dataclasses.replace(system.experiment, optimizer=optimizer, loss=loss)
+  train = dataclasses.replace(system.experiment.train, guard=False)
+  experiment = dataclasses.replace(system.experiment, optimizer=optimizer, loss=loss, train=train)
   step = jax.jit(step_lib.build(experiment, clip_lib.Clip(_clip_config())).step)
   state, losses = system.first, []
   for _ in range(20):
     state, metrics = step(state, system.frozen, system.batch)
+    assert guard.SKIPPED not in metrics
     losses.append(float(metrics["loss/g_adversarial"]))
   assert np.mean(losses[-4:]) < np.mean(losses[:4])
 

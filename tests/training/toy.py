@@ -1,6 +1,6 @@
 """A tiny training problem with the interface of `training/setup.py`; run as a script it trains in a process of its own.
 
-    python tests/training/toy.py WORKDIR [--set train.total_steps=20 ...] [--delay 0.01] [--nan-at 7]
+    python tests/training/toy.py WORKDIR [--set train.total_steps=20 ...] [--delay 0.01] [--nan-from 7]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import optax
 
 from aurora_jax import config
 from aurora_jax.errors import UserError
+from aurora_jax.training import guard as guard_lib
 from aurora_jax.training import loop
 
 
@@ -61,30 +62,37 @@ def _init(key, width=4):
   return ToyState(jnp.zeros((), jnp.int32), params, {"scale": jnp.ones(3)}, params, _OPTIMIZER.init(params))
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="every_third")
-def _step(state, batch, key, every_third):
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("every_third", "guarded"))
+def _step(state, batch, key, every_third, guarded):
+  guard = guard_lib.Guard() if guarded else guard_lib.NoGuard()
+
   def loss(params):
     noise = jax.random.normal(jax.random.fold_in(key, state.step), batch["image"].shape)
-    return jnp.mean(jnp.square((batch["image"] + noise) @ params["w"] + params["b"]))
+    pictures = batch["image"] + noise
+    return jnp.mean(jnp.square(pictures @ params["w"] + params["b"])) + batch["poison"][0] * jnp.sum(params["b"])
 
   value, gradient = jax.value_and_grad(loss)(state.generator)
   update, opt = _OPTIMIZER.update(gradient, state.opt)
   params = optax.apply_updates(state.generator, update)
   ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
   metrics = {"loss/g": value + batch["poison"][0], "moe/load/layer": jnp.arange(3.0) + value}
+  metrics |= guard.norms("grad_norm/g", gradient)
+  healthy = guard.healthy(metrics)
+  metrics |= guard.verdict(guard_lib.SKIPPED, healthy)
   if every_third:
     metrics["r1"] = 2.0 * value
   discriminator = {"scale": state.discriminator["scale"] * 0.9 + value}
-  return ToyState(state.step + 1, params, discriminator, ema, opt), metrics
+  after = guard.keep(healthy, ToyState(state.step, params, discriminator, ema, opt), state)
+  return after.replace(step=state.step + 1), metrics
 
 
 @dataclasses.dataclass
 class Toy:
-  """The toy's `Prepared`. `delay`: seconds per batch; `nan_at`: the step whose loss is NaN; `width`: architecture."""
+  """The toy's `Prepared`. `delay`: seconds per batch; `nan_at`: steps whose loss is NaN; `width`: architecture."""
 
   experiment: config.Experiment
   delay: float = 0.0
-  nan_at: int = -1
+  nan_at: object = ()
   width: int = 4
   after_batch: object = None
   seen: list = dataclasses.field(default_factory=list)
@@ -106,13 +114,13 @@ class Toy:
       self.seen.append(step)
       time.sleep(self.delay)
       yield {"image": rng.standard_normal((8, 16)).astype(np.float32), "index": np.arange(8) + step,
-             "poison": np.full(1, np.nan if step == self.nan_at else 0.0, np.float32), "caption": ["a"] * 8}
+             "poison": np.full(1, np.nan if step in self.nan_at else 0.0, np.float32), "caption": ["a"] * 8}
       if self.after_batch is not None:
         self.after_batch(step)
       step += 1
 
   def step(self, step, state, batch):
-    return _step(state, batch, self._key, every_third=step % 3 == 0)
+    return _step(state, batch, self._key, every_third=step % 3 == 0, guarded=self.experiment.train.guard)
 
   def sample(self, state):
     return Samples(float(state.step))
@@ -129,11 +137,11 @@ def main():
   parser.add_argument("workdir")
   parser.add_argument("--set", action="append", default=[])
   parser.add_argument("--delay", type=float, default=0.0)
-  parser.add_argument("--nan-at", type=int, default=-1)
+  parser.add_argument("--nan-from", type=int, default=10**9)
   args = parser.parse_args()
   fields = {name: json.loads(value) for name, value in (entry.split("=") for entry in getattr(args, "set"))}
   try:
-    _, outcome = run(args.workdir, toy=Toy(experiment(**fields), delay=args.delay, nan_at=args.nan_at))
+    _, outcome = run(args.workdir, toy=Toy(experiment(**fields), delay=args.delay, nan_at=range(args.nan_from, 10**9)))
   except UserError as error:
     print(error, file=sys.stderr)
     return 2

@@ -142,6 +142,7 @@ function chart(host, spec, number) {
     const item = document.createElement("li");
     const mark = document.createElement("i");
     mark.style.background = "var(--s" + (n % COLOURS) + ")";
+    if (n >= COLOURS) mark.style.opacity = 0.55;  // dashed
     const value = document.createElement("b");
     item.append(mark, s.name.replaceAll("_", " ") + " ", value);
     legend.append(item);
@@ -191,16 +192,17 @@ function chart(host, spec, number) {
     const clip = element("clipPath", { id: "clip" + number }, svg);
     element("rect", { x: MARGIN.left, y: MARGIN.top - 2, width: inner + 2, height: tall + 4 }, clip);
     const area = element("g", { "clip-path": `url(#clip${number})` }, svg);
-    for (const step of data.resumes) {
-      if (step > first && step < last) {
+    for (const [kind, steps] of [["resume", data.resumes], ["warning", data.warnings]]) {
+      for (const step of steps) {
+        if (step < first || step > last) continue;
         const x = toX(step);
-        element("line", { class: "resume", x1: x, x2: x, y1: MARGIN.top, y2: MARGIN.top + tall }, area);
+        element("line", { class: kind, x1: x, x2: x, y1: MARGIN.top, y2: MARGIN.top + tall }, area);
       }
     }
     spec.series.forEach((s, n) => {
       const place = (v, i) => (i ? "L" : "M") + toX(s.steps[i]).toFixed(1) + " " + toY(v).toFixed(1);
       const path = (values) => values.map(place).join("");
-      const stroke = `stroke: var(--s${n % COLOURS})`;
+      const stroke = `stroke: var(--s${n % COLOURS})` + (n < COLOURS ? "" : "; stroke-dasharray: 5 3");
       if (smoothed[n]) element("path", { class: "raw", d: path(s.values), style: stroke }, area);
       element("path", { d: path(smoothed[n] || s.values), style: stroke }, area);
     });
