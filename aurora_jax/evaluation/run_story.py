@@ -232,8 +232,8 @@ def _skipped(folder, rows):
   skips, listed = _of_kind(rows, "skipped"), skipped.read(folder.skipped_records)
   yield _line("skipped", f"{_count(len(skips), 'step') if skips else 'no step'}, "
               f"{_count(len(listed), 'record') if listed else 'no record'}"
-              + (f" that could not be read (listed in {folder.skipped_records})" if listed else ""))
-  newest = [f"the newest step, {skips[-1]['step'] - 1:,}: {skips[-1].get('words')}"] if skips else []
+              + (f" (listed in {folder.skipped_records})" if listed else ""))
+  newest = [f"the newest, step {skips[-1]['step'] - 1:,}: {skips[-1].get('words')}"] if skips else []
   newest += [f"the newest record, at step {listed[-1].step:,}: {listed[-1]}"] if listed else []
   for line in (line for words in newest for line in _wrapped(words)):
     yield _line("", line)

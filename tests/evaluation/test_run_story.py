@@ -1,11 +1,13 @@
 """A run's story on one screen, from lines as training writes them."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
 from aurora_jax import config
+from aurora_jax.data import damage
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import run_story
 from aurora_jax.training import run_folder
@@ -57,6 +59,9 @@ def _run(tmp_path):
 
 def test_the_story_of_an_eventful_run(run):
   folder = run(STORY)
+  skips = [damage.Skip(7 * i, "openmoji-train-00000-of-00001.tfrecord", 7 * i, -1, "", "has a wrong checksum", 30 + i)
+           for i in range(3)]
+  (folder / "skipped_records.jsonl").write_text("".join(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in skips))
   lines = list(run_story.tell(folder))
   said = "\n".join(lines)
   assert len(lines) < 40 and all(len(line) <= 100 for line in lines if str(folder) not in line), said
@@ -74,6 +79,7 @@ def test_the_story_of_an_eventful_run(run):
       "time       25 s: compute 72 %, waiting for input 10 %, the rest 18 %",
       "warnings   1", "step 30: the discriminator has won: very very",
       "skipped    1 step, 3 records (listed in", "discriminator: loss/d_matching is nan",
+      "the newest record, at step 32: openmoji-train-00000-of-00001.tfrecord: record 14: has a wrong",
       "saved      step 33 (1.5 kB)",
       "G CLIP", "9 → 1.25", "█▄▃▁", "entropy of experts", "diversity, prompt",
       "next       read the skipped steps above", "the same `train` command goes on (67 steps left)",

@@ -159,7 +159,7 @@ def test_every_fault_is_skipped_listed_counted_and_warned_of(damaged, tmp_path, 
 
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
-  assert f"skipped    13 records of the data set that could not be read, listed in {tmp_path}/run/skipped" in said
+  assert f"skipped    no step, 13 records (listed in {tmp_path}/run/skipped_records.jsonl)" in said
   assert f"{rows[-1]['shard']}: record {rows[-1]['record']}" in said
 
 
