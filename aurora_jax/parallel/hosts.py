@@ -6,6 +6,7 @@ runs on all of them at once: what one process does, all must do, in the same ord
 """
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -200,6 +201,8 @@ def from_first(number):
 def from_all(text):
   """A text of each process, in all of them.
 
+  Nothing else may be on its way meanwhile: the CPU backend does not keep the collectives of two programs apart.
+
   Args:
     text: str, of any length.
 
@@ -208,17 +211,29 @@ def from_all(text):
   """
   if is_alone():
     return [text]
-  from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
-
   encoded = np.frombuffer(text.encode(), np.uint8)
-  lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(encoded))))
+  lengths = _rows_of_all(np.array([len(encoded)], np.int32))[:, 0]
   if not lengths.any():
     return [""] * len(lengths)
   # A power of two: few different programs are compiled.
   padded = np.zeros(1 << max(12, int(lengths.max() - 1).bit_length()), np.uint8)
   padded[:len(encoded)] = encoded
-  rows = multihost_utils.process_allgather(padded)
-  return [bytes(row[:length]).decode() for row, length in zip(rows, lengths)]
+  return [bytes(row[:length]).decode() for row, length in zip(_rows_of_all(padded), lengths)]
+
+
+def _rows_of_all(row):
+  """[processes, n]: the row [n] of each process. All devices of this process are done with it afterwards."""
+  devices = jax.devices()
+  sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), "all"), jax.sharding.PartitionSpec("all"))
+  rows = jax.make_array_from_process_local_data(sharding, np.tile(row, (jax.local_device_count(), 1)))
+  rows = jax.block_until_ready(_replicator(sharding.mesh)(rows))
+  owners = [device.process_index for device in devices]
+  return np.asarray(rows.addressable_data(0))[[owners.index(process) for process in range(jax.process_count())]]
+
+
+@functools.lru_cache(maxsize=1)
+def _replicator(mesh):
+  return jax.jit(lambda rows: rows, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 class Vote:
@@ -241,12 +256,19 @@ class Vote:
     asked, self._asked = self._asked, self._largest(numbers)
     return 0 if asked is None else int(jax.device_get(asked))
 
+  def wait(self):
+    """Waits until the last round is over, whose result the next call gives."""
+    jax.block_until_ready(self._asked)
+
 
 class Alone:
   """The twin of `Vote` for one process, where nobody else is to be asked."""
 
   def __call__(self, number):
     return number
+
+  def wait(self):
+    pass
 
 
 def vote(sharding):

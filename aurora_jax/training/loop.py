@@ -113,6 +113,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       if not folder.config.is_file():
         raise UserError(f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
                         "one, on a file system that they share")
+    unread.begin()
     interrupts = stack.enter_context(Interrupts())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
@@ -167,12 +168,12 @@ class _Trainer:
     self._vote = hosts.vote(getattr(prepared, "batch_sharding", None))
     self._unread = unread
     self._no_batch = None  # why there is no next batch
+    self._in_flight = None  # metrics of the newest step
 
   def begin(self, stored, started):
     """Takes up the clock and the unfinished window of a checkpoint's progress, {} for a new run."""
     self.clock = Clock(stored.get("clock"), started)
     self._window = metrics_lib.Window(stored.get("window"))
-    self._unread.begin()
     self._skips = guard.Skips(self._settings.max_skipped_in_a_row, stored.get("skips"))
     self._watch = watch.Watch(self._prepared.experiment.watch, stored.get("watch"))
     self._pending = None  # (steps done, device metrics): dispatched, not yet looked at
@@ -197,6 +198,7 @@ class _Trainer:
           with jax.transfer_guard("disallow"):
             state, metrics = prepared.step(step, state, batch)
         self.step = step = step + 1
+        self._in_flight = metrics
         with clock.phase("input"):  # the next batch travels while this step runs
           batch = self._next(batches)
         with clock.phase("step"):
@@ -258,13 +260,20 @@ class _Trainer:
     if skip is not None:
       self._report_skip(skip)
     if done % self._settings.log_every == 0:
-      self._unread.share()
+      self._share()
       self._write_window(done)
     names = [name for name in self._headline if name in metrics] or [
         name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])][:_SHOWN_METRICS]
     seconds = self.clock.step_seconds
     self._display.step(done, {name: float(metrics[name]) for name in names},
                        self._settings.batch_size / seconds if seconds else None, self._seconds_left(done))
+
+  def _share(self):
+    """Tells the other processes of skipped records, and hears of theirs, while no program is on its way."""
+    if not hosts.is_alone():
+      jax.block_until_ready(self._in_flight)
+      self._vote.wait()
+    self._unread.share()
 
   def _write_window(self, done):
     values = self._window.take()
@@ -329,7 +338,7 @@ class _Trainer:
     self._flush()
     with self.clock.phase("checkpoint"):
       self._display.doing("saving", brief=True)
-      self._unread.share()
+      self._share()
       guard.check_state(step, state)
       self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
           "clock": self.clock.to_json(), "window": self._window.to_json(), "skips": self._skips.to_json(),
