@@ -197,6 +197,13 @@ def from_first(number):
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def float_from_first(number):
+  """A float as the first process has it, bit by bit."""
+  if _alone():
+    return number
+  return float(np.array([from_first(int(part)) for part in np.array([number]).view(np.int32)], np.int32).view(np.float64)[0])
+
+
 class Vote:
   """The largest of all processes' numbers, the same in all of them, at no waiting: known one call later.
 

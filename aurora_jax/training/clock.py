@@ -1,10 +1,10 @@
-"""Where the time goes: input, step, samples, checkpoint; kept over restarts."""
+"""Where the time goes: input, step, samples, evaluation, checkpoint; kept over restarts."""
 
 import collections
 import contextlib
 import time
 
-PHASES = ("input", "step", "samples", "checkpoint")
+PHASES = ("input", "step", "samples", "evaluation", "checkpoint")
 _REMEMBERED_STEPS = 64
 
 

@@ -5,8 +5,8 @@ A step's metrics are a flat dict {name: scalar, or vector that becomes name/0, n
 over the steps that had it.
 
 A line of metrics.jsonl is one JSON object with "step" (steps done), "seconds" (trained so far, over all restarts) and
-"kind": "start", "resume", "train" (averages of a window), "samples", "checkpoint", "stop", or what other commands add
-("eval"). After a resume the lines beyond the step that was resumed from stay in the file; `history` leaves them out.
+"kind": "start", "resume", "train" (averages of a window), "stage" (of progressive growing: one begins), "evaluation" (a
+Frechet distance of the generator's), "samples", "checkpoint", "stop", or what other commands add ("eval"). After a resume the lines beyond the step that was resumed from stay in the file; `history` leaves them out.
 """
 
 import io
@@ -221,6 +221,11 @@ class Log:
     self._lines.write("train", step, seconds, values)
     self._board.scalars(step, values)
 
+  def measured(self, kind, step, seconds, values):
+    """What was measured beside the steps: "stage" or "evaluation"."""
+    self._lines.write(kind, step, seconds, values)
+    self._board.scalars(step, values)
+
   def picture(self, step, name, picture):
     """A picture for TensorBoard."""
     self._board.picture(step, name, picture)
@@ -237,6 +242,9 @@ class NoLog:
     pass
 
   def train(self, step, seconds, values):
+    pass
+
+  def measured(self, kind, step, seconds, values):
     pass
 
   def picture(self, step, name, picture):

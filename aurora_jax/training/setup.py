@@ -19,6 +19,7 @@ from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
+from aurora_jax.training import frechet
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import step as step_lib
@@ -47,6 +48,8 @@ class Prepared:
     batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
     sample: state -> SampleSet.
+    distances: Frechet distances, where the experiment has stages; else None.
+    at_stage: resolution -> the same with that stage's `step` and `sample`.
   """
 
   experiment: config_lib.Experiment
@@ -60,6 +63,8 @@ class Prepared:
   batches: Callable
   step: Callable
   sample: Callable
+  distances: frechet.Distances | None
+  at_stage: Callable
 
 
 def prepare(experiment: config_lib.Experiment) -> Prepared:
@@ -77,6 +82,33 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     dataset, clip = _read(experiment)
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
+
+  def init():
+    key = jax.random.key(experiment.train.seed)
+    state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
+    if origin and hosts.is_first():
+      print(origin, flush=True)
+    return state
+
+  def at_stage(resolution):
+    of_stage = placed_lib.place(experiment, clip.module(), layout, resolution)
+    return dataclasses.replace(
+        whole, step=_stepper(experiment, of_stage, frozen),
+        sample=_sampler(config_lib.at_stage(experiment, resolution), clip, frozen, of_stage))
+
+  distances = None
+  if experiment.schedule.resolutions:
+    distances = frechet.Distances(experiment, dataset, clip, frozen, placed)
+  whole = Prepared(
+      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, placed), init=init,
+      abstract_state=placed.abstract_state, batch_sharding=layout.batch,
+      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=_stepper(experiment, placed, frozen),
+      sample=_sampler(experiment, clip, frozen, placed), distances=distances, at_stage=at_stage)
+  return whole
+
+
+def _stepper(experiment, placed, frozen):
+  """(step number, state, device batch) -> (state, metrics), by the programs of `placed`."""
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
 
   def step(number, state, batch):
@@ -86,18 +118,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
       metrics |= more
     return state, metrics
 
-  def init():
-    key = jax.random.key(experiment.train.seed)
-    state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
-    if origin and hosts.is_first():
-      print(origin, flush=True)
-    return state
-
-  return Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, placed), init=init,
-      abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=step,
-      sample=_sampler(experiment, clip, frozen, placed))
+  return step
 
 
 def _read(experiment):
