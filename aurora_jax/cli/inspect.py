@@ -120,6 +120,7 @@ def _run_lines(path):
     rate = measured[-1].get("images_per_second")
     yield f"speed      {rate:,.1f} images/s in the last window" if rate else "speed      unknown"
   yield f"ended      {_ending(everything, run_folder.is_held(path))}"
+  yield from _stage_lines(experiment, rows)
   resumes = [row for row in everything if row["kind"] == "resume"]
   if resumes:
     at = ", ".join(f"{row['step']:,}" for row in resumes[-8:])
@@ -157,9 +158,29 @@ def _ending(rows, held):
   return words.get(last.get("reason"), str(last.get("reason")))
 
 
+def _stage_lines(experiment, rows):
+  """Where progressive growing stands; nothing for a run without stages."""
+  from aurora_jax.training import schedule  # pylint: disable=g-import-not-at-top
+
+  begun = [row for row in rows if row["kind"] == "stage"]
+  for row in begun:
+    head = "stages" if row is begun[0] else ""
+    yield (f"{head:10s} {schedule.words(experiment.schedule, row['resolution'])}, from step {row['step']:,} "
+           f"({row['reason']})")
+  distances = [row for row in rows if row["kind"] in ("stage", "evaluation")]
+  if not distances:
+    return
+  row = distances[-1]
+  side, factor = row["resolution"], experiment.schedule.factor
+  values = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("frechet_")}
+  own = f"{values[str(side)]:.4g} at step {row['step']:,}" if str(side) in values else "not measured yet"
+  yield (f"frechet    {own}, of real pictures {values[f'reference_{side}']:.4g}, goal: less than {factor:g} times that "
+         f"({side}x{side} pixels, features by {row['features']}, {row['pictures']:,} pictures)")
+
+
 def _numbers(row):
   """Metrics in three columns; the loads of experts and the times are left to the report."""
-  hidden = ("step", "seconds", "images", "images_per_second")
+  hidden = ("step", "seconds", "images", "images_per_second", "resolution")
   shown = [(name, value) for name, value in row.items()
            if name not in hidden and isinstance(value, (int, float)) and not name.startswith(("time/", "moe/load/"))]
   cells = [f"{name} {value:.4g}" for name, value in shown]
@@ -186,6 +207,10 @@ def _checkpoint_lines(path):
   stored = checkpoint.stored_config(path.parent, int(path.name))
   if stored:
     yield f"config     {stored.get('name')}"
+  growth = checkpoint.stored_progress(path.parent, int(path.name)).get("schedule")
+  if stored and growth:
+    newest = growth["stages"][-1]
+    yield f"stage      {newest['resolution']}x{newest['resolution']} pixels since step {newest['step']:,} ({newest['reason']})"
 
 
 def _data_lines(path):
@@ -236,6 +261,10 @@ def _describe_config(args):
   yield f"experiment {experiment.name}: {_networks_in_words(experiment)}"
   yield (f"length     {train.total_steps:,} steps of {train.batch_size} images = "
          f"{train.total_steps * train.batch_size / 1e6:,.2f} M images")
+  if experiment.schedule.resolutions:
+    cfg = experiment.schedule
+    yield (f"stages     {', '.join(f'{r} px ({_cap(cfg, r)})' for r in cfg.resolutions)}; each until its Frechet distance "
+           f"is less than {cfg.factor:g} x that of real pictures")
   yield f"data       {experiment.data.path or '(to be set: --config.data.path)'} [{experiment.data.split}]"
   yield f"text       {experiment.text.clip or '(to be set: --config.text.clip)'}"
   for name in ("generator", "discriminator"):
@@ -251,6 +280,12 @@ def _describe_config(args):
       yield parameter_overview.get_parameter_overview(parameters, include_stats=False)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   yield f"training state: {_bytes(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, optimisers)"
+
+
+def _cap(cfg, resolution):
+  if resolution == cfg.resolutions[-1]:
+    return "to the end"
+  return f"at most {cfg.max_images[resolution] / 1e6:,g} M images"
 
 
 def _sharding_lines(experiment, devices):
@@ -310,7 +345,7 @@ def _grouped(parameters):
               else "heads" if names[0].endswith("conditional") else "convolutions")
       key = (0, int(resolution[1]), f"{int(resolution[1]):3d} px, {part}")
     else:
-      part = {"input": "Fourier input", "last": "last layer"}.get(names[0], names[0])
+      part = {"input": "input layer", "last": "last layer"}.get(names[0], names[0])
       key = (-1, 0, re.sub(r"_\d+$", "", part).replace("_", " "))
     groups[key] = groups.get(key, 0) + leaf.size
   return {key[2]: groups[key] for key in sorted(groups)}

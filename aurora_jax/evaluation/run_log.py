@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 # Fields of a metrics line that say when and what, and are no curve.
-_COUNTERS = ("step", "seconds", "images", "kind", "time")
+_COUNTERS = ("step", "seconds", "images", "kind", "time", "resolution", "features", "pictures", "factor")
 _LOAD = "moe/load/"
 
 
@@ -21,7 +21,8 @@ class RunLog:
   Attributes:
     series: {name: (steps int [n], values float [n])}, steps strictly ascending; what an interrupted run repeated
       after its resumption replaces what it had written before.
-    last: the newest value of each counter: "step", "seconds", "images", where there are any.
+    last: the newest value of each counter, where there are any: "step", "seconds", "images", and of a run that grows
+      "resolution" (pixels) and "features" (what Frechet distances are of, a string).
     resumes: steps at which the run was taken up again.
     skipped: number of lines that could not be read.
   """
@@ -57,9 +58,11 @@ def read_metrics(path):
     except (ValueError, TypeError, KeyError, OverflowError):
       skipped += 1
       continue
-    for name in ("step", "seconds", "images"):
+    for name in ("step", "seconds", "images", "resolution"):
       if _is_number(row.get(name)):
         last[name] = row[name]
+    if isinstance(row.get("features"), str):
+      last["features"] = row["features"]
     if row.get("kind") == "resume":
       resumes.append(step)
     for name, value in row.items():
@@ -99,6 +102,7 @@ def natural_key(name):
 # Which chart a curve belongs to: the first rule whose pattern is found in the name.
 _GROUPS = (
     ("Judge", r"^judge/"),
+    ("Frechet distance", r"^frechet_"),
     ("Matching", r"matching"),
     ("R1", r"(^|[/_])r1($|[/_])"),
     ("CLIP", r"clip"),
@@ -109,7 +113,7 @@ _GROUPS = (
 )
 # What the first part of a name is called in a chart's title.
 _PREFIXES = {"d": "discriminator", "g": "generator", "grad_norm": "gradient norm"}
-_ORDER = ("Adversarial", "Matching", "CLIP", "Mixture of experts", "R1", "Learning", "Judge", "Other")
+_ORDER = ("Frechet distance", "Adversarial", "Matching", "CLIP", "Mixture of experts", "R1", "Learning", "Judge", "Other")
 
 
 def curve_groups(log, most_points=400):

@@ -10,7 +10,10 @@ from it alone, so a resumed run decides as an uninterrupted one. How a distance 
 """
 
 import dataclasses
-from typing import Any
+
+from aurora_jax import config as config_lib
+from aurora_jax.training import checkpoint
+from aurora_jax.training import initial
 
 # Why a stage began.
 START, BEATEN, CAP = "start", "reference beaten", "cap"
@@ -44,7 +47,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What has happened so far: stages begun and distances taken, in order. It is never empty once a run has begun."""
+  """What has happened so far: stages begun and distances taken, in order."""
 
   stages: tuple[Stage, ...] = ()
   measurements: tuple[Measurement, ...] = ()
@@ -60,9 +63,36 @@ class Progress:
                tuple(Measurement(**entry) for entry in values["measurements"]))
 
 
-def resolution(cfg, progress):
-  """The resolution at which to train, in pixels: that of the stage at hand, or of the first one."""
-  return progress.stages[-1].resolution if progress.stages else cfg.resolutions[0]
+def words(cfg, side):
+  """The stage of a resolution in words: "stage 2 of 5: 8x8 pixels"."""
+  return f"stage {cfg.resolutions.index(side) + 1} of {len(cfg.resolutions)}: {side}x{side} pixels"
+
+
+def at_checkpoint(experiment, folder, step=None):
+  """What of an experiment a checkpoint has trained: the experiment at the stage it was saved in.
+
+  Args:
+    experiment: the whole one.
+    folder: path of `checkpoints/`.
+    step: of the checkpoint; None takes the newest.
+
+  Returns:
+    `config.at_stage`; the experiment itself where there are no stages or the checkpoint knows of none (a converted one).
+  """
+  stored = checkpoint.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
+  stages = Progress.from_json(stored).stages if stored else ()
+  return config_lib.at_stage(experiment, stages[-1].resolution) if stages else experiment
+
+
+def first_resolution(experiment):
+  """At which a new run begins: the first stage's, or where the networks come from another checkpoint, that one's stage."""
+  cfg = experiment.schedule
+  if not experiment.train.init_from:
+    return cfg.resolutions[0]
+  folder, step = initial.source(experiment.train.init_from)
+  stored = checkpoint.stored_progress(folder, step).get("schedule")
+  reached = Progress.from_json(stored).stages[-1].resolution if stored else cfg.resolutions[-1]
+  return cfg.resolutions[cfg.stage(min(reached, cfg.resolutions[-1]))]
 
 
 def next_stage(cfg, progress, step, batch_size):
@@ -70,12 +100,10 @@ def next_stage(cfg, progress, step, batch_size):
 
   Args:
     cfg: `config.Schedule` with stages.
-    progress: `Progress`.
+    progress: `Progress` with at least one stage.
     step: steps done.
     batch_size: images per step.
   """
-  if not progress.stages:
-    return cfg.resolutions[0], START
   stage, newest = progress.stages[-1], progress.measurements[-1:]
   following = [r for r in cfg.resolutions if r > stage.resolution]
   if not following:
@@ -90,8 +118,6 @@ def next_stage(cfg, progress, step, batch_size):
 
 def measurement_due(cfg, progress, step, batch_size):
   """Whether the generator's distance is to be taken at this step: every so many images of a stage, and at its cap."""
-  if not progress.stages:
-    return False
   stage, newest = progress.stages[-1], progress.measurements[-1:]
   if step <= stage.step or (newest and newest[0].step >= step):
     return False
@@ -111,27 +137,36 @@ class Growing:
     progress: `Progress`.
   """
 
-  def __init__(self, cfg, batch_size, distances, stored=None):
+  def __init__(self, experiment, distances, stored=None):
     """Begins, or goes on.
 
     Args:
-      cfg: `config.Schedule` with stages.
-      batch_size: images per step.
+      experiment: the whole `config.Experiment`, with stages.
       distances: `frechet.Distances`.
       stored: `to_json`'s values, None for a new run.
     """
-    self._cfg, self._batch_size, self._distances = cfg, batch_size, distances
+    self._cfg, self._batch_size, self._distances = experiment.schedule, experiment.train.batch_size, distances
     self.progress = Progress.from_json(stored) if stored else Progress()
+    self._first = None if self.progress.stages else first_resolution(experiment)
 
   @property
   def resolution(self):
     """At which to train now, in pixels."""
-    return resolution(self._cfg, self.progress)
+    return self.progress.stages[-1].resolution if self.progress.stages else self._first
 
   def is_due(self, step):
     """Whether something is to be measured before the step after `step`."""
+    return self._due(step) is not None
+
+  def _due(self, step):
+    """What is to be done at this step, (method, its further arguments ...), or None."""
+    if not self.progress.stages:
+      return self._begin, self._first, START
     arguments = self._cfg, self.progress, step, self._batch_size
-    return measurement_due(*arguments) or next_stage(*arguments) is not None
+    if measurement_due(*arguments):
+      return (self._measure,)
+    following = next_stage(*arguments)
+    return following and (self._begin, *following)
 
   def advance(self, step, state, keep_on):
     """Takes one distance, the reference of a stage that begins or the generator's, and remembers it.
@@ -144,10 +179,8 @@ class Growing:
     Returns:
       ("stage" or "evaluation", values for metrics.jsonl, words), or None where it was given up: it is due again then.
     """
-    arguments = self._cfg, self.progress, step, self._batch_size
-    if measurement_due(*arguments):
-      return self._measure(step, state, keep_on)
-    return self._begin(step, *next_stage(*arguments), keep_on)
+    what, *arguments = self._due(step)
+    return what(step, state, keep_on, *arguments)
 
   def _measure(self, step, state, keep_on):
     side, reference = self.resolution, self.progress.stages[-1].reference
@@ -161,15 +194,15 @@ class Growing:
     return "evaluation", values, (f"step {step:,}, {side}x{side} pixels: Frechet distance {found:.4g}, of real pictures "
                                   f"{reference:.4g} (goal: less than {factor:g} times that; {self._distances.words})")
 
-  def _begin(self, step, side, reason, keep_on):
+  def _begin(self, step, state, keep_on, side, reason):
+    del state
     found = self._distances.reference(side, keep_on)
     if found is None:
       return None
     self.progress = dataclasses.replace(self.progress, stages=self.progress.stages + (Stage(side, step, reason, found),))
     values = {"reason": reason, f"{self._distances.name}/reference_{side}": found} | self._about(side)
-    number = len(self.progress.stages)
-    return "stage", values, (f"step {step:,}: stage {number} of {len(self._cfg.resolutions)} begins ({reason}): {side}x{side} "
-                             f"pixels; Frechet distance of real pictures {found:.4g} ({self._distances.words})")
+    return "stage", values, (f"step {step:,}: {words(self._cfg, side)} begin ({reason}); Frechet distance of real pictures "
+                             f"{found:.4g} ({self._distances.words})")
 
   def _about(self, side):
     return {"resolution": side, "features": self._distances.features, "pictures": self._distances.count}
@@ -199,7 +232,6 @@ def of_run(prepared, stored):
     prepared: as of `loop.run`; one with stages has `distances`.
     stored: `to_json`'s values from a checkpoint, or None.
   """
-  experiment: Any = prepared.experiment
-  if not experiment.schedule.resolutions:
+  if not prepared.experiment.schedule.resolutions:
     return NotGrowing()
-  return Growing(experiment.schedule, experiment.train.batch_size, prepared.distances, stored)
+  return Growing(prepared.experiment, prepared.distances, stored)

@@ -22,6 +22,7 @@ from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.training import frechet
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
+from aurora_jax.training import schedule
 from aurora_jax.training import step as step_lib
 
 
@@ -30,6 +31,7 @@ class SampleSet(NamedTuple):
 
   images: np.ndarray  # [prompts, latents, R, R, 3] float32
   prompts: tuple[str, ...]
+  stage: str = ""  # of a run that grows, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     of_stage = placed_lib.place(experiment, clip.module(), layout, resolution)
     return dataclasses.replace(
         whole, step=_stepper(experiment, of_stage, frozen),
-        sample=_sampler(config_lib.at_stage(experiment, resolution), clip, frozen, of_stage))
+        sample=_sampler(config_lib.at_stage(experiment, resolution), clip, frozen, of_stage, schedule.words(
+            experiment.schedule, resolution)))
 
   distances = None
   if experiment.schedule.resolutions:
@@ -170,7 +173,7 @@ def _freeze(experiment, dataset, clip, layout):
   return step_lib.Frozen(variables, bank, ids)
 
 
-def _sampler(experiment, clip, frozen, placed):
+def _sampler(experiment, clip, frozen, placed, stage=""):
   """Fixed prompts and latents through the EMA generator; each prompt on its own, so that a grid never changes meaning."""
   train, cfg = experiment.train, experiment.generator.for_sampling(jax.default_backend())
   prompts, latents = tuple(train.sample_prompts), train.sample_latents
@@ -192,6 +195,6 @@ def _sampler(experiment, clip, frozen, placed):
 
   def sample(state):
     images = np.asarray(generate(state.ema, state.buffers, frozen, tokens, z))[:rows]
-    return SampleSet(images.reshape(len(prompts), latents, *images.shape[1:]), prompts)
+    return SampleSet(images.reshape(len(prompts), latents, *images.shape[1:]), prompts, stage)
 
   return sample
