@@ -201,7 +201,7 @@ class Growing:
       return None
     self.progress = dataclasses.replace(self.progress, stages=self.progress.stages + (Stage(side, step, reason, found),))
     values = {"reason": reason, f"{self._distances.name}/reference_{side}": found} | self._about(side)
-    return "stage", values, (f"step {step:,}: {words(self._cfg, side)} begin ({reason}); Frechet distance of real pictures "
+    return "stage", values, (f"step {step:,}: on to {words(self._cfg, side)} ({reason}); Frechet distance of real pictures "
                              f"{found:.4g} ({self._distances.words})")
 
   def _about(self, side):
