@@ -68,6 +68,9 @@ class Generator:
   conv_residual_gain: float = 0.4
   attention_residual_gain: float = 0.3
   zero_init_attention: bool = True
+  fourier_input: bool = True  # released; False: a trained constant (StyleGAN2, GigaGAN)
+  tied_attention: bool = False  # queries and keys of self-attention are one projection (GigaGAN; released: apart)
+  w_token: bool = False  # w, projected, is one more token that cross-attention sees (GigaGAN; released: not)
   deformable_max_resolution: int = 16  # modulated transformation module (MTM) up to here; 0 turns it off
   output_resolutions: tuple[int, ...] = (4, 8, 16, 32, 64)
   # How the experts of a layer are evaluated: "bucket", "grouped" or "dense", see ops/moe.py.
@@ -99,6 +102,8 @@ class Generator:
              f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}")
     _require(self.moe_backend in ("dense", "bucket", "grouped"),
              f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}")
+    _require(all(count > 0 for count in self.experts.values()),
+             f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}")
     _require(self.text_dim % self.text_heads == 0,
              f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
     _require(self.compute_dtype in ("float32", "bfloat16"),
@@ -192,11 +197,20 @@ class Loss:
   early_exit_adversarial: float = 0.01  # GigaGAN A2 (recalled); the last exit weighs 1
   early_exit_matching: float = 0.05
   matching_weight: float = 1.0  # mismatched pairs in the discriminator's step, GigaGAN eq. 8
+  matching_real: float = 1.0  # its share on real pictures with another caption ...
+  matching_fake: float = 1.0  # ... and on generated ones: GigaGAN's equation has both with the same weight
   generator_matching_weight: float = 0.0  # the paper does not say; 0 is the safe reading
   r1_gamma: float = 0.2048  # GigaGAN A2, start of its range
+  # GigaGAN A2. A step of its own every so many, times as much; rate and beta2 of the discriminator shrink by
+  # interval / (interval + 1) for it (StyleGAN2, appendix B). 1: in every step.
   r1_interval: int = 16
-  clip_weight: float = 0.2  # GigaGAN A2 (recalled 0.2-1.0), StyleGAN-T 0.2
-  clip_min_resolution: int = 16  # smaller pyramid levels carry hardly any signal for CLIP
+  r1_levels: tuple[int, ...] = ()  # pyramid levels that R1 covers; (): all that enter the discriminator (choice)
+  # GigaGAN A2 (recalled 0.2-1.0), StyleGAN-T 0.2. It is that of the loss over the global batch. The released `clip_model.py`
+  # passes back only the part of the gradient that belongs to a GPU's own rows, and data-parallel training takes the mean
+  # over W GPUs: a weight tuned there acts as weight / W here.
+  clip_weight: float = 0.2
+  # The loss is the mean over pyramid levels of at least this many pixels; smaller ones carry hardly any signal for CLIP.
+  clip_min_resolution: int = 16
   clip_logit_scale: float = 0.0  # 0 takes CLIP's own temperature (released)
   clip_bank: int = 0  # further negatives: this many training captions beside the batch's own (0: batch only)
   clip_augment: bool = False  # shift, noise and colour shift before the image tower
@@ -219,6 +233,38 @@ class Optimizer:
   ema_half_life_images: float = 10_000.0  # StyleGAN2 / Hammer default
   ema_ramp_up: float = 0.05  # StyleGAN2-ADA: half-life at most this fraction of the images seen
   w_average_decay: float = 0.998  # Hammer default
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """Progressive growing by reference FID (aurora.md, section 4.1: the rule is the paper's, all numbers are choices).
+
+  A stage trains up to one resolution. It ends when the Frechet distance of the generator's pictures to real ones is less
+  than `factor` times that between two disjoint sets of real pictures, all sets of one size, or at its cap in images.
+  """
+
+  resolutions: tuple[int, ...] = ()  # one per stage, the last is generator.resolution; (): no stages
+  features: str = "clip"  # what the distance is of: "clip", embeddings by the image tower of text.clip
+  factor: float = 1.0  # the paper: better than the reference
+  images: int = 10_000  # in each set; the paper's table has "FID 10K". At most half the training split
+  every_images: int = 1_000_000  # images of training from one measurement to the next
+  max_images: Mapping[int, int] = _per_resolution()  # caps, {resolution: images of training}; of all stages but the last
+
+  def __post_init__(self):
+    _require(all(b > a for a, b in zip(self.resolutions, self.resolutions[1:])),
+             f"schedule.resolutions must ascend, got {self.resolutions}")
+    _require(self.features == "clip",
+             f"schedule.features must be 'clip' (the image tower of text.clip), got {self.features!r}")
+    for name in ("factor", "every_images"):
+      _require(getattr(self, name) > 0, f"schedule.{name} must be positive, got {getattr(self, name)}")
+    _require(self.images > 1, f"schedule.images must be at least 2, got {self.images}")
+    for resolution in self.resolutions[:-1]:
+      cap = self.max_images.get(resolution, 0)
+      _require(cap > 0, f"schedule.max_images needs a positive cap for the stage of {resolution} pixels, got {cap or 'none'}")
+
+  def stage(self, resolution):
+    """The stage (0, 1, ...) from which on something is used that needs `resolution` pixels."""
+    return next(i for i, reached in enumerate(self.resolutions) if reached >= resolution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +377,7 @@ class Experiment:
   discriminator: Discriminator = Discriminator()
   loss: Loss = Loss()
   optimizer: Optimizer = Optimizer()
+  schedule: Schedule = Schedule()
   data: Data = Data()
   text: Text = Text()
   mesh: Mesh = Mesh()
@@ -343,6 +390,49 @@ class Experiment:
              f"{self.discriminator.resolution} differ")
     missing = set(self.discriminator.input_resolutions) - set(self.generator.output_resolutions)
     _require(not missing, f"discriminator.input_resolutions names {sorted(missing)}, which the generator does not give")
+    for r in self.loss.r1_levels:
+      _require(r in self.discriminator.input_resolutions,
+               f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}")
+
+
+def at_stage(experiment, resolution):
+  """The experiment whose networks and losses end at `resolution`, a stage of progressive growing.
+
+  Its networks take the parameters of the whole one; those of higher resolutions are not looked at. Of a loss that names
+  levels there remain those that exist; where none remains R1 takes all, the CLIP loss is off.
+
+  Args:
+    experiment: the whole one.
+    resolution: one of `schedule.resolutions`.
+
+  Returns:
+    `Experiment`; data, rates and lengths are those of the whole one.
+  """
+  replace = dataclasses.replace
+  within = lambda values: tuple(r for r in values if r <= resolution)
+  depths = lambda values: PerResolution({r: depth for r, depth in values.items() if r <= resolution})
+  generator, discriminator, loss = experiment.generator, experiment.discriminator, experiment.loss
+  outputs = within(generator.output_resolutions)
+  return replace(
+      experiment,
+      generator=replace(generator, resolution=resolution, output_resolutions=outputs,
+                        attention_depth=depths(generator.attention_depth)),
+      discriminator=replace(discriminator, resolution=resolution, input_resolutions=within(discriminator.input_resolutions),
+                            exit_resolutions=tuple(r for r in discriminator.exit_resolutions if r < resolution),
+                            attention_depth=depths(discriminator.attention_depth)),
+      loss=replace(loss, r1_levels=within(loss.r1_levels),
+                   clip_weight=loss.clip_weight if resolution >= loss.clip_min_resolution else 0.0))
+
+
+def _check_whole(experiment):
+  """What holds for a whole experiment and not for one `at_stage`."""
+  stages, cfg = experiment.schedule.resolutions, experiment.discriminator
+  _require(not stages or stages[-1] == experiment.generator.resolution,
+           f"schedule.resolutions {stages} must end with generator.resolution {experiment.generator.resolution}")
+  missing = [r for r in stages if r not in cfg.input_resolutions]
+  _require(not missing, f"schedule.resolutions {stages}: the pictures of stage {missing} do not enter the discriminator, "
+           f"discriminator.input_resolutions are {cfg.input_resolutions}")
+  return experiment
 
 
 def _typed(cls, values, where):
@@ -384,7 +474,7 @@ def from_mapping(values):
   Raises:
     UserError: a field that does not exist, a value of the wrong type, values that do not fit together.
   """
-  return _typed(Experiment, values, "")
+  return _check_whole(_typed(Experiment, values, ""))
 
 
 def to_mapping(experiment):

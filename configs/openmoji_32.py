@@ -1,7 +1,15 @@
 """A small Aurora on OpenMoji at 32x32, for two CPU cores: the quickstart's experiment.
 
 All parts of the system at a small size: Fourier input, adaptive kernels, deformable convolutions, L2 attention, sparse
-experts at 8 and 16 pixels, multi-scale discriminator, all four losses.
+experts at 8 pixels, multi-scale discriminator, all four losses.
+
+Variants:
+  progressive  grows from 8 over 16 to 32 pixels, with every level judged; the same networks all at once, to compare with:
+               --config openmoji_32.py:progressive --config.schedule.resolutions="()"
+  dense        a feed-forward layer of one expert's size in place of the experts: as many active parameters, no router
+  test         a few steps
+
+Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0.
 """
 
 from aurora_jax import config as config_lib
@@ -13,8 +21,8 @@ PROMPTS = (
 
 
 def get_config(variant=""):
-  if variant not in ("", "test"):
-    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'test'")
+  if variant not in ("", "progressive", "dense", "test"):
+    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'dense' and 'test'")
   config = config_lib.defaults()
   config.name = "openmoji_32"
 
@@ -93,6 +101,10 @@ def get_config(variant=""):
   train.sample_every = 500
   train.sample_prompts = PROMPTS
   train.sample_latents = 2
+  if variant == "progressive":
+    grow(config)
+  if variant == "dense":
+    generator.experts = {8: 1}
   if variant == "test":
     train.total_steps = 6
     train.batch_size = 4
@@ -103,3 +115,17 @@ def get_config(variant=""):
     loss.r1_interval = 2
     loss.clip_bank = 8
   return config
+
+
+def grow(config):
+  """From 8 over 16 to 32 pixels; at most a sixth of the images for each stage before the last."""
+  config.name = "openmoji_32_progressive"
+  config.discriminator.input_resolutions = (32, 16, 8)
+  config.discriminator.exit_resolutions = (8, 1)
+  config.loss.level_weights = {32: 0.7, 16: 0.3, 8: 0.3}
+  schedule = config.schedule
+  schedule.resolutions = (8, 16, 32)
+  schedule.factor = 1.5
+  schedule.images = 1_000
+  schedule.every_images = 2_000
+  schedule.max_images = {8: 8_000, 16: 8_000}

@@ -38,6 +38,14 @@ def test_command_line_overrides():
     (["--config.generator.text_attention=both"], "'both'"),
     (["--config.generator.resolution=48"], "got 48"),
     (["--config.generator.experts[8]=2.5"], "2.5"),
+    (["--config.generator.experts[8]=0"], "at least 1 (a dense feed-forward)"),
+    (["--config.loss.r1_levels=(64, 24)"], "names 24"),
+    (["--config.schedule.resolutions=(4, 16, 8, 64)"], "must ascend"),
+    (["--config.schedule.resolutions=(4, 8, 16)"], "must end with generator.resolution 64"),
+    (["--config.schedule.resolutions=(4, 64)", "--config.schedule.max_images[4]=0"], "cap for the stage of 4 pixels, got none"),
+    (["--config.discriminator.input_resolutions=(64, 32, 8, 4)"], "the pictures of stage [16] do not enter"),
+    (["--config.schedule.features=vgg"], "must be 'clip'"),
+    (["--config.schedule.factor=0.0"], "schedule.factor must be positive, got 0.0"),
     (["--config.discriminator.resolution=32"], "(64, 32, 16, 8, 4) must be some of (32, 16, 8, 4)"),
     (["--config.generator.output_resolutions=(4, 8)"], "[16, 32, 64], which the generator does not give"),
 ])
@@ -61,3 +69,25 @@ def test_unknown_field_in_stored_json_is_named():
   values["train"]["sed"] = 1
   with pytest.raises(UserError, match="no field 'train.sed'; did you mean 'seed'"):
     config.from_mapping(values)
+
+
+def test_the_experiment_at_a_stage_ends_at_its_resolution():
+  whole = load("--config.loss.r1_levels=(64, 32)")
+  stage = config.at_stage(whole, 8)
+  assert (stage.generator.resolution, stage.generator.output_resolutions) == (8, (4, 8))
+  assert dict(stage.generator.attention_depth) == {8: 2} and dict(stage.discriminator.attention_depth) == {8: 2}
+  assert (stage.discriminator.input_resolutions, stage.discriminator.exit_resolutions) == ((8, 4), (4, 1))
+  assert stage.loss.clip_weight == 0 and stage.loss.r1_levels == ()  # none of their levels is there
+  later = config.at_stage(whole, 32)
+  assert later.loss.clip_weight == whole.loss.clip_weight and later.loss.r1_levels == (32,)
+  assert config.at_stage(whole, 64) == whole
+  assert stage.schedule == whole.schedule and stage.optimizer == whole.optimizer and stage.train == whole.train
+  assert config.at_stage(whole, 4).discriminator.exit_resolutions == (1,)
+
+
+def test_variants_of_openmoji():
+  growing = config.load(["--config=configs/openmoji_32.py:progressive"])
+  assert growing.schedule.resolutions == (8, 16, 32) and growing.name == "openmoji_32_progressive"
+  plain = config.load(["--config=configs/openmoji_32.py:progressive", "--config.schedule.resolutions=()"])
+  assert plain.schedule.resolutions == () and plain.discriminator == growing.discriminator
+  assert dict(config.load(["--config=configs/openmoji_32.py:dense"]).generator.experts) == {8: 1}

@@ -115,6 +115,10 @@ def _checkpoint_lines(path):
   stored = checkpoint.stored_config(path.parent, int(path.name))
   if stored:
     yield f"config     {stored.get('name')}"
+  growth = checkpoint.stored_progress(path.parent, int(path.name)).get("schedule")
+  if stored and growth:
+    newest = growth["stages"][-1]
+    yield f"stage      {newest['resolution']}x{newest['resolution']} pixels since step {newest['step']:,} ({newest['reason']})"
 
 
 def _data_lines(path):
@@ -193,6 +197,10 @@ def _describe_config(args):
   yield f"experiment {experiment.name}: {run_story.networks_in_words(experiment)}"
   yield (f"length     {train.total_steps:,} steps of {train.batch_size} images = "
          f"{train.total_steps * train.batch_size / 1e6:,.2f} M images")
+  if experiment.schedule.resolutions:
+    cfg = experiment.schedule
+    yield (f"stages     {', '.join(f'{r} px ({_cap(cfg, r)})' for r in cfg.resolutions)}; each until its Frechet distance "
+           f"is less than {cfg.factor:g} x that of real pictures")
   yield f"data       {experiment.data.path or '(to be set: --config.data.path)'} [{experiment.data.split}]"
   yield f"text       {experiment.text.clip or '(to be set: --config.text.clip)'}"
   for name in ("generator", "discriminator"):
@@ -209,6 +217,12 @@ def _describe_config(args):
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   yield (f"training state: {run_story.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, "
          "optimisers)")
+
+
+def _cap(cfg, resolution):
+  if resolution == cfg.resolutions[-1]:
+    return "to the end"
+  return f"at most {cfg.max_images[resolution] / 1e6:,g} M images"
 
 
 def _sharding_lines(experiment, devices):
@@ -268,7 +282,7 @@ def _grouped(parameters):
               else "heads" if names[0].endswith("conditional") else "convolutions")
       key = (0, int(resolution[1]), f"{int(resolution[1]):3d} px, {part}")
     else:
-      part = {"input": "Fourier input", "last": "last layer"}.get(names[0], names[0])
+      part = {"input": "input layer", "last": "last layer"}.get(names[0], names[0])
       key = (-1, 0, re.sub(r"_\d+$", "", part).replace("_", " "))
     groups[key] = groups.get(key, 0) + leaf.size
   return {key[2]: groups[key] for key in sorted(groups)}

@@ -44,6 +44,7 @@ def run(args):
   if args.singles:
     files.check_folder(args.singles)
   model, latents = sampling_flags.prepare(args, len(prompts), len(prompts), len(sweep))
+  side = model.experiment.generator.resolution
   with progress(f"sampling at step {model.step:,}") as update:
     images = model.sample(prompts, given=latents, psi=sweep, on_batch=update).images
   if len(sweep) == 1:
@@ -56,4 +57,5 @@ def run(args):
       name = f"{p:04d}-{latent:02d}-psi{sweep[k]:.10g}.png"
       pictures.save_png(pictures.to_picture(images[p, latent, k]), pathlib.Path(args.singles) / name)
   sampling_flags.save_latents(args, latents)
-  print(f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, psi {args.psi}, step {model.step:,}")
+  print(f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, {side}x{side} pixels, psi {args.psi}, "
+        f"step {model.step:,}")

@@ -100,7 +100,7 @@ def write_samples(step, samples, folder):
 
   Args:
     step: int.
-    samples: has `images` [P, L, R, R, 3] in [-1, 1] and `prompts`, P strings.
+    samples: has `images` [P, L, R, R, 3] in [-1, 1], `prompts`, P strings, and `stage`, a line of text or "".
     folder: `RunFolder`.
 
   Returns:
@@ -109,7 +109,7 @@ def write_samples(step, samples, folder):
   from aurora_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
 
   columns = 2 if len(samples.prompts) > 6 else 1
-  picture = pictures.captioned_rows(samples.images, samples.prompts, columns=columns)
+  picture = pictures.captioned_rows(samples.images, samples.prompts, columns=columns, title=samples.stage)
   pictures.save_png(picture, folder.sample_picture(step))
   return picture
 

@@ -182,7 +182,7 @@ def captioned_grid(images, captions, columns=None, scale=None, text_size=12):
   return page
 
 
-def captioned_rows(images, captions, scale=None, text_size=13, columns=1):
+def captioned_rows(images, captions, scale=None, text_size=13, columns=1, title=""):
   """One card per prompt: the caption on the left, the pictures of its latents beside it.
 
   Args:
@@ -191,6 +191,7 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1):
     scale: int, the factor of enlargement; None takes `default_scale`.
     text_size: int, pixels.
     columns: int, cards side by side.
+    title: a line above them.
 
   Returns:
     A PIL picture.
@@ -206,12 +207,14 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1):
   rows = -(-prompts // columns)
   card_width = label + 3 * _PADDING + latents * (width + _PADDING)
   card_height = height + 2 * _PADDING
+  head = line + _GAP if title else 0
   page = Image.new(
-      "RGB", (columns * (card_width + _GAP) + _GAP, rows * (card_height + _GAP) + _GAP), _PAGE)
+      "RGB", (columns * (card_width + _GAP) + _GAP, head + rows * (card_height + _GAP) + _GAP), _PAGE)
   draw = ImageDraw.Draw(page)
+  draw.text((_GAP, _GAP), title, INK, font, anchor="la")
   for index in range(prompts):
     left = _GAP + (index % columns) * (card_width + _GAP)
-    top = _GAP + (index // columns) * (card_height + _GAP)
+    top = head + _GAP + (index // columns) * (card_height + _GAP)
     page.paste(_card(card_width, card_height), (left, top))
     text_top = top + (card_height - len(lines[index]) * line) / 2
     for n, words in enumerate(lines[index]):

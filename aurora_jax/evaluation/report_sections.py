@@ -108,6 +108,10 @@ def header(name, config, log):
   speed = log.series.get("images_per_second")
   if speed is not None:
     facts.append(("Images per second", number(float(np.median(speed[1])))))
+  if "resolution" in log.last:
+    facts.append(("Stage", f"{number(log.last['resolution'])} px"))
+  if "features" in log.last:
+    facts.append(("Frechet distance of", log.last["features"]))
   if log.resumes:
     facts.append(("Resumes", number(len(log.resumes))))
   if log.warnings:

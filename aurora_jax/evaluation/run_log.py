@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 # Fields of a metrics line that say when and what, and are no curve.
-_COUNTERS = ("step", "seconds", "images", "kind", "time")
+_COUNTERS = ("step", "seconds", "images", "kind", "time", "resolution", "features", "pictures", "factor")
 _LOAD = "moe/load/"
 # Lines that tell of something; their numbers are no curve.
 _EVENTS = ("warning", "skipped")
@@ -23,7 +23,8 @@ class RunLog:
   Attributes:
     series: {name: (steps int [n], values float [n])}, steps strictly ascending; what an interrupted run repeated
       after its resumption replaces what it had written before.
-    last: the newest value of each counter: "step", "seconds", "images", where there are any.
+    last: the newest value of each counter, where there are any: "step", "seconds", "images", and of a run that grows
+      "resolution" (pixels) and "features" (what Frechet distances are of, a string).
     resumes: steps at which the run was taken up again.
     skipped: number of lines that could not be read.
     warnings: (step, words) of each warning; what an interrupted run repeated is there once.
@@ -64,9 +65,11 @@ def read_metrics(path):
     except (ValueError, TypeError, KeyError, OverflowError):
       skipped += 1
       continue
-    for name in ("step", "seconds", "images"):
+    for name in ("step", "seconds", "images", "resolution"):
       if _is_number(row.get(name)):
         last[name] = row[name]
+    if isinstance(row.get("features"), str):
+      last["features"] = row["features"]
     if row.get("kind") == "resume":
       resumes.append(step)
       events = {kind: [entry for entry in entries if entry[0] <= step] for kind, entries in events.items()}
@@ -113,6 +116,7 @@ _GROUPS = (
     ("Skipped", r"skipped"),
     ("Norms per module", r"^(grad|update)_norm/\w+/"),
     ("Diversity", r"^samples/|w_std"),
+    ("Frechet distance", r"^frechet_"),
     ("Matching", r"matching"),
     ("R1", r"(^|[/_])r1($|[/_])"),
     ("CLIP", r"clip"),
@@ -126,7 +130,7 @@ _PREFIXES = {"d": "discriminator", "g": "generator", "grad_norm": "gradient norm
              "grad_norm/g": "gradient of the generator", "grad_norm/d": "gradient of the discriminator",
              "update_norm/g": "update of the generator",
              "update_norm/d": "update of the discriminator", "samples": "mean distance of samples"}
-_ORDER = ("Adversarial", "Matching", "CLIP", "Mixture of experts", "R1", "Diversity", "Learning", "Norms per module",
+_ORDER = ("Frechet distance", "Adversarial", "Matching", "CLIP", "Mixture of experts", "R1", "Diversity", "Learning", "Norms per module",
           "Skipped", "Judge", "Other")
 
 

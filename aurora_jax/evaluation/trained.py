@@ -15,6 +15,7 @@ from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.training import checkpoint
 from aurora_jax.training import run_folder
+from aurora_jax.training import schedule
 
 # CLIP reads at most 77 tokens; a text this long is a mistake (a file's content in place of its name, say).
 LONGEST_PROMPT = 1000
@@ -30,7 +31,7 @@ class Trained:
 
   Attributes:
     folder: the run's folder.
-    experiment: its configuration.
+    experiment: its configuration; of a run that grows, at the stage of the checkpoint (`config.at_stage`).
     step: of the checkpoint.
     variables: {"params": EMA weights, "buffers": ...}.
     clip: the CLIP that encodes prompts.
@@ -82,12 +83,13 @@ def load(workdir, step=None, batch_size=None, *, pictures=None, prompts_at_once=
   folder = run_folder.RunFolder(workdir)
   if not folder.path.is_dir():
     raise UserError(f"run folder not found: {workdir}")
-  experiment = folder.experiment()
+  whole = folder.experiment()
+  experiment = schedule.at_checkpoint(whole, folder.checkpoints, step)
   # The small and doubtful things first: the weights may be gigabytes.
   cfg = experiment.generator.for_sampling(jax.default_backend())
   cfg = dataclasses.replace(cfg, compute_dtype=dtype or cfg.compute_dtype)
   bundle = _load_clip(clip, experiment)
-  abstract = generator_lib.abstract_variables(cfg)
+  abstract = generator_lib.abstract_variables(whole.generator)
   abstract = {"ema": abstract["params"], "buffers": abstract["buffers"]}
   step, state = checkpoint.read(folder.checkpoints, abstract, step)
   # Buffers stay as they are: frequencies and the average of w are few and worth their precision.

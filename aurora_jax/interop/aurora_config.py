@@ -27,15 +27,18 @@ _CONSTRUCTOR = {
     "residual_gain": ("conv_residual_gain", float),
     "attn_gain": ("attention_residual_gain", float),
     "zero_out": ("zero_init_attention", bool),
+    "fourier_feat": ("fourier_input", bool),
+    "tie": ("tied_attention", bool),
+    "use_w_cond": ("w_token", bool),
 }
 
 # Keywords with one value that our generator implements.
 _FIXED = {
     "init_res": 4, "image_channels": 3, "repeat_w": True, "normalize_z": True, "mapping_use_wscale": True,
-    "mapping_wscale_gain": 1.0, "use_class_label": False, "use_text_cond": True, "use_w_cond": False, "dropout": 0.0,
-    "text_use_wscale": True, "text_wscale_gain": 1.0, "normalize_text_cond": True, "fourier_feat": True,
+    "mapping_wscale_gain": 1.0, "use_class_label": False, "use_text_cond": True, "dropout": 0.0,
+    "text_use_wscale": True, "text_wscale_gain": 1.0, "normalize_text_cond": True,
     "demodulate": True, "use_wscale": True, "wscale_gain": 1.0, "lr_mul": 1.0, "filter_kernel": (1, 3, 3, 1),
-    "conv_clamp": None, "l2_attention": True, "tie": False, "scale_in": False, "include_ff": True, "glu": False,
+    "conv_clamp": None, "l2_attention": True, "scale_in": False, "include_ff": True, "glu": False,
     "mask_self": False, "final_tanh": False, "skip_connection": True, "attn_ch_factor": 1,
 }
 

@@ -19,6 +19,7 @@ _LAYOUTS = {
     "conv1x1": (lambda t: t[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # [O, I, 1, 1] and [I, O]
     "filters": (lambda t: t.transpose(0, 3, 4, 2, 1), lambda a: a.transpose(0, 4, 3, 1, 2)),  # [K, O, I, h, w]
     "mtm_filter": (lambda t: t.transpose(2, 3, 1, 0)[None], lambda a: a[0].transpose(3, 2, 0, 1)),  # [O, I, h, w]
+    "constant": (lambda t: t[0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[None]),  # [1, C, h, w]
     "mtm_vector": (lambda t: t.reshape(-1), lambda a: a.reshape(1, -1, 1, 1)),
 }
 
@@ -72,6 +73,16 @@ def _text_head(cfg):
     yield from _norm(block + ("norm2",), name + ".ln_2")
 
 
+def _input(cfg, path, name):
+  if not cfg.fourier_input:
+    yield Entry(("params",) + path + ("constant",), (name + ".const",), "constant")
+    return
+  for buffer in ("freqs", "phases", "transform"):
+    yield Entry(("buffers",) + path + (buffer,), (f"{name}.{buffer}",), "same")
+  yield from _dense(("params",) + path + ("affine",), name + ".affine")
+  yield Entry(("params",) + path + ("mix", "weight"), (name + ".weight",), "dense")
+
+
 def _attention_block(cfg, r, path, name):
   yield from _norm(path + ("norm",), name + ".norm")
   yield Entry(path + ("in", "weight"), (name + ".proj_in.weight",), "conv1x1")
@@ -83,6 +94,8 @@ def _attention_block(cfg, r, path, name):
     yield from _dense(layer + ("self_attention", "qk"), inner + ".self_attn.to_qk", bias=False)
     yield from _dense(layer + ("self_attention", "v"), inner + ".self_attn.to_v", bias=False)
     yield from _modulated(layer + ("self_attention", "out"), inner + ".self_attn.proj_out")
+    if cfg.w_token:
+      yield from _dense(layer + ("w_token",), inner + ".align_dim")
     yield from _dense(layer + ("cross_attention", "q"), inner + ".cross_attn.to_q", bias=False)
     yield from _dense(layer + ("cross_attention", "kv"), inner + ".cross_attn.to_kv", bias=False)
     yield from _dense(layer + ("cross_attention", "out"), inner + ".cross_attn.proj_out.0")
@@ -114,11 +127,7 @@ def entries(cfg):
     for i in range(cfg.blocks[r]):
       name, path = f"synthesis.net.{index}.0", ("params", "synthesis", f"r{r}_block{i}_conv")
       if r == 4 and i == 0:
-        fourier = ("synthesis", "input")
-        for buffer in ("freqs", "phases", "transform"):
-          yield Entry(("buffers",) + fourier + (buffer,), (f"{name}.{buffer}",), "same")
-        yield from _dense(("params",) + fourier + ("affine",), name + ".affine")
-        yield Entry(("params",) + fourier + ("mix", "weight"), (name + ".weight",), "dense")
+        yield from _input(cfg, ("synthesis", "input"), name)
         yield from _modulated(path, f"synthesis.net.{index}.1", kernels, deformable)
       else:
         yield from _modulated(path + ("conv1",), name + ".conv1", kernels)

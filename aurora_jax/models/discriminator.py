@@ -114,7 +114,7 @@ def minibatch_std(x, group, kinds=1):
 
 
 class Discriminator(nn.Module):
-  """The whole discriminator, in three steps so that mismatched captions cost only the heads.
+  """The whole discriminator, in three steps so that mismatched captions cost only the heads (`critic.Critic`).
 
   `features(pyramid)` -> list of `Feature`; `encode_text(text, eot)` -> [B, T]; `judge(features, text)` -> list of
   `Logit`, conditional and unconditional parts added as in GigaGAN, D_ij = psi_j(phi, t) + conv(phi).

@@ -76,6 +76,18 @@ class FourierInput(nn.Module):
     return layers.Dense(channels, use_bias=False, name="mix")(jnp.sin(2 * jnp.pi * x))
 
 
+class ConstantInput(nn.Module):
+  """A trained feature map, the same for every sample (StyleGAN2's input, GigaGAN's). w [B, W] -> [B, 4, 4, C]."""
+
+  channels: int
+  size: int = 4
+
+  @nn.compact
+  def __call__(self, w):
+    constant = self.param("constant", layers.scaled_normal(), (self.size, self.size, self.channels))
+    return jnp.broadcast_to(constant, (len(w), *constant.shape))
+
+
 class ConvBlock(nn.Module):
   """Two modulated convolutions around a residual (released: `ResidualConvBlock`); the second may be deformable."""
 
@@ -96,20 +108,25 @@ class ConvBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """L2 self-attention whose output projection is modulated by w. [B, r, r, D] -> same."""
+  """L2 self-attention whose output projection is modulated by w. [B, r, r, D] -> same.
+
+  `tied`: queries and keys are one projection (arXiv 2006.04710, GigaGAN), which bounds the map's slope.
+  """
 
   heads: int
   head_dim: int
   chunk: int
+  tied: bool = False
 
   @nn.compact
   def __call__(self, x, w):
     batch, height, width, channels = x.shape
     tokens = x.reshape(batch, height * width, channels)
-    qk = layers.Dense(2 * channels, use_bias=False, name="qk")(tokens)
-    qk = qk.reshape(batch, -1, self.heads, 2, self.head_dim)  # per head: queries, then keys
+    projections = 1 if self.tied else 2
+    qk = layers.Dense(projections * channels, use_bias=False, name="qk")(tokens)
+    qk = qk.reshape(batch, -1, self.heads, projections, self.head_dim)  # per head: queries, then keys
     values = layers.Dense(channels, use_bias=False, name="v")(tokens).reshape(batch, -1, self.heads, self.head_dim)
-    out = attention_ops.l2_attention(qk[..., 0, :], qk[..., 1, :], values, chunk=self.chunk)
+    out = attention_ops.l2_attention(qk[..., 0, :], qk[..., -1, :], values, chunk=self.chunk)
     out = out.reshape(batch, height, width, channels)
     return layers.ModulatedConv(channels, kernel_size=1, activate=False, name="out")(out, w)
 
@@ -183,7 +200,11 @@ class TransformerLayer(nn.Module):
   def __call__(self, x, w, text):
     cfg, shape = self.cfg, x.shape
     attention = dict(heads=cfg.heads, head_dim=cfg.head_dim, chunk=cfg.attention_chunk)
-    x = x + SelfAttention(**attention, name="self_attention")(layers.LayerNorm(name="norm1")(x), w)
+    self_attention = SelfAttention(**attention, tied=cfg.tied_attention, name="self_attention")
+    x = x + self_attention(layers.LayerNorm(name="norm1")(x), w)
+    if cfg.w_token:
+      token = layers.Dense(text.shape[-1], bias_init=1.0, name="w_token")(w.astype(jnp.float32))
+      text = jnp.concatenate([text, token[:, None]], axis=1)
     tokens = layers.LayerNorm(name="norm2")(x).reshape(shape[0], -1, shape[-1])
     x = x + CrossAttention(**attention, name="cross_attention")(tokens, text).reshape(shape)
     feed_forward = FeedForward(self.experts, cfg.feed_forward_ratio, cfg.moe_backend, cfg.router_z_weight,
@@ -236,7 +257,8 @@ class Synthesis(nn.Module):
       deformable = r <= cfg.deformable_max_resolution
       for i in range(cfg.blocks[r]):
         if r == 4 and i == 0:
-          x = FourierInput(cfg.channels(2), name="input")(w).astype(dtype)
+          first = FourierInput if cfg.fourier_input else ConstantInput
+          x = first(cfg.channels(2), name="input")(w).astype(dtype)
           x = layers.ModulatedConv(features, kernels=kernels, deformable=deformable, name="r4_block0_conv")(x, w)
         else:
           x = conv_block(features, kernels, upsample=i == 0, deformable=deformable,

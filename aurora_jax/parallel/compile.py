@@ -151,6 +151,8 @@ def lines(report: Mapping[str, Any]):
   axes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
   yield f"{report['name']} on {report['topology']}: {report['devices']} x {report['chip']}, mesh {axes}"
   yield f"CLIP: {report['clip']}"
+  if report["stage"]:
+    yield f"the last and largest of the stages of progressive growing, {report['stage']}"
   yield ""
   unit, scale = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
   yield f"per device                 {unit}"

@@ -238,6 +238,13 @@ def _replicator(mesh):
   return jax.jit(lambda rows: rows, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
+def float_from_first(number):
+  """A float as the first process has it, bit by bit."""
+  if is_alone():
+    return number
+  return float(np.array([from_first(int(part)) for part in np.array([number]).view(np.int32)], np.int32).view(np.float64)[0])
+
+
 class Vote:
   """The largest of all processes' numbers, the same in all of them, at no waiting: known one call later.
 

@@ -278,10 +278,20 @@ def stored_config(folder, step=None):
   return _stored_config_item(folder, step).get("experiment")
 
 
+def stored_progress(folder, step=None):
+  """The small JSON object beside a checkpoint's state; {} where there is none. Needs no Orbax."""
+  return _stored_item(folder, step, "progress")
+
+
 def _stored_config_item(folder, step):
   """What `_config_item` made; {} where there is none."""
+  return _stored_item(folder, step, "config")
+
+
+def _stored_item(folder, step, name):
+  """A JSON item of a checkpoint; {} where there is none."""
   step = newest(folder) if step is None else step
-  for path in (pathlib.Path(folder) / str(step) / "config").glob("*"):
+  for path in (pathlib.Path(folder) / str(step) / name).glob("*"):
     if path.is_file() and path.name == "metadata":
       return json.loads(path.read_text(encoding="utf-8"))
   return {}

@@ -23,6 +23,7 @@ from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.parallel import topology as topology_lib
 from aurora_jax.training import clip as clip_training
 from aurora_jax.training import placed as placed_lib
+from aurora_jax.training import schedule
 from aurora_jax.training import step as step_lib
 
 STEP, R1 = "step", "r1_step"
@@ -180,6 +181,8 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
   flops = mean({name: program.flops for name, program in compiled.items()}) / len(devices)
   return {
       "name": experiment.name,
+      "stage": (schedule.words(experiment.schedule, experiment.schedule.resolutions[-1])
+                if experiment.schedule.resolutions else ""),
       "topology": topology.name.text,
       "fits": not refusals and sizes["total"] <= sizes["limit"],
       "chip": topology.chip.name,

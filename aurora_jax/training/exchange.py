@@ -21,6 +21,7 @@ from aurora_jax.interop import aurora_torch, tensor_files
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.training import checkpoint
 from aurora_jax.training import run_folder
+from aurora_jax.training import schedule
 
 # Our parts and their names in a released file.
 _NAMES = {"ema": "generator_smooth", "generator": "generator"}
@@ -199,7 +200,9 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
   if not bare:
     tensor_files.require_torch(path)
   folder = run_folder.RunFolder(workdir)
-  cfg = folder.experiment().generator
+  experiment = folder.experiment()
+  outputs = schedule.at_checkpoint(experiment, folder.checkpoints, step).generator.output_resolutions
+  cfg = dataclasses.replace(experiment.generator, output_resolutions=outputs)  # of a run that grows, what is trained
   kwargs = aurora_torch.config_to_released(cfg)
   chosen = tuple(_NAMES) if weights == "both" else (weights,)
   text, arguments = json.dumps(kwargs, indent=2) + "\n", path.with_suffix(".json")

@@ -16,7 +16,7 @@ from aurora_jax import config, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, profiling, progress, run_folder, skipped, watch
+from aurora_jax.training import checkpoint, guard, profiling, progress, run_folder, schedule, skipped, watch
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
 from aurora_jax.training.interrupts import Interrupts
@@ -75,7 +75,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
       `sample(state)` (or None: no pictures are drawn); and, optionally, `batch_sharding` (a Sharding for every entry
       of a batch), `headline` (names of the metrics to show while training) and `dataset` (whose unreadable records the
-      batches name in `skipped`, see training/skipped.py).
+      batches name in `skipped`, see training/skipped.py). With stages (`schedule.resolutions`) also `at_stage(resolution)`,
+      the `Prepared` whose `step` and `sample` are that stage's, and `distances`.
     run_dir: the run's folder.
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
@@ -160,7 +161,8 @@ class _Trainer:
   """The loop and what it carries from step to step on the host."""
 
   def __init__(self, prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler):
-    self._prepared, self._settings = prepared, prepared.experiment.train
+    self._whole = self._prepared = prepared  # `_prepared`: at the present stage
+    self._settings = prepared.experiment.train
     self._folder, self._hooks, self._log = folder, hooks, log
     self._checkpoints, self._display, self._interrupts = checkpoints, display, interrupts
     self._profiler = profiler
@@ -171,8 +173,11 @@ class _Trainer:
     self._in_flight = None  # metrics of the newest step
 
   def begin(self, stored, started):
-    """Takes up the clock and the unfinished window of a checkpoint's progress, {} for a new run."""
+    """Takes up the clock, the stage and the unfinished window of a checkpoint's progress, {} for a new run."""
     self.clock = Clock(stored.get("clock"), started)
+    self._growing = schedule.of_run(self._whole, stored.get("schedule"))
+    self._resolution = None  # of the stage that `_prepared` is at
+    self._take_stage()
     self._window = metrics_lib.Window(stored.get("window"))
     self._skips = guard.Skips(self._settings.max_skipped_in_a_row, stored.get("skips"))
     self._watch = watch.Watch(self._prepared.experiment.watch, stored.get("watch"))
@@ -182,12 +187,13 @@ class _Trainer:
 
   def train(self, state, step):
     """Steps until there is a reason to stop. Returns an `Outcome`."""
-    settings, prepared, clock = self._settings, self._prepared, self.clock
+    settings, clock = self._settings, self.clock
     first = step
+    self._grow(step, state)  # the first stage's reference, or what a stop cut short
     self._display.doing("compiling (the first steps take longer)")
     if step == 0 and self._reason_to_stop(step) is None:
       self._sample(step, state)
-    batches = iter(prepared.batches(step))
+    batches = iter(self._prepared.batches(step))
     try:
       with clock.phase("input"):
         batch = self._next(batches)
@@ -196,7 +202,7 @@ class _Trainer:
         with clock.phase("step"), self._profiler.step(step):
           # Whatever reaches the device unasked is a mistake that would cost time at every step.
           with jax.transfer_guard("disallow"):
-            state, metrics = prepared.step(step, state, batch)
+            state, metrics = self._prepared.step(step, state, batch)
         self.step = step = step + 1
         self._in_flight = metrics
         with clock.phase("input"):  # the next batch travels while this step runs
@@ -206,6 +212,7 @@ class _Trainer:
         self._pending = (step, metrics)
         self._tell_profile(self._profiler.after(step, metrics))
         self._checkpoints.check()
+        self._grow(step, state)
         if step % settings.sample_every == 0:
           self._sample(step, state)
         if step % settings.checkpoint_every == 0:
@@ -220,8 +227,10 @@ class _Trainer:
 
   def _reason_to_stop(self, step):
     """The same in all processes, whichever of them got a signal or whose clock is ahead."""
-    if step >= self._settings.total_steps:
-      return DONE
+    return DONE if step >= self._settings.total_steps else self._wish()
+
+  def _wish(self):
+    """Why to stop before the last step, None to go on; every process must ask as often as the others."""
     wish = self._interrupts.reason
     if wish is None and self._settings.max_seconds and self.clock.seconds_here >= self._settings.max_seconds:
       wish = TIME
@@ -238,6 +247,27 @@ class _Trainer:
       self._no_batch, batch = str(error), None
     self._unread.met(getattr(batches, "skipped", {}))
     return None if batch is None else self._put(batch)
+
+  def _grow(self, step, state):
+    """Measures what is due, and goes on to the next stage where the schedule says so."""
+    while self._growing.is_due(step):
+      self._flush()
+      with self.clock.phase("evaluation"):
+        self._display.doing("measuring the Frechet distance", brief=True)
+        found = self._growing.advance(step, state, keep_on=lambda: self._wish() is None)
+      if found is None:
+        break
+      kind, values, words = found
+      self._log.measured(kind, step, self.clock.seconds, values)
+      _tell(hosts.is_first(), words)
+    self._take_stage()
+
+  def _take_stage(self):
+    """The programs of the stage at hand."""
+    if self._growing.resolution != self._resolution:
+      self._resolution = self._growing.resolution
+      self._prepared = self._whole.at_stage(self._resolution)
+      self._display.doing(f"compiling for {self._resolution}x{self._resolution} pixels")
 
   def _put(self, batch):
     """Starts the transfer of a batch; what is no array of numbers (captions) stays behind."""
@@ -265,7 +295,8 @@ class _Trainer:
     names = [name for name in self._headline if name in metrics] or [
         name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])][:_SHOWN_METRICS]
     seconds = self.clock.step_seconds
-    self._display.step(done, {name: float(metrics[name]) for name in names},
+    stage = {"pixels": self._resolution} if self._resolution else {}
+    self._display.step(done, stage | {name: float(metrics[name]) for name in names},
                        self._settings.batch_size / seconds if seconds else None, self._seconds_left(done))
 
   def _share(self):
@@ -279,6 +310,8 @@ class _Trainer:
     values = self._window.take()
     values |= self.clock.take_window(self._settings.batch_size)
     values["images"] = done * self._settings.batch_size
+    if self._resolution:
+      values["resolution"] = self._resolution
     values["data/skipped"] = self._unread.count(done)
     figures, warnings = self._watch.window(values)
     self._log.train(done, self.clock.seconds, values | figures)
@@ -342,7 +375,7 @@ class _Trainer:
       guard.check_state(step, state)
       self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
           "clock": self.clock.to_json(), "window": self._window.to_json(), "skips": self._skips.to_json(),
-          "watch": self._watch.to_json()})
+          "watch": self._watch.to_json(), "schedule": self._growing.to_json()})
 
   def _finish(self, state, step, reason, first):
     """Saves, waits for it, says how to go on."""

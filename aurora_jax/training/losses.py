@@ -42,8 +42,8 @@ def discriminator_adversarial(real, fake, cfg):
 
 def discriminator_matching(real, fake, cfg):
   """softplus(D(x, other caption)) on real and on generated images: a mismatched pair is no better than a fake."""
-  return (weighted_mean(real, cfg, cfg.early_exit_matching, jax.nn.softplus)
-          + weighted_mean(fake, cfg, cfg.early_exit_matching, jax.nn.softplus))
+  return (cfg.matching_real * weighted_mean(real, cfg, cfg.early_exit_matching, jax.nn.softplus)
+          + cfg.matching_fake * weighted_mean(fake, cfg, cfg.early_exit_matching, jax.nn.softplus))
 
 
 def generator_adversarial(fake, cfg):
@@ -51,17 +51,19 @@ def generator_adversarial(fake, cfg):
   return weighted_mean(fake, cfg, cfg.early_exit_adversarial, lambda x: jax.nn.softplus(-x))
 
 
-def r1_penalty(score, pyramid):
-  """Mean over samples of the squared gradient of the real score with respect to every pyramid image.
+def r1_penalty(score, pyramid, levels=()):
+  """Mean over samples of the squared gradient of the real score with respect to the pyramid's images.
 
   Args:
     score: function pyramid -> [B], each entry depending on its own sample only.
     pyramid: {r: [B, r, r, 3]}.
+    levels: those whose gradient counts; (): all.
 
   Returns:
     float32 scalar, without gamma / 2.
   """
-  gradients = jax.grad(lambda images: jnp.sum(score(images)))(pyramid)
+  chosen = {r: pyramid[r] for r in levels or pyramid}
+  gradients = jax.grad(lambda images: jnp.sum(score({**pyramid, **images})))(chosen)
   return sum(jnp.mean(jnp.sum(jnp.square(gradient), axis=(1, 2, 3))) for gradient in gradients.values())
 
 

@@ -5,9 +5,10 @@ A step's metrics are a flat dict {name: scalar, or vector that becomes name/0, n
 over the steps that had it.
 
 A line of metrics.jsonl is one JSON object with "step" (steps done), "seconds" (trained so far, over all restarts) and
-"kind": "start", "resume", "train" (averages of a window), "samples" (measured on the fixed prompts), "stage", "warning",
-"skipped" (a step that the guard left out), "stop", or what other commands add ("judge"). After a resume the lines beyond
-the step that was resumed from stay in the file; `history` leaves them out.
+"kind": "start", "resume", "train" (averages of a window), "samples" (measured on the fixed prompts), "stage" (of progressive
+growing: one begins), "evaluation" (a Frechet distance of the generator's), "warning", "skipped" (a step that the guard left
+out), "stop", or what other commands add ("judge"). After a resume the lines beyond the step that was resumed from stay in
+the file; `history` leaves them out.
 """
 
 import io
@@ -226,7 +227,7 @@ class Log:
     self.measured("train", step, seconds, values)
 
   def measured(self, kind, step, seconds, values):
-    """Any other line of numbers."""
+    """Any other line of numbers: "samples", "stage", "evaluation"."""
     self._lines.write(kind, step, seconds, values)
     self._board.scalars(step, values)
 

@@ -43,11 +43,22 @@ class Placed(NamedTuple):
     return self.exchange if self.layout.devices > 1 else moe.expert_ffn
 
 
-def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_lib.Layout) -> Placed:
-  """The programs of an experiment on a mesh. Nothing is compiled or allocated yet."""
+def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_lib.Layout,
+          resolution: int | None = None) -> Placed:
+  """The programs of an experiment on a mesh. Nothing is compiled or allocated yet.
+
+  Args:
+    experiment: the whole one.
+    clip: the CLIP module.
+    layout: the mesh.
+    resolution: of the stage whose steps are wanted; None: the last, or there are no stages.
+  """
   exchange = experts_lib.of_experiment(experiment, layout)
   placed = Placed(layout, exchange, None, None, None, None)
   programs = step_lib.build(experiment, clip, placed.expert_ffn, layout.gather)
+  if resolution is not None:  # the state is the whole experiment's at every stage
+    at_stage = step_lib.build(config_lib.at_stage(experiment, resolution), clip, placed.expert_ffn, layout.gather)
+    programs = at_stage._replace(init=programs.init)
   abstract_state = layout.abstract(jax.eval_shape(programs.init, jax.random.key(0)))
   state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"  # the mesh may be that of another machine

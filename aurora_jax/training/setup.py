@@ -20,8 +20,10 @@ from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
+from aurora_jax.training import frechet
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
+from aurora_jax.training import schedule
 from aurora_jax.training import step as step_lib
 
 
@@ -30,6 +32,7 @@ class SampleSet(NamedTuple):
 
   images: np.ndarray  # [prompts, latents, R, R, 3] float32
   prompts: tuple[str, ...]
+  stage: str = ""  # of a run that grows, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Prepared:
     batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
     sample: state -> SampleSet.
+    distances: Frechet distances, where the experiment has stages; else None.
+    at_stage: resolution -> the same with that stage's `step` and `sample`.
   """
 
   experiment: config_lib.Experiment
@@ -61,6 +66,8 @@ class Prepared:
   batches: Callable
   step: Callable
   sample: Callable
+  distances: frechet.Distances | None
+  at_stage: Callable
 
 
 def prepare(experiment: config_lib.Experiment) -> Prepared:
@@ -78,6 +85,34 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     dataset, clip = _read(experiment)
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
+
+  def init():
+    key = jax.random.key(experiment.train.seed)
+    state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
+    if origin and hosts.is_first():
+      print(origin, flush=True)
+    return state
+
+  def at_stage(resolution):
+    of_stage = placed_lib.place(experiment, clip.module(), layout, resolution)
+    return dataclasses.replace(
+        whole, step=_stepper(experiment, of_stage, frozen),
+        sample=_sampler(config_lib.at_stage(experiment, resolution), clip, frozen, of_stage, schedule.words(
+            experiment.schedule, resolution)))
+
+  distances = None
+  if experiment.schedule.resolutions:
+    distances = frechet.Distances(experiment, dataset, clip, frozen, placed)
+  whole = Prepared(
+      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
+      abstract_state=placed.abstract_state, batch_sharding=layout.batch,
+      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=_stepper(experiment, placed, frozen),
+      sample=_sampler(experiment, clip, frozen, placed), distances=distances, at_stage=at_stage)
+  return whole
+
+
+def _stepper(experiment, placed, frozen):
+  """(step number, state, device batch) -> (state, metrics), by the programs of `placed`."""
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
 
   def step(number, state, batch):
@@ -87,18 +122,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
       metrics |= more
     return state, metrics
 
-  def init():
-    key = jax.random.key(experiment.train.seed)
-    state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
-    if origin and hosts.is_first():
-      print(origin, flush=True)
-    return state
-
-  return Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
-      abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=step,
-      sample=_sampler(experiment, clip, frozen, placed))
+  return step
 
 
 def _read(experiment):
@@ -156,7 +180,7 @@ def _freeze(experiment, dataset, clip, layout):
   return step_lib.Frozen(variables, bank, ids)
 
 
-def _sampler(experiment, clip, frozen, placed):
+def _sampler(experiment, clip, frozen, placed, stage=""):
   """Fixed prompts and latents through the EMA generator; each prompt on its own, so that a grid never changes meaning."""
   train, cfg = experiment.train, experiment.generator.for_sampling(jax.default_backend())
   prompts, latents = tuple(train.sample_prompts), train.sample_latents
@@ -178,6 +202,6 @@ def _sampler(experiment, clip, frozen, placed):
 
   def sample(state):
     images = np.asarray(generate(state.ema, state.buffers, frozen, tokens, z))[:rows]
-    return SampleSet(images.reshape(len(prompts), latents, *images.shape[1:]), prompts)
+    return SampleSet(images.reshape(len(prompts), latents, *images.shape[1:]), prompts, stage)
 
   return sample

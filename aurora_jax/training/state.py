@@ -1,13 +1,15 @@
 """The training state and its optimisers: Adam without a first moment, EMA, the average of w."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from aurora_jax import config as config_lib
+from aurora_jax.models import growth
 
 
 @flax.struct.dataclass
@@ -32,27 +34,70 @@ class TrainState:
   discriminator_opt: Any
 
 
-def _decays(path, _):
-  """Attention matrices only (GigaGAN A2)."""
+class RmsState(NamedTuple):
+  """What `adam` remembers.
+
+  Attributes:
+    count: int32, updates so far; with stages [stages], those since each began.
+    nu: mean of squared gradients, not corrected, as the parameters.
+  """
+
+  count: jax.Array
+  nu: Any
+
+
+def _decays(path):
+  """Attention matrices only (GigaGAN A2), not the feed-forward layers and routers beside them."""
   names = [str(getattr(entry, "key", entry)) for entry in path]
-  return names[-1] == "weight" and any("attention" in name for name in names) and "norm" not in names
+  return (names[-1] == "weight" and any("attention" in name for name in names)
+          and not {"norm", "feed_forward", "mlp_in", "mlp_out"} & set(names))
 
 
-def adam(cfg, beta2):
+def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
   """Adam with a first moment of zero, which is not stored; decoupled weight decay on attention matrices.
 
-  The learning rate is applied by the caller (`scaled`), so that the state holds no schedule.
+  The learning rate is applied by the caller (`update`), so that the state holds no schedule.
+
+  With stages, what a stage does not use stays as it is, its weights and its second moment, and each stage's layers have
+  the bias correction of their own age: by that of the whole run, the first steps of new layers would be
+  1 / sqrt(1 - beta2) times too long. The second moments of layers trained before go on.
 
   Args:
     cfg: `config.Optimizer`.
     beta2: decay of the second moment.
+    schedule: `config.Schedule`.
+    resolution: of the present stage; without stages it is not looked at.
 
   Returns:
     `optax.GradientTransformation` whose updates are the direction of ascent.
   """
-  parts = [optax.scale_by_rms(beta2, cfg.eps, eps_in_sqrt=False, bias_correction=True)]
+  stages = schedule.resolutions
+
+  def in_use(path):
+    return not stages or growth.lowest_resolution(path) <= resolution
+
+  def init(params):
+    return RmsState(jnp.zeros((len(stages),) if stages else (), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+  def rescale(gradients, state, params=None):
+    del params
+    running = np.asarray([reached <= resolution for reached in stages], np.int32) if stages else np.int32(1)
+    count = state.count + running
+    averaged = lambda gradient, nu: beta2 * nu + (1 - beta2) * jnp.square(gradient)
+    nu = jax.tree_util.tree_map_with_path(
+        lambda path, gradient, nu: averaged(gradient, nu) if in_use(path) else nu, gradients, state.nu)
+
+    def divide(path, gradient, nu):
+      if not in_use(path):
+        return jnp.zeros_like(gradient)
+      age = count[schedule.stage(growth.lowest_resolution(path))] if stages else count
+      return gradient / (jnp.sqrt(nu / (1 - beta2**age).astype(nu.dtype)) + cfg.eps)
+
+    return jax.tree_util.tree_map_with_path(divide, gradients, nu), RmsState(count, nu)
+
+  parts = [optax.GradientTransformation(init, rescale)]
   if cfg.attention_weight_decay:
-    mask = lambda params: jax.tree_util.tree_map_with_path(_decays, params)
+    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _decays(path) and in_use(path), params)
     parts.append(optax.add_decayed_weights(cfg.attention_weight_decay, mask))
   return optax.chain(*parts)
 

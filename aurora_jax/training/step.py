@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from aurora_jax import config as config_lib
 from aurora_jax.models import clip as clip_lib
+from aurora_jax.models import critic as critic_lib
 from aurora_jax.models import discriminator as discriminator_lib
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models import layers
@@ -55,7 +56,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
   """The programs of an experiment.
 
   Args:
-    experiment: the configuration.
+    experiment: the configuration; for a stage of progressive growing `config.at_stage`, whose programs take the whole
+      one's state. The first state is made by the whole one's `init`.
     clip: the CLIP module whose variables `Frozen` holds.
     expert_ffn: how the generator evaluates its experts (on a mesh: `parallel.experts.Exchange`).
     gather: parameters as they are stored -> as they are used (on a mesh: `parallel.mesh.Layout.gather`).
@@ -65,13 +67,14 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
   """
   cfg, loss_cfg, opt_cfg, train = (experiment.generator, experiment.loss, experiment.optimizer, experiment.train)
   generator = generator_lib.Generator(cfg, expert_ffn)
-  discriminator = discriminator_lib.Discriminator(experiment.discriminator)
+  discriminator: critic_lib.Critic = discriminator_lib.Discriminator(experiment.discriminator)
   inputs = experiment.discriminator.input_resolutions
   batch_size = train.batch_size
   # StyleGAN2, appendix B: with an extra regularisation step every k, rate and decay shrink by k / (k + 1).
   lazy = loss_cfg.r1_interval / (loss_cfg.r1_interval + 1) if loss_cfg.r1_gamma else 1.0
-  g_adam = state_lib.adam(opt_cfg, opt_cfg.beta2)
-  d_adam = state_lib.adam(opt_cfg, opt_cfg.beta2**lazy)
+  stage = experiment.schedule, cfg.resolution
+  g_adam = state_lib.adam(opt_cfg, opt_cfg.beta2, *stage)
+  d_adam = state_lib.adam(opt_cfg, opt_cfg.beta2**lazy, *stage)
   guard = guard_lib.of(train)
   clip_levels = [r for r in cfg.output_resolutions if r >= loss_cfg.clip_min_resolution]
 
@@ -209,7 +212,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     def loss(params):
       params = gather(params)
       feature = encode(params, text)
-      penalty = losses.r1_penalty(lambda pyramid: losses.real_score(judge(params, pyramid, feature)), real)
+      penalty = losses.r1_penalty(lambda pyramid: losses.real_score(judge(params, pyramid, feature)), real,
+                                  loss_cfg.r1_levels)
       return loss_cfg.r1_gamma / 2 * loss_cfg.r1_interval * penalty, penalty
 
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)

@@ -1,8 +1,10 @@
 """Exchange of generator weights under the released names."""
 
+import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file
 from aurora_jax import config
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch
+from aurora_jax.models import generator
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
@@ -38,6 +41,26 @@ def test_released_state_dict_has_its_1353_entries_and_12_buffers():
   assert len(names) - 3 == 1353
 
 
+def test_gigagans_options_have_their_released_names_and_come_back(released):
+  """Constant input, tied queries and keys, w as a token: the released code has them, switched off in the released model."""
+  cfg, _ = released
+  cfg = dataclasses.replace(cfg, fourier_input=False, tied_attention=True, w_token=True)
+  kwargs = aurora_torch.config_to_released(cfg)
+  assert (kwargs["fourier_feat"], kwargs["tie"], kwargs["use_w_cond"]) == (False, True, True)
+  assert aurora_torch.config_from_released(kwargs) == cfg
+  shapes = aurora_torch.expected_shapes(cfg)
+  inner = cfg.heads * cfg.head_dim
+  assert shapes["synthesis.net.0.0.const"] == (1, cfg.channels(2), 4, 4)
+  of = lambda ending: {shape for name, shape in shapes.items() if name.endswith(ending)}
+  assert of("attn_blocks.0.self_attn.to_qk.weight") == {(inner, inner)}
+  assert of("attn_blocks.0.align_dim.weight") == {(cfg.text_dim, cfg.w_dim)}
+  rng = np.random.default_rng(0)
+  draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
+  variables = jax.tree.map(draw, generator.abstract_variables(cfg))
+  back = aurora_torch.import_generator(aurora_torch.export_generator(variables, cfg), cfg)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
 def test_missing_left_over_and_misshapen_entries_are_one_error(released):
   cfg, state_dict = released
   broken = dict(state_dict)
@@ -62,7 +85,7 @@ def test_a_tensor_under_two_names_must_agree(released):
 
 
 def test_unsupported_released_keywords_are_named():
-  with pytest.raises(UserError, match="tie=True"):
-    aurora_torch.config_from_released({"tie": True})
+  with pytest.raises(UserError, match="scale_in=True"):
+    aurora_torch.config_from_released({"scale_in": True})
   with pytest.raises(UserError, match="no keyword 'experts'"):
     aurora_torch.config_from_released({"experts": 3})

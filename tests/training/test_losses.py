@@ -1,5 +1,7 @@
 """The losses against hand calculations and torch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,15 @@ def test_matching_loss_treats_mismatched_pairs_as_fakes():
   real, fake = logits(1.0, 2.0, 3.0), logits(-1.0, 0.5, 0.0)
   expected = 0.1 * (softplus(1) + softplus(-1)) + 0.5 * (softplus(2) + softplus(0.5)) + 0.25 * (softplus(3) + softplus(0))
   assert losses.discriminator_matching(real, fake, CFG) == pytest.approx(expected, rel=1e-6)
+
+
+def test_matching_on_real_and_on_generated_pictures_weighs_by_itself():
+  real, fake = logits(1.0, 2.0, 3.0), logits(-1.0, 0.5, 0.0)
+  both, only_real, only_fake = (
+      float(losses.discriminator_matching(real, fake, dataclasses.replace(CFG, matching_real=a, matching_fake=b)))
+      for a, b in ((1, 1), (1, 0), (0, 0.5)))
+  assert only_real == pytest.approx(0.1 * softplus(1) + 0.5 * softplus(2) + 0.25 * softplus(3), rel=1e-6)
+  assert only_real + 2 * only_fake == pytest.approx(both, rel=1e-6)
 
 
 def test_contrastive_loss_is_torchs_symmetric_cross_entropy():
@@ -76,6 +87,8 @@ def test_r1_of_a_quadratic():
   pyramid = {8: jnp.full((2, 8, 8, 3), 0.5), 4: jnp.full((2, 4, 4, 3), 2.0)}
   score = lambda p: jnp.sum(p[8]**2, (1, 2, 3)) / 2 + 3 * jnp.sum(p[4]**2, (1, 2, 3)) / 2
   assert losses.r1_penalty(score, pyramid) == pytest.approx(0.25 * 192 + 9 * 4 * 48, rel=1e-5)
+  assert losses.r1_penalty(score, pyramid, (8,)) == pytest.approx(0.25 * 192, rel=1e-5)
+  assert losses.r1_penalty(score, pyramid, (4,)) == pytest.approx(9 * 4 * 48, rel=1e-5)
 
 
 def test_roughen_keeps_white_nearly_white_and_has_gradients():

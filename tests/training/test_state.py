@@ -1,5 +1,6 @@
 """Optimiser, schedule and averages against torch and by hand."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,50 @@ def test_weight_decay_reaches_attention_matrices_only():
   assert updated["r8_block0_attention"]["in"]["weight"].tolist() == pytest.approx([0.95, 0.95])
   assert updated["r8_block0_attention"]["norm"]["norm"]["bias"].tolist() == [1.0, 1.0]
   assert updated["r8_block0_conv"]["weight"].tolist() == [1.0, 1.0]
+
+
+def test_weight_decay_leaves_feed_forward_layers_alone():
+  cfg = config.Optimizer(attention_weight_decay=0.1)
+  names = [("r8_block0_attention", "layer_0", part, "weight") for part in ("self_attention", "cross_attention", "feed_forward")]
+  names += [("r8_attention0", part, "weight") for part in ("qk", "out", "mlp_in", "mlp_out")]
+  params = flax.traverse_util.unflatten_dict({name: jnp.ones(1) for name in names})
+  optimizer = state.adam(cfg, 0.99)
+  updated, _ = state.update(cfg, optimizer, jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, 0.5)
+  decayed = {name for name, value in flax.traverse_util.flatten_dict(updated).items() if value[0] != 1}
+  assert decayed == {name for name in names if name[-2] not in ("feed_forward", "mlp_in", "mlp_out")}
+
+
+SCHEDULE = config.Schedule(resolutions=(4, 8, 16), max_images=config.PerResolution({4: 1, 8: 1}))
+
+
+def test_adam_leaves_alone_what_a_stage_does_not_use_and_begins_it_as_if_new():
+  cfg = config.Optimizer(attention_weight_decay=0.1)
+  rng = np.random.default_rng(0)
+  names = ["mapping_0", "r4_block0_conv", "r8_block0_attention", "r16_block0_conv", "r4_conditional", "r1_conditional"]
+  from_stage = {"r8_block0_attention": 1, "r16_block0_conv": 2, "r4_conditional": 1}
+  first = {name: {"weight": jnp.asarray(rng.normal(size=3), jnp.float32)} for name in names}
+  params, steps = first, {0: 5, 1: 3, 2: 4}
+  opt_state = state.adam(cfg, 0.9, SCHEDULE, 4).init(params)
+  alone = {name: {name: value} for name, value in first.items()}  # each in a training of its own, from its own stage on
+  plain = state.adam(cfg, 0.9)
+  alone_states = {name: plain.init(tree) for name, tree in alone.items()}
+  for stage, count in steps.items():
+    optimizer = state.adam(cfg, 0.9, SCHEDULE, SCHEDULE.resolutions[stage])
+    for _ in range(count):
+      gradients = {name: {"weight": jnp.asarray(rng.normal(size=3), jnp.float32)} for name in names}
+      if stage == 0:  # whatever the gradient of an unused layer is
+        gradients["r16_block0_conv"]["weight"] = jnp.full(3, jnp.nan)
+      params, opt_state = state.update(cfg, optimizer, gradients, opt_state, params, 0.01)
+      for name in names:
+        if from_stage.get(name, 0) <= stage:
+          alone[name], alone_states[name] = state.update(
+              cfg, plain, {name: gradients[name]}, alone_states[name], alone[name], 0.01)
+        else:
+          np.testing.assert_array_equal(params[name]["weight"], first[name]["weight"])
+          assert not opt_state[0].nu[name]["weight"].any()
+  assert opt_state[0].count.tolist() == [12, 7, 4]
+  for name in names:
+    np.testing.assert_allclose(params[name]["weight"], alone[name][name]["weight"], rtol=1e-6)
 
 
 def test_learning_rate_factor():

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from aurora_jax import config
 from aurora_jax.models import clip as clip_lib
+from aurora_jax.models import critic, discriminator
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
 from aurora_jax.training import guard
 from aurora_jax.training import state as state_lib
@@ -163,6 +165,58 @@ def test_r1_moves_the_discriminator_only(system):
   assert moved(system.first.discriminator, state.discriminator)
   assert not moved((system.first.generator, system.first.ema, system.first.buffers, system.first.step),
                    (state.generator, state.ema, state.buffers, state.step))
+
+
+def test_lazy_r1_shrinks_rate_and_decay_of_the_discriminator(system):
+  """StyleGAN2, appendix B: by interval / (interval + 1), here 2 / 3. Adam's first step is the rate, whatever the gradient."""
+  state, metrics = system.step(system.first, system.frozen, system.batch)
+  optimizer, lazy = system.experiment.optimizer, 2 / 3
+  for network, decay, rate in (("discriminator", optimizer.beta2**lazy, optimizer.discriminator_lr * lazy),
+                               ("generator", optimizer.beta2, optimizer.generator_lr)):
+    nu = jax.tree.leaves(getattr(state, f"{network}_opt")[0].nu)
+    squares = sum(float(jnp.sum(leaf)) for leaf in nu) / (1 - decay)  # of the gradients, if this is their decay
+    assert squares == pytest.approx(float(metrics[f"grad_norm/{network[0]}"])**2, rel=1e-4)
+    name = {"discriminator": "r16_from_rgb", "generator": "r16_rgb"}[network]
+    tree = lambda values: {"discriminator": values.discriminator, "generator": values.generator["synthesis"]}[network][name]
+    moved = np.abs(np.asarray(tree(state)["weight"]) - np.asarray(tree(system.first)["weight"])).max()
+    assert moved == pytest.approx(rate, rel=1e-3)
+  after, _ = system.r1_step(state, system.frozen, system.batch)
+  assert int(after.discriminator_opt[0].count) == 2 and int(after.generator_opt[0].count) == 1
+
+
+def test_the_step_asks_a_critic_for_nothing_but_its_three_methods(system, monkeypatch):
+  """Another critic, on features of fixed random projections, takes the discriminator's place; traced, not compiled."""
+  monkeypatch.setattr(step_lib.discriminator_lib, "Discriminator", lambda cfg: ProjectedCritic())
+  assert isinstance(ProjectedCritic(), critic.Critic) and isinstance(discriminator.Discriminator(None), critic.Critic)
+  programs = step_lib.build(system.experiment, clip_lib.Clip(_clip_config()))
+  state = jax.eval_shape(programs.init, jax.random.key(0))
+  assert set(state.discriminator) == {"head", "text"}
+  after, metrics = jax.eval_shape(programs.step, state, system.frozen, system.batch)
+  assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss/d_matching"].shape == ()
+  after, _ = jax.eval_shape(programs.r1_step, state, system.frozen, system.batch)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+class ProjectedCritic(nn.Module):
+  """One judgement of the highest level from 8 fixed projections."""
+
+  def setup(self):
+    self.head, self.text = nn.Dense(1), nn.Dense(8)
+
+  def features(self, pyramid, kinds=1):
+    del kinds
+    image = pyramid[16].reshape(len(pyramid[16]), -1)
+    return [image @ jax.random.normal(jax.random.key(0), (image.shape[1], 8))]
+
+  def encode_text(self, text, eot):
+    return self.text(jnp.take_along_axis(text, eot[:, None, None], axis=1)[:, 0])
+
+  def judge(self, features, text):
+    return [discriminator.Logit((self.head(x) + jnp.sum(x * text, -1, keepdims=True))[..., None], level=16, exit=1)
+            for x in features]
+
+  def __call__(self, pyramid, text, eot):
+    return self.judge(self.features(pyramid), self.encode_text(text, eot))
 
 
 def test_the_same_step_is_the_same_bit_by_bit_and_the_next_one_draws_anew(system):

@@ -1,0 +1,153 @@
+"""Progressive growing of the whole system at a toy size: the real loop through two changes of stage."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from aurora_jax import config
+from aurora_jax.data import build, loader, sources
+from aurora_jax.models import discriminator, growth
+from aurora_jax.ops import frechet
+from aurora_jax.training import checkpoint, loop, setup
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import random_run  # pylint: disable=wrong-import-position
+
+RECORDS, SET = 11, 5
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A data set of random pictures, one caption each, and a CLIP."""
+  home = tmp_path_factory.mktemp("home")
+  (home / "pictures").mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(RECORDS):
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(home / f"pictures/{i}.png")
+    (home / f"pictures/{i}.txt").write_text(f"{' '.join(str(i) * 2)} red\n")
+  build.build(sources.folder(home / "pictures"), home / "data", resolution=16, shards=2, heldout_fraction=0, name="small")
+  random_run.make_clip(home / "clip")
+  return home
+
+
+def experiment(home, total_steps=6):
+  """4 pixels for two steps, 8 for two, 16 for two: nothing beats its reference."""
+  flags = {
+      "generator.text_layers": 0, "generator.mapping_layers": 1, "generator.deformable_max_resolution": 0,
+      "generator.experts[16]": 2, "discriminator.text_layers": 0, "loss.r1_gamma": 0.0, "loss.clip_weight": 0.0,
+      "schedule.resolutions": (4, 8, 16), "schedule.factor": 1e-9, "train.total_steps": total_steps,
+      "train.checkpoint_every": 2, "train.keep_checkpoints": 0, "train.sample_prompts": (), "data.path": home / "data",
+      "text.clip": home / "clip", "optimizer.attention_weight_decay": 0.1}
+  values = config.to_mapping(config.load([f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test"]))
+  for name, value in flags.items():
+    group, _, field = name.partition(".")
+    if field == "experts[16]":
+      values[group]["experts"], values[group]["attention_depth"] = {16: value}, {16: 1}
+    else:
+      values[group][field] = str(value) if isinstance(value, pathlib.Path) else value
+  values["generator"]["adaptive_kernels"] = {4: 1, 8: 1, 16: 1}
+  values["discriminator"] |= {"attention_depth": {}, "exit_resolutions": (4, 1)}
+  return config.from_mapping(values)
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+  """(folder, Prepared) of six steps without a stop. Every stage is compiled once for all tests."""
+  prepared = setup.prepare(experiment(home))
+  prepared = dataclasses.replace(prepared, at_stage=functools.cache(prepared.at_stage))
+  outcome = loop.run(prepared, home / "whole")
+  assert (outcome.step, outcome.reason) == (6, loop.DONE)
+  return home / "whole", prepared
+
+
+def states(whole):
+  """{step: state} of the first one and of every change of stage, on the host."""
+  folder, run = whole
+  parts = ("generator", "ema", "discriminator", "generator_opt", "discriminator_opt")
+  abstract = {name: getattr(run.abstract_state, name) for name in parts}
+  first = run.init()
+  found = {0: {name: getattr(first, name) for name in parts}}
+  for step in (2, 4, 6):
+    found[step] = checkpoint.read(folder / "checkpoints", abstract, step)[1]
+  return jax.tree.map(np.asarray, found)
+
+
+def leaves(tree):
+  return {jax.tree_util.keystr(path): (growth.lowest_resolution(path), leaf)
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def test_what_is_not_in_use_stays_bit_by_bit_and_then_moves(whole):
+  found = states(whole)
+  for step, reached in ((2, 4), (4, 8)):
+    for part in ("generator", "ema", "discriminator"):
+      for name, (resolution, leaf) in leaves(found[step][part]).items():
+        if resolution > reached:
+          np.testing.assert_array_equal(leaf, leaves(found[0][part])[name][1], err_msg=f"{part} {name}")
+    for part in ("generator_opt", "discriminator_opt"):
+      assert all(not leaf.any() for resolution, leaf in leaves(found[step][part][0].nu).values() if resolution > reached)
+  moved = lambda part, name, before, after: not np.array_equal(
+      *(leaves(found[step][part])[name][1] for step in (before, after)))
+  for part, names in (("generator", "['synthesis']['r{}_rgb']['weight']"), ("ema", "['synthesis']['r{}_rgb']['weight']"),
+                      ("discriminator", "['r{}_from_rgb']['weight']")):
+    # What was trained before is trained on.
+    assert [[moved(part, names.format(r), step, step + 2) for r in (4, 8, 16)] for step in (0, 2, 4)] == [
+        [True, False, False], [True, True, False], [True, True, True]]
+  for part in ("generator_opt", "discriminator_opt"):
+    assert found[6][part][0].count.tolist() == [6, 4, 2]
+  # The second moments of layers trained before go on: a change of stage begins none of them anew.
+  nu = lambda step: leaves(found[step]["discriminator_opt"][0].nu)["['r4_from_rgb']['weight']"][1]
+  assert nu(2).any() and (nu(4) > 0.9 * nu(2)).all()
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_resumed_across_a_change_of_stage_equals_uninterrupted(home, whole, stop):
+  """Stopped where the stage has just changed, and between two changes."""
+  folder = home / f"stopped-{stop}"
+  assert loop.run(dataclasses.replace(whole[1], experiment=experiment(home, stop)), folder).step == stop
+  assert loop.run(whole[1], folder).reason == loop.DONE
+  assert checkpoint.fingerprint(folder / "checkpoints") == checkpoint.fingerprint(whole[0] / "checkpoints")
+  stored = [checkpoint.stored_progress(path / "checkpoints", 6)["schedule"] for path in (folder, whole[0])]
+  assert stored[0] == stored[1]
+  assert [(stage["resolution"], stage["step"], stage["reason"]) for stage in stored[0]["stages"]] == [
+      (4, 0, "start"), (8, 2, "cap"), (16, 4, "cap")]
+  assert [(one["step"], one["resolution"]) for one in stored[0]["measurements"]] == [(2, 4), (4, 8), (6, 16)]
+
+
+def test_reference_is_the_distance_between_two_disjoint_sets(whole):
+  run = whole[1]
+  distances = run.distances
+  assert distances.count == SET
+  numbers = distances._places(np.arange(2 * SET))
+  assert len(set(numbers.tolist())) == 2 * SET
+  pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
+  small = discriminator.image_pyramid(pictures, (8,))[8]
+  features = np.asarray(run.clip.module().apply(run.clip.variables, small, method="encode_image"))
+  sets = [frechet.Moments(features.shape[1]) for _ in range(2)]
+  for moments, part in zip(sets, (features[:SET], features[SET:])):
+    moments.add(part)
+  found = distances.reference(8, lambda: True)
+  assert found == pytest.approx(frechet.distance(*sets), rel=1e-4)
+  asked = iter([True, False])
+  assert distances.reference(8, lambda: next(asked)) is None  # given up between two batches
+
+
+def test_a_generator_that_drew_the_second_set_would_have_the_references_distance(whole, monkeypatch):
+  """It is asked for the captions of the second set, in order, and the rest of the last batch does not count."""
+  run = whole[1]
+  reference = run.distances.reference(8, lambda: True)
+  numbers = run.distances._places(np.arange(SET, 2 * SET))
+  pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
+  small = discriminator.image_pyramid(pictures, (8,))[8]
+  features = np.asarray(run.clip.module().apply(run.clip.variables, small, method="encode_image"))
+  tokens = run.clip.tokenizer([run.dataset[int(number)].captions[0] for number in numbers])
+  own = {row.tobytes(): feature for row, feature in zip(np.asarray(tokens, np.int32), features)}
+  drawn = lambda ema, buffers, frozen, tokens, number, key: np.stack([own[row.tobytes()] for row in np.asarray(tokens)])
+  monkeypatch.setattr(run.distances, "_generator", {8: drawn})
+  assert run.distances.generated(8, run.init(), lambda: True) == pytest.approx(reference, rel=1e-4)
