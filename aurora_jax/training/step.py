@@ -187,9 +187,10 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
     g_update = functools.partial(state_lib.update, opt_cfg, g_adam, learning_rate=opt_cfg.generator_lr * factor)
     g_before = g_grad, state.generator_opt, state.generator
-    g_params, g_opt = g_update(*g_before)
     g_metrics |= {"loss/moe": moe_loss} | guard.norms("grad_norm/g", g_grad)
     healthy &= guard.healthy(g_metrics)
+    # Each array is selected where it is made, and the next is made of it: one pass over memory, as without a guard.
+    g_params, g_opt = guard.keep(healthy, g_update(*g_before), (state.generator, state.generator_opt))
 
     decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, g_params)
@@ -200,9 +201,11 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     metrics |= guard.moves("update_norm/d", due, d_update, *d_before)
     metrics |= guard.moves("update_norm/g", due, g_update, *g_before)
     metrics |= {"learning_rate": opt_cfg.generator_lr * factor, "g/w_std": jnp.mean(jnp.std(w, axis=0))}
-    after = state.replace(generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
-                          discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average})
-    return guard.keep(healthy, after, state).replace(step=state.step + 1), metrics
+    ema, average, d_params, d_opt = guard.keep(
+        healthy, (ema, average, d_params, d_opt),
+        (state.ema, state.buffers["w_avg"], state.discriminator, state.discriminator_opt))
+    return state.replace(step=state.step + 1, generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
+                         discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average}), metrics
 
   def r1_step(state, frozen, batch):
     text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")

@@ -84,7 +84,7 @@ def test_train_then_go_on_then_inspect(experiment, prepare, tmp_path, capsys):
   said = capsys.readouterr().out
   for words in ("(small)", "step 9 of 9", "restarts   1", "step 6  went on", "with train.total_steps 6 -> 9",
                 "all steps are done", "saved      step 9", "earlier: ", "samples    4, newest samples/step-00000009.png",
-                "numbers    g "):
+                "gradient of G"):
     assert words in said, words
   assert len(said.splitlines()) < 30
 
