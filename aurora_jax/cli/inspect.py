@@ -93,18 +93,19 @@ def _json(path):
 
 
 def _fingerprint(path):
-  from aurora_jax.training import checkpoint  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import fingerprint  # pylint: disable=g-import-not-at-top
 
   if _is_checkpoint(path):
-    return checkpoint.fingerprint(path.parent, int(path.name))[1]
+    return fingerprint.of_checkpoint(path.parent, int(path.name))[1]
   if not path.is_dir():
     raise UserError(f"run folder not found: {path}")
-  return checkpoint.fingerprint(path / "checkpoints")[1]
+  return fingerprint.of_checkpoint(path / "checkpoints")[1]
 
 
 def _run_lines(path):
   """The story of a run in a screen."""
-  from aurora_jax.training import checkpoint, metrics, progress, run_folder, skipped  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import (  # pylint: disable=g-import-not-at-top
+      checkpoint, kept, metrics, progress, run_folder, skipped)
 
   folder = run_folder.RunFolder(path)
   experiment = folder.experiment()
@@ -145,8 +146,13 @@ def _run_lines(path):
            f"listed in {folder.skipped_records}; the newest, at step {listed[-1].step:,}:")
     yield f"           {listed[-1]}"
   if steps:
-    sizes = ", ".join(f"{step:,} ({_bytes(checkpoint.size_bytes(folder.checkpoints, step))})" for step in steps)
-    yield f"saved      step{'s' if len(steps) > 1 else ''} {sizes}"
+    policy = kept.of_run(train, folder.metrics)
+    reasons = policy.reasons(steps)
+    for i, step in enumerate(steps):
+      size, why = _bytes(checkpoint.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
+      yield f"{'saved' if not i else '':10s} step {step:,} ({size}), {why or 'goes with the next save'}"
+    if policy.best and not policy.values():
+      yield f"           WARNING: no line of {folder.metrics} has train.keep_best's metric {policy.metric}"
   else:
     yield "saved      nothing yet"
   samples = sorted(folder.samples.glob("step-*.png")) if folder.samples.is_dir() else []

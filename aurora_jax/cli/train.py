@@ -3,14 +3,17 @@
 The experiment is a file in configs/; any of its values can be set on the command line as --config.GROUP.NAME=VALUE.
 Everything that the run makes lies in the folder --workdir:
 
-  checkpoints/   the full state every train.checkpoint_every steps, the newest few
+  checkpoints/   the full state every train.checkpoint_every steps: the newest few, and what train.keep_every and
+                 train.keep_best say
   samples/       pictures for the same prompts and latents, every train.sample_every steps
   metrics.jsonl  losses and other numbers, one JSON object per line; tensorboard/ has them for TensorBoard
   report.html    everything on one page, for a browser
   config.json    the experiment
 
-Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved. The same command
-again goes on from there, and from the newest checkpoint after a crash; the result is the same as without the stop.
+Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved; before the first step
+of a start is done there is nothing to save, and the process ends at once. A second Ctrl-C ends it at once in any case, a
+second SIGTERM changes nothing. The same command again goes on from there, and from the newest checkpoint after a crash
+or kill -9; the result is the same as without the stop.
 An experiment that differs from the stored one is refused, field by field, unless --allow-config-change lets it.
 --config.train.init_from=RUN begins a new run with the networks of another one, or of a checkpoint of `convert`.
 
@@ -27,8 +30,8 @@ run tells of it, lists it in skipped_records.jsonl and goes on with another in i
 that shows at the start already is refused, unless data.tolerate_damage=true.
 
 Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), also when it comes
-up while training (more records cannot be read than data.max_skipped allows: saved first), 3 a loss became NaN or
-infinite.
+up while training (more records cannot be read than data.max_skipped allows: saved first), or a checkpoint that cannot be
+saved (training stops, earlier checkpoints stand), 3 a loss became NaN or infinite.
 """
 
 import hashlib
@@ -37,6 +40,7 @@ import time
 from aurora_jax import config
 from aurora_jax.parallel import hosts
 from aurora_jax.training import checkpoint, initial, run_folder
+from aurora_jax.training.interrupts import Interrupts
 
 
 def add_arguments(parser):
@@ -56,11 +60,11 @@ def run(args):
   started = time.monotonic()
   experiment = config.load(args.config_argv)
   job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())
-  with hosts.leaving_at_once("train"):
-    return _train(args, experiment, job, started)
+  with hosts.leaving_at_once("train"), Interrupts(args.stopped_status) as interrupts:
+    return _train(args, experiment, job, started, interrupts)
 
 
-def _train(args, experiment, job, started):
+def _train(args, experiment, job, started, interrupts):
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
   with hosts.together("looking at the run's folder"):
     run_folder.check_writable(args.workdir)
@@ -79,8 +83,9 @@ def _train(args, experiment, job, started):
     for words in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
       print(words, flush=True)
   outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
-                     allow_config_change=args.allow_config_change, started=started)
-  if hosts.is_first() and outcome.reason != loop.ALREADY_DONE:
+                     allow_config_change=args.allow_config_change, started=started, interrupts=interrupts)
+  # After SIGTERM time is short, and what counts is saved.
+  if hosts.is_first() and outcome.reason not in (loop.ALREADY_DONE, loop.TERMINATED):
     print(f"report: {report.write_report(args.workdir)}")
   if outcome.reason in (loop.TIME, loop.INTERRUPT, loop.TERMINATED):
     return args.stopped_status

@@ -16,7 +16,7 @@ from aurora_jax import config, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, progress, run_folder, skipped
+from aurora_jax.training import checkpoint, guard, kept, progress, run_folder, skipped
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
 from aurora_jax.training.interrupts import Interrupts
@@ -68,7 +68,7 @@ class Outcome:
     return _STATUS[self.reason]
 
 
-def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None):
+def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None, interrupts=None):
   """Trains until `train.total_steps`, `train.max_seconds`, Ctrl-C or SIGTERM; goes on from the newest checkpoint.
 
   Args:
@@ -80,6 +80,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
     started: `time.monotonic()` from which `train.max_seconds` counts; None takes now.
+    interrupts: `Interrupts`, entered; None makes them here.
 
   Returns:
     An `Outcome`.
@@ -112,8 +113,9 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       if not folder.config.is_file():
         raise UserError(f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
                         "one, on a file system that they share")
-    interrupts = stack.enter_context(Interrupts())
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
+    if interrupts is None:
+      interrupts = stack.enter_context(Interrupts())
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, kept.of_run(train, folder.metrics)))
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread)
 
@@ -176,26 +178,27 @@ class _Trainer:
     settings, prepared, clock = self._settings, self._prepared, self.clock
     first = step
     self._display.doing("compiling (the first steps take longer)")
-    if step == 0 and self._reason_to_stop(step) is None:
-      self._sample(step, state)
+    if not isinstance(self._vote, hosts.Alone):
+      self._interrupts.idle = False  # the others are to hear of it
     batches = iter(prepared.batches(step))
     try:
       with clock.phase("input"):
         batch = self._next(batches)
       while (reason := self._reason_to_stop(step)) is None:
+        if step % settings.sample_every == 0:  # after the state is saved and it is known that there is time
+          self._sample(step, state)
         with clock.phase("step"):
           # Whatever reaches the device unasked is a mistake that would cost time at every step.
           with jax.transfer_guard("disallow"):
             state, metrics = prepared.step(step, state, batch)
         self.step = step = step + 1
+        self._interrupts.idle = False
         with clock.phase("input"):  # the next batch travels while this step runs
           batch = self._next(batches)
         with clock.phase("step"):
           self._observe(self._pending)  # waits for the step before this one
         self._pending = (step, metrics)
         self._checkpoints.check()
-        if step % settings.sample_every == 0:
-          self._sample(step, state)
         if step % settings.checkpoint_every == 0:
           self._save(step, state)
     finally:
@@ -308,6 +311,7 @@ class _Trainer:
     if reason == DONE and step % self._settings.log_every:
       self._write_window(step)
     self._log.note("stop", step, self.clock.seconds, {"reason": reason})
+    self._interrupts.idle = True
     if reason == DAMAGED_DATA and hosts.is_first():
       self._tell_damage(step)
     elif hosts.is_first():
