@@ -9,6 +9,7 @@ A line of metrics.jsonl is one JSON object with "step" (steps done), "seconds" (
 ("eval"). After a resume the lines beyond the step that was resumed from stay in the file; `history` leaves them out.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -94,7 +95,8 @@ class MetricsFile:
       raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
   def close(self):
-    self._file.close()
+    with contextlib.suppress(OSError):  # `write` has said so of the line that it could not write
+      self._file.close()
 
 
 def _ends_torn(path):
@@ -199,7 +201,8 @@ class TensorBoard:
       raise UserError(f"{self._file.name} cannot be written: {error.strerror or error}") from error
 
   def close(self):
-    self._file.close()
+    with contextlib.suppress(OSError):
+      self._file.close()
 
 
 class Log:
