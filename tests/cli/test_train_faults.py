@@ -6,6 +6,7 @@ import pathlib
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -17,6 +18,7 @@ from aurora_jax.training import checkpoint, fingerprint, metrics, setup
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
 import toy  # pylint: disable=wrong-import-position
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from aurora_jax import config as config_lib
 
@@ -72,19 +74,39 @@ def test_a_disk_that_is_full_when_a_save_writes_in_the_background(train):
   _intact(run, train)
 
 
-def test_a_file_system_that_has_become_read_only(train, monkeypatch):
-  mkdir = os.mkdir
+_READ_ONLY = """
+import errno, os, runpy, sys, toy
+from aurora_jax.training import checkpoint, setup
 
-  def refuse(run):
-    def read_only(path, *args, **options):
-      if str(path).startswith(str(run)):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-      return mkdir(path, *args, **options)
-    monkeypatch.setattr(os, "mkdir", read_only)
+mkdir, run = os.mkdir, sys.argv.pop(1)
 
-  run, error = train(refuse)
-  assert "checkpoint of step 8 could not be saved" in error and "Read-only file system" in error
-  _intact(run, train)
+def read_only(path, *args, **options):
+  if str(path).startswith(run):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+  return mkdir(path, *args, **options)
+
+def after_batch(step):
+  if step > 4 and checkpoint.steps(run + "/checkpoints"):
+    os.mkdir = read_only
+
+setup.prepare = lambda values: toy.Toy(values, delay=0.002, width=5000, after_batch=after_batch)
+runpy.run_module("aurora_jax", run_name="__main__")
+"""
+
+
+def test_a_file_system_that_has_become_read_only(tmp_path):
+  """As a process: Orbax leaves threads behind that would keep it from ending for five minutes."""
+  (tmp_path / "small.py").write_text(CONFIG)
+  run = tmp_path / "run"
+  done = subprocess.run(
+      [sys.executable, "-c", _READ_ONLY, str(run), "train", "--config", str(tmp_path / "small.py"), "--workdir", str(run)],
+      capture_output=True, text=True, check=False, timeout=150, cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"})
+  [error] = [line for line in done.stderr.splitlines() if line and not line.startswith("training:")]
+  assert done.returncode == 2 and "could not be saved" in error and "Read-only file system" in error
+  last = checkpoint.newest(run / "checkpoints")
+  assert f"the last complete one is of step {last}" in error
+  assert fingerprint.of_checkpoint(run / "checkpoints")[0] == last
 
 
 def test_a_save_whose_last_act_fails_in_the_background(train, monkeypatch):
