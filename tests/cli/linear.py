@@ -1,5 +1,7 @@
 """In the place of `training.setup`: the real loader's pictures, and tests/training/toy.py in the place of the networks."""
 
+import time
+
 import toy
 
 from aurora_jax.data import loader
@@ -9,7 +11,11 @@ WIDTH = 20_000  # 5 MB of state: a save takes long enough to be hit
 
 
 class Linear(toy.Toy):
-  """A `Toy` that is trained on the pictures of `data.path`."""
+  """A `Toy` that is trained on the pictures of `data.path`. With the name "slow" it takes a minute to begin."""
+
+  def init(self):
+    time.sleep(60 if self.experiment.name == "slow" else 0)
+    return super().init()
 
   def batches(self, start_step):
     train = self.experiment.train
