@@ -326,7 +326,11 @@ class Train:
   seed: int = 0
   max_seconds: float = 0.0  # stop (and save) after this much wall time in this process; 0: no limit
   checkpoint_every: int = 1000
-  keep_checkpoints: int = 3
+  keep_checkpoints: int = 3  # the newest so many stay; 0: all
+  keep_every: int = 0  # besides, those whose step is a multiple of this stay for ever; 0: none
+  # Besides, the best stays: "lower:NAME" or "higher:NAME" of any number in metrics.jsonl (an evaluation's, a loss), as
+  # measured at the checkpoint's step or within the checkpoint_every steps before it.
+  keep_best: str = ""
   log_every: int = 50
   sample_every: int = 1000
   sample_prompts: tuple[str, ...] = ()
@@ -343,6 +347,13 @@ class Train:
   def __post_init__(self):
     for name in ("total_steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "max_skipped_in_a_row"):
       _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
+    for name in ("keep_checkpoints", "keep_every"):
+      _require(getattr(self, name) >= 0, f"train.{name} must be positive, or 0, got {getattr(self, name)}")
+    _require(self.keep_every % self.checkpoint_every == 0,
+             f"train.keep_every {self.keep_every} must be a multiple of train.checkpoint_every {self.checkpoint_every}")
+    order, _, metric = self.keep_best.partition(":")
+    _require(not self.keep_best or order in ("lower", "higher") and metric,
+             f"train.keep_best must be 'lower:NAME' or 'higher:NAME' of a metric, got {self.keep_best!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,13 +94,13 @@ def _json(path):
 
 
 def _fingerprint(path):
-  from aurora_jax.training import checkpoint  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import fingerprint  # pylint: disable=g-import-not-at-top
 
   if _is_checkpoint(path):
-    return checkpoint.fingerprint(path.parent, int(path.name))[1]
+    return fingerprint.of_checkpoint(path.parent, int(path.name))[1]
   if not path.is_dir():
     raise UserError(f"run folder not found: {path}")
-  return checkpoint.fingerprint(path / "checkpoints")[1]
+  return fingerprint.of_checkpoint(path / "checkpoints")[1]
 
 
 def _checkpoint_lines(path):

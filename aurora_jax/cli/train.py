@@ -3,15 +3,18 @@
 The experiment is a file in configs/; any of its values can be set on the command line as --config.GROUP.NAME=VALUE.
 Everything that the run makes lies in the folder --workdir:
 
-  checkpoints/   the full state every train.checkpoint_every steps, the newest few
+  checkpoints/   the full state every train.checkpoint_every steps: the newest few, and what train.keep_every and
+                 train.keep_best say
   samples/       pictures for the same prompts and latents, every train.sample_every steps
   metrics.jsonl  losses and other numbers, one JSON object per line; tensorboard/ has them for TensorBoard
   report.html    everything on one page, for a browser
   profile/       traces of --profile-steps
   config.json    the experiment
 
-Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved. The same command
-again goes on from there, and from the newest checkpoint after a crash; the result is the same as without the stop.
+Ctrl-C (or SIGTERM, or train.max_seconds) stops cleanly: the step is finished and the state saved; before the first step
+of a start is done there is nothing to save, and the process ends at once. A second Ctrl-C ends it at once in any case, a
+second SIGTERM changes nothing. The same command again goes on from there, and from the newest checkpoint after a crash
+or kill -9; the result is the same as without the stop.
 An experiment that differs from the stored one is refused, field by field, unless --allow-config-change lets it.
 --config.train.init_from=RUN begins a new run with the networks of another one, or of a checkpoint of `convert`.
 
@@ -31,8 +34,9 @@ A step whose loss or gradient is NaN or infinite changes nothing but the step's 
 Warnings say when the discriminator wins, pictures collapse or experts starve (config.watch). `inspect DIR` tells it all.
 
 Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), also when it comes
-up while training (more records cannot be read than data.max_skipped allows: saved first), 3 too many steps in a row were
-skipped (train.max_skipped_in_a_row), or the state itself is no longer finite.
+up while training (more records cannot be read than data.max_skipped allows: saved first), or a checkpoint that cannot be
+saved (training stops, earlier checkpoints stand), 3 too many steps in a row were skipped (train.max_skipped_in_a_row), or
+the state itself is no longer finite.
 """
 
 import hashlib
@@ -41,6 +45,7 @@ import time
 from aurora_jax import config
 from aurora_jax.parallel import hosts
 from aurora_jax.training import checkpoint, initial, profiling, run_folder
+from aurora_jax.training.interrupts import Interrupts
 
 
 def add_arguments(parser):
@@ -64,11 +69,11 @@ def run(args):
   profile_steps = profiling.parse(args.profile_steps) if args.profile_steps else None
   experiment = config.load(args.config_argv)
   job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())
-  with hosts.leaving_at_once("train"):
-    return _train(args, experiment, job, started, profile_steps)
+  with hosts.leaving_at_once("train"), Interrupts(args.stopped_status) as interrupts:
+    return _train(args, experiment, job, started, profile_steps, interrupts)
 
 
-def _train(args, experiment, job, started, profile_steps):
+def _train(args, experiment, job, started, profile_steps, interrupts):
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
   with hosts.together("looking at the run's folder"):
     run_folder.check_writable(args.workdir)
@@ -87,8 +92,10 @@ def _train(args, experiment, job, started, profile_steps):
     for words in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
       print(words, flush=True)
   outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
-                     allow_config_change=args.allow_config_change, started=started, profile_steps=profile_steps)
-  if hosts.is_first() and outcome.reason != loop.ALREADY_DONE:
+                     allow_config_change=args.allow_config_change, started=started, interrupts=interrupts,
+                     profile_steps=profile_steps)
+  # After SIGTERM time is short, and what counts is saved.
+  if hosts.is_first() and outcome.reason not in (loop.ALREADY_DONE, loop.TERMINATED):
     print(f"report: {report.write_report(args.workdir)}")
   if outcome.reason in (loop.TIME, loop.INTERRUPT, loop.TERMINATED):
     return args.stopped_status

@@ -7,12 +7,13 @@ import datetime
 import json
 import math
 
-from aurora_jax.training import checkpoint, metrics, progress, run_folder, skipped, watch
+from aurora_jax.training import checkpoint, kept, metrics, progress, run_folder, skipped, watch
 
 _WIDTH = 100
 _HEAD = 11  # columns of a line's name
 _EVENTS_SHOWN = 8
 _WARNINGS_SHOWN = 4
+_CHECKPOINTS_SHOWN = 4
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COLUMNS = 8
 _PHASES = {"step": "compute", "input": "waiting for input", "samples": "sample pictures", "evaluation": "evaluation",
@@ -61,7 +62,7 @@ def tell(path):
   yield from _time(rows)
   yield from _warnings(rows)
   yield from _skipped(folder, rows)
-  yield from _saved(folder, steps)
+  yield from _saved(folder, experiment, steps)
   yield from _numbers(rows)
   yield from _figures(rows)
   yield from _next(folder, experiment, rows, steps, held)
@@ -253,14 +254,18 @@ def _wrapped(words, most=2):
   return lines
 
 
-def _saved(folder, steps):
+def _saved(folder, experiment, steps):
+  policy = kept.of_run(experiment.train, folder.metrics)
+  reasons = policy.reasons(steps)
+  for number, step in enumerate(reversed(steps[-_CHECKPOINTS_SHOWN:])):
+    size, why = size_words(checkpoint.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
+    yield _line("" if number else "saved", f"step {step:,} ({size}), {why or 'goes with the next save'}")
+  if len(steps) > _CHECKPOINTS_SHOWN:
+    yield _line("", f"and {len(steps) - _CHECKPOINTS_SHOWN:,} earlier ones, from step {steps[0]:,} on")
   if not steps:
     yield _line("saved", "nothing yet")
-  else:
-    newest = size_words(checkpoint.size_bytes(folder.checkpoints, steps[-1]))
-    earlier = ", ".join(f"{step:,}" for step in steps[:-1][-6:])
-    more = "..., " if len(steps) > 7 else ""
-    yield _line("saved", f"step {steps[-1]:,} ({newest})" + (f"; earlier: {more}{earlier}" if earlier else ""))
+  if steps and policy.best and not policy.values():
+    yield _line("", f"WARNING: no line of metrics.jsonl has train.keep_best's metric {policy.metric}")
   pictures = sorted(folder.samples.glob("step-*.png")) if folder.samples.is_dir() else []
   yield _line("samples", f"{len(pictures)}, newest {pictures[-1].relative_to(folder.path)}" if pictures else "none yet")
 

@@ -56,7 +56,8 @@ def join(args, fingerprint=""):
       print(f"{job.processes} processes (found by {job.source}); this is process 0, waiting at {job.coordinator}",
             flush=True)
     roll_call.answer(job, args.join_seconds, fingerprint)
-    # On the CPU two programs on their way at once (a step and a vote, say) take each other's messages: one at a time.
+    # On CPUs one program after the other: gloo pairs the messages of all processes by their order, and of two programs on
+    # their way at once (a step, and a vote on whether to stop) each process may be at another one. No effect elsewhere.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Nothing is left for JAX to detect: on SLURM it would take one GPU per process.
     jax.distributed.initialize(

@@ -10,25 +10,27 @@ nothing else. It is one folder `checkpoints/S` with three items:
 A converted checkpoint (`write_parts`) has some parts of the state only: what a generator has, and no optimisers. It can
 be sampled from, and a run can begin with it, but not go on.
 
-This file is the only one that knows Orbax (the v0 interface: v1 is still moving, see its 0.12 changelog).
+This file and fingerprint.py are the only ones that know Orbax (v0: its v1 is still moving, see the 0.12 changelog).
 """
 
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import pathlib
-import re
-import sys
+import shutil
+import threading
+import time
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.training import kept, orbax_words
 
-# Leaves are read and hashed in groups of about this many bytes, so that a fingerprint needs little memory.
-_FINGERPRINT_GROUP_BYTES = 1 << 28
+# Where a checkpoint that is not kept goes in one move: a kill while its files are removed leaves no half of one.
+_REMOVED = ".removed"
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class SaveError(UserError):
@@ -51,7 +53,7 @@ def newest(folder):
   return max(steps(folder), default=None)
 
 
-def _chosen(folder, step):
+def chosen(folder, step):
   """The step asked for, or the newest; UserError if it is not there."""
   found = steps(folder)
   if not found:
@@ -72,25 +74,29 @@ class Checkpoints:
   Every process of a run makes one and makes the same calls; Orbax sees to it that each writes its own shards.
   """
 
-  def __init__(self, folder, keep=3):
+  def __init__(self, folder, policy=kept.Policy()):
     """Opens (and makes) the folder; remains of saves that were cut off are removed.
 
     Args:
       folder: path of `checkpoints/`.
-      keep: how many of the newest to keep; 0 keeps all.
+      policy: `kept.Policy`.
     """
     import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
 
     self.folder = pathlib.Path(os.path.abspath(folder))
     self._ocp = ocp
     self._saving = None  # the step of a save that is not known to be complete
-    _quieten_orbax()
+    self._remover = None  # the thread that removes what is not kept
+    self._next_look = 0.0
+    orbax_words.quieten()
     try:
       os.makedirs(self.folder, exist_ok=True)
+      self._remove_old(wait=True)
       self._manager = ocp.CheckpointManager(
           self.folder,
           options=ocp.CheckpointManagerOptions(
-              max_to_keep=keep or None, create=False, cleanup_tmp_directories=True, enable_async_checkpointing=True))
+              preservation_policy=policy, todelete_subdir=_REMOVED, create=False, cleanup_tmp_directories=True,
+              enable_async_checkpointing=True))
     except OSError as error:
       raise UserError(f"checkpoint folder {folder} cannot be used: {error.strerror or error}") from error
 
@@ -101,6 +107,7 @@ class Checkpoints:
     if error is None:
       self.wait()
       self._manager.close()
+      self._remove_old(wait=True)
     else:
       with contextlib.suppress(Exception):  # what is under way says more than what the clean-up could say
         self._manager.close()
@@ -123,8 +130,7 @@ class Checkpoints:
     """
     if step == self._saving:
       return
-    if not self.folder.is_dir():  # Orbax would silently make a new one
-      raise SaveError(f"checkpoint of step {step} cannot be saved: the folder {self.folder} has vanished")
+    self._check_folder(step)  # Orbax would silently make a new one
     self.wait()  # Orbax would wait too, and lay the failure of the save before to this one
     if step in steps(self.folder):
       return
@@ -136,9 +142,27 @@ class Checkpoints:
     self._saving = step
 
   def check(self):
-    """Raises SaveError if a save failed in the background since the last call. Costs microseconds."""
+    """Raises SaveError if a save failed in the background or the folder has vanished. Costs microseconds."""
     with self._reporting(self._saving):
       self._manager.check_for_errors()
+    if time.monotonic() >= self._next_look:  # the file system may be far away
+      self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+      self._check_folder(self._saving)
+      self._remove_old()
+
+  def _check_folder(self, step):
+    if not self.folder.is_dir():
+      what = "nothing can be saved any more" if step is None else f"checkpoint of step {step} cannot be saved"
+      raise SaveError(f"{what}: the folder {self.folder} has vanished")
+
+  def _remove_old(self, wait=False):
+    """Removes, in the background, the checkpoints that were moved out of the way."""
+    busy = self._remover is not None and self._remover.is_alive()
+    if jax.process_index() == 0 and not busy and (self.folder / _REMOVED).is_dir():
+      self._remover = threading.Thread(target=shutil.rmtree, args=(self.folder / _REMOVED, True), name="remove checkpoints")
+      self._remover.start()
+    if wait and self._remover is not None:
+      self._remover.join()
 
   def wait(self):
     """Waits until the last save is complete on disk.
@@ -165,7 +189,7 @@ class Checkpoints:
       self._saving = None
       last = self.newest()
       stands = "no other is there" if last is None else f"the last complete one is of step {last}"
-      raise SaveError(f"checkpoint of step {step} could not be saved in {self.folder}: {_reason(error)} ({stands})"
+      raise SaveError(f"checkpoint of step {step} could not be saved in {self.folder}: {orbax_words.reason(error)} ({stands})"
                       ) from error
 
   def restore(self, abstract_state, step=None):
@@ -183,14 +207,14 @@ class Checkpoints:
       UserError: no such checkpoint, one of another architecture (what differs is named), or one that cannot be read.
     """
     self.wait()
-    step = _chosen(self.folder, step)
+    step = chosen(self.folder, step)
     _check_same_leaves(self.folder / str(step), abstract_state)
     args = self._ocp.args
     try:
       restored = self._manager.restore(step, args=args.Composite(
           state=args.StandardRestore(_with_shardings(abstract_state)), progress=args.JsonRestore()))
     except Exception as error:  # pylint: disable=broad-except
-      raise _unreadable(self.folder / str(step), error) from error
+      raise orbax_words.unreadable(self.folder / str(step), error) from error
     return restored.state, restored.progress
 
 
@@ -217,7 +241,7 @@ def write_parts(folder, step, parts, config, progress=None):
   from orbax.checkpoint import type_handlers  # pylint: disable=g-import-not-at-top
 
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
-  _quieten_orbax()
+  orbax_words.quieten()
   # Orbax would copy arrays of the host first, for the case that somebody changes them before they are written, and hold
   # compressed copies of all of them, for a few percent of the space: 2.3 times the model in memory, measured.
   registry = type_handlers.create_type_handler_registry(
@@ -231,7 +255,7 @@ def write_parts(folder, step, parts, config, progress=None):
           state=ocp.args.PyTreeSave(parts), config=ocp.args.JsonSave(_config_item(config, parts=sorted(parts))),
           progress=ocp.args.JsonSave(progress or {})))
   except Exception as error:  # pylint: disable=broad-except
-    raise SaveError(f"checkpoint {path} could not be written: {_reason(error)}") from error
+    raise SaveError(f"checkpoint {path} could not be written: {orbax_words.reason(error)}") from error
 
 
 def only_parts(folder, step=None):
@@ -256,20 +280,20 @@ def read(folder, abstract_parts, step=None):
   """
   import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
 
-  step = _chosen(folder, step)
+  step = chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
-  _quieten_orbax()
+  orbax_words.quieten()
   wanted = _with_shardings(dict(abstract_parts))
   _check_same_leaves(path, wanted, tuple(wanted))
   try:
-    stored = _stored_tree(path)
+    stored = stored_tree(path)
     item = {name: wanted.get(name, jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)) for name, tree in stored.items()}
     how = jax.tree.map(
         lambda leaf: ocp.RestoreArgs() if leaf is ocp.PLACEHOLDER else ocp.ArrayRestoreArgs(sharding=leaf.sharding), item)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       restored = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how))
   except Exception as error:  # pylint: disable=broad-except
-    raise _unreadable(path, error) from error
+    raise orbax_words.unreadable(path, error) from error
   return step, {part: restored[part] for part in wanted}
 
 
@@ -306,75 +330,21 @@ def describe(folder, step=None):
   Raises:
     UserError: no such checkpoint, or one that cannot be read.
   """
-  path = pathlib.Path(os.path.abspath(folder)) / str(_chosen(folder, step))
-  _quieten_orbax()
+  path = pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))
+  orbax_words.quieten()
   try:
-    tree = _stored_tree(path)
+    tree = stored_tree(path)
   except Exception as error:  # pylint: disable=broad-except
-    raise _unreadable(path, error) from error
+    raise orbax_words.unreadable(path, error) from error
   parts = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    leaves, values, size = parts.get(_name(keys[:1]), (0, 0, 0))
+    leaves, values, size = parts.get(leaf_name(keys[:1]), (0, 0, 0))
     count = int(np.prod(leaf.shape))
-    parts[_name(keys[:1])] = leaves + 1, values + count, size + count * np.dtype(leaf.dtype).itemsize
+    parts[leaf_name(keys[:1])] = leaves + 1, values + count, size + count * np.dtype(leaf.dtype).itemsize
   return parts
 
 
-def fingerprint(folder, step=None):
-  """One SHA-256 over a checkpoint's whole state: names, types, shapes and bytes of all leaves, in order of name.
-
-  It needs neither the model nor the mesh, so it is the same wherever and however the state was written.
-
-  Returns:
-    (step, hexadecimal digits).
-
-  Raises:
-    UserError: no such checkpoint, or one that cannot be read.
-  """
-  import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
-
-  step = _chosen(folder, step)
-  path = pathlib.Path(os.path.abspath(folder)) / str(step)
-  digest = hashlib.sha256()
-  _quieten_orbax()
-  try:
-    tree = _stored_tree(path)
-    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [_name(keys) for keys, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      for group in _groups(sorted(range(len(names)), key=names.__getitem__), leaves):
-        chosen = set(group)
-        item = structure.unflatten([leaf if i in chosen else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)])
-        how = structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray) for _ in leaves])
-        values = structure.flatten_up_to(
-            checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how)))
-        for i in group:
-          value = np.asarray(values[i])
-          digest.update(f"{names[i]} {value.dtype} {value.shape}\n".encode())
-          digest.update(np.ascontiguousarray(value).view(np.uint8).tobytes() if value.ndim else value.tobytes())
-  except UserError:
-    raise
-  except Exception as error:  # pylint: disable=broad-except
-    raise _unreadable(path, error) from error
-  return step, digest.hexdigest()
-
-
-def _groups(order, leaves):
-  """Cuts a list of leaf numbers into runs of about _FINGERPRINT_GROUP_BYTES."""
-  group, size = [], 0
-  for i in order:
-    bytes_here = int(np.prod(leaves[i].shape)) * np.dtype(leaves[i].dtype).itemsize
-    if group and size + bytes_here > _FINGERPRINT_GROUP_BYTES:
-      yield group
-      group, size = [], 0
-    group.append(i)
-    size += bytes_here
-  if group:
-    yield group
-
-
-def _stored_tree(path):
+def stored_tree(path):
   """What a checkpoint says of its leaves: nested dicts and lists of objects with shape and dtype."""
   import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
   from etils import epath  # pylint: disable=g-import-not-at-top
@@ -383,13 +353,13 @@ def _stored_tree(path):
   return metadata.tree
 
 
-def _name(keys):
+def leaf_name(keys):
   """A leaf's path as "generator/mapping/0/kernel", the same for dicts, lists, tuples and dataclasses."""
   return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
 def _named_shapes(tree):
-  return {_name(keys): tuple(leaf.shape) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {leaf_name(keys): tuple(leaf.shape) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
           if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
 
 
@@ -404,7 +374,7 @@ def misfit(folder, step, wanted):
   Raises:
     UserError: the checkpoint cannot be read.
   """
-  _quieten_orbax()
+  orbax_words.quieten()
   return _differences(pathlib.Path(os.path.abspath(folder)) / str(step), wanted, tuple(wanted))
 
 
@@ -418,12 +388,12 @@ def _check_same_leaves(path, abstract_state, parts=None):
 def _differences(path, abstract_state, parts=None):
   """In words, None where there are none; of all parts of the stored state, or of these only."""
   try:
-    stored = {name: shape for name, shape in _named_shapes(_stored_tree(path)).items()
+    stored = {name: shape for name, shape in _named_shapes(stored_tree(path)).items()
               if parts is None or name.split("/")[0] in parts}
   except Exception as error:  # pylint: disable=broad-except
-    raise _unreadable(path, error) from error
+    raise orbax_words.unreadable(path, error) from error
   wanted = _named_shapes(abstract_state)
-  keys = {_name(k) for k, leaf in jax.tree_util.tree_flatten_with_path(abstract_state)[0]} - wanted.keys()
+  keys = {leaf_name(k) for k, leaf in jax.tree_util.tree_flatten_with_path(abstract_state)[0]} - wanted.keys()
   problems = [f"it has no {name}" for name in wanted if name not in stored]
   problems += [f"it has {name} besides" for name in stored if name not in wanted and name not in keys]
   problems += [f"its {name} has shape {stored[name]}, wanted {wanted[name]}"
@@ -448,41 +418,3 @@ def _with_shardings(abstract_state):
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
       abstract_state)
-
-
-def _unreadable(path, error):
-  return UserError(f"checkpoint {path} cannot be read: {_reason(error)} (remove that folder to fall back to the one "
-                   "before it)")
-
-
-def _reason(error, longest=300):
-  """One line of an exception's words. Of an error of the file system, which comes in a long wrapping, the core."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))
-  if code:
-    return os.strerror(int(code[1]))
-  words = " ".join(str(error).split()) or type(error).__name__
-  return words if len(words) <= longest else words[:longest] + " ..."
-
-
-def _quieten_orbax():
-  """Keeps Orbax's log off the terminal: a failed save is raised to us, its tracebacks from four threads add nothing."""
-  logger = logging.getLogger("absl")
-  if not any(isinstance(entry, _NotFromOrbax) for entry in logger.filters):
-    logger.addFilter(_NotFromOrbax())
-    # Of several writes that fail together Orbax collects one; asyncio would print the others when they are swept up.
-    logging.getLogger("asyncio").addFilter(_NotFromOrbax())
-    previous = sys.unraisablehook
-    sys.unraisablehook = lambda event: None if _is_from_a_closed_loop(event) else previous(event)
-
-
-def _is_from_a_closed_loop(event):
-  """After a failed write or read, what TensorStore still has under way reports to an event loop that is gone."""
-  return isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"
-
-
-class _NotFromOrbax(logging.Filter):
-  """Drops what Orbax logs, and what is logged about its tasks."""
-
-  def filter(self, record):
-    where = f"{os.sep}orbax{os.sep}"
-    return where not in record.pathname and where not in record.getMessage()

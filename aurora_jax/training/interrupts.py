@@ -12,15 +12,21 @@ _NAMES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
 class Interrupts:
   """A context manager in which the two signals set `reason` instead of ending the process.
 
-  The first one says so at once; a second Ctrl-C ends the process at once, even while the main thread compiles (when
-  Python's own handlers have to wait): a thread of ours reads the signals from the wake-up descriptor.
+  The first one says so at once; a Ctrl-C after it ends the process at once, even while the main thread compiles (when
+  Python's own handlers have to wait): a thread of ours reads the signals from the wake-up descriptor. A SIGTERM after it
+  changes nothing: schedulers send several, and the save is under way.
 
   Attributes:
     reason: None, "interrupt" or "terminated".
+    idle: whether nothing would be lost if the process ended now: it starts up, compiles its first step, or has saved
+      and writes its report.
   """
 
-  def __init__(self):
+  def __init__(self, idle_status=None):
+    """Args: idle_status: the exit status with which a signal ends an idle process at once; None: it never does."""
     self.reason = None
+    self.idle = True
+    self._idle_status = idle_status
     self._old_handlers = None
 
   def __enter__(self):
@@ -53,15 +59,23 @@ class Interrupts:
   def _receive(self, number):
     if self.reason is None:
       self.reason = _NAMES[number]
+      if self.idle and self._idle_status is not None:
+        _leave("stopped at once; no step was done since the newest checkpoint", self._idle_status)
       words = "finishing this step, then saving"
       if number == signal.SIGINT:
         words += " (Ctrl-C again: stop at once, without saving)"
       _say(words)
     elif number == signal.SIGINT:
-      _say("stopped at once; the last complete checkpoint stands")
-      if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the progress bar hid the cursor
-      os._exit(130)
+      _leave("stopped at once; the last complete checkpoint stands", 130)
+    else:
+      _say("another SIGTERM; the state is being saved (Ctrl-C: stop at once)")
+
+
+def _leave(words, status):
+  _say(words)
+  if sys.stderr.isatty():
+    os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the progress bar hid the cursor
+  os._exit(status)
 
 
 def _say(words):

@@ -16,7 +16,7 @@ from aurora_jax import config, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, profiling, progress, run_folder, schedule, skipped, watch
+from aurora_jax.training import checkpoint, guard, kept, profiling, progress, run_folder, schedule, skipped, watch
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
 from aurora_jax.training.interrupts import Interrupts
@@ -68,7 +68,7 @@ class Outcome:
     return _STATUS[self.reason]
 
 
-def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None, profile_steps=None):
+def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=None, interrupts=None, profile_steps=None):
   """Trains until `train.total_steps`, `train.max_seconds`, Ctrl-C or SIGTERM; goes on from the newest checkpoint.
 
   Args:
@@ -82,6 +82,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     allow_config_change: names of config fields that may differ from the stored ones.
     started: `time.monotonic()` from which `train.max_seconds` counts; None takes now.
     profile_steps: (first, end) of the steps to take a profiler trace of, or None.
+    interrupts: `Interrupts`, entered; None makes them here.
 
   Returns:
     An `Outcome`.
@@ -115,8 +116,9 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
         raise UserError(f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
                         "one, on a file system that they share")
     unread.begin()
-    interrupts = stack.enter_context(Interrupts())
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, keep=train.keep_checkpoints))
+    if interrupts is None:
+      interrupts = stack.enter_context(Interrupts())
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, kept.of_run(train, folder.metrics)))
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
     profiler = profiling.Profiler(folder.profile, *profile_steps) if profile_steps else profiling.NoProfiler()
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler)
@@ -191,13 +193,15 @@ class _Trainer:
     first = step
     self._grow(step, state)  # the first stage's reference, or what a stop cut short
     self._display.doing("compiling (the first steps take longer)")
-    if step == 0 and self._reason_to_stop(step) is None:
-      self._sample(step, state)
+    if not isinstance(self._vote, hosts.Alone):
+      self._interrupts.idle = False  # the others are to hear of it
     batches = iter(self._prepared.batches(step))
     try:
       with clock.phase("input"):
         batch = self._next(batches)
       while (reason := self._reason_to_stop(step)) is None:
+        if step % settings.sample_every == 0:  # after the state is saved and it is known that there is time
+          self._sample(step, state)
         self._profiler.before(step)
         with clock.phase("step"), self._profiler.step(step):
           # Whatever reaches the device unasked is a mistake that would cost time at every step.
@@ -205,6 +209,7 @@ class _Trainer:
             state, metrics = self._prepared.step(step, state, batch)
         self.step = step = step + 1
         self._in_flight = metrics
+        self._interrupts.idle = False
         with clock.phase("input"):  # the next batch travels while this step runs
           batch = self._next(batches)
         with clock.phase("step"):
@@ -213,8 +218,6 @@ class _Trainer:
         self._tell_profile(self._profiler.after(step, metrics))
         self._checkpoints.check()
         self._grow(step, state)
-        if step % settings.sample_every == 0:
-          self._sample(step, state)
         if step % settings.checkpoint_every == 0:
           self._flush()
           if not self._skips.in_a_row:  # else the newest checkpoint stays the one before the trouble
@@ -389,6 +392,7 @@ class _Trainer:
     if reason == DONE and step % self._settings.log_every:
       self._write_window(step)
     self._log.note("stop", step, self.clock.seconds, {"reason": reason, "phases": self.clock.phases})
+    self._interrupts.idle = True
     if reason == DAMAGED_DATA and hosts.is_first():
       self._tell_damage(step)
     elif hosts.is_first():

@@ -11,6 +11,7 @@ out), "stop", or what other commands add ("judge"). After a resume the lines bey
 the file; `history` leaves them out.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -100,7 +101,8 @@ class MetricsFile:
       raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
   def close(self):
-    self._file.close()
+    with contextlib.suppress(OSError):  # `write` has said so of the line that it could not write
+      self._file.close()
 
 
 def _ends_torn(path):
@@ -205,7 +207,8 @@ class TensorBoard:
       raise UserError(f"{self._file.name} cannot be written: {error.strerror or error}") from error
 
   def close(self):
-    self._file.close()
+    with contextlib.suppress(OSError):
+      self._file.close()
 
 
 class Log:

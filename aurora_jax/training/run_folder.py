@@ -12,6 +12,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
@@ -30,7 +31,8 @@ except ImportError:  # not a Unix: no lock there
 # that decays is planned to the total_steps of the start at hand. A run moves between meshes.
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "data.workers", "data.max_skipped", "data.tolerate_damage", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
+    "train.keep_checkpoints", "train.keep_every", "train.keep_best", "data.workers", "data.max_skipped",
+    "data.tolerate_damage", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
     "train.init_from",  # a run that goes on has left its beginning behind
     "mesh.exchange_capacity", "train.max_skipped_in_a_row", "watch.logit_gap", "watch.diversity", "watch.expert_entropy",
 })
@@ -188,7 +190,10 @@ def refuse_changes(folder, experiment, allowed=()):
   fields = _flatten(json.loads(config.to_json(experiment)))
   for name in allowed:
     if name not in fields and not any(field.startswith(f"{name}.") for field in fields):
-      raise UserError(f"--allow-config-change {name}: the config has no such field or group")
+      known = {".".join(parts[:i + 1]) for parts in (field.split(".") for field in fields) for i in range(len(parts))}
+      close = difflib.get_close_matches(name, sorted(known), n=1)
+      raise UserError(f"--allow-config-change {name}: the config has no such field or group"
+                      + (f"; did you mean {close[0]}?" if close else ""))
   if checkpoint.newest(folder.checkpoints) is None or not folder.config.is_file():
     return {}  # nothing was kept: whatever stands there begins anew
   parts = checkpoint.only_parts(folder.checkpoints)

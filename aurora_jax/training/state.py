@@ -106,6 +106,8 @@ def learning_rate_factor(cfg, step, total_steps):
   """Warm-up times cosine decay: the factor on both learning rates at `step`."""
   step = jnp.asarray(step, jnp.float32)
   warm = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
+  if cfg.final_lr_fraction == 1:
+    return warm  # without total_steps the program stays the same, in JAX's cache too, when a run goes further
   progress = jnp.clip(step / total_steps, 0, 1)
   floor = cfg.final_lr_fraction
   return warm * (floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))

@@ -12,7 +12,7 @@ from PIL import Image
 from aurora_jax import config
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
-from aurora_jax.training import checkpoint, run_folder, setup
+from aurora_jax.training import checkpoint, fingerprint, run_folder, setup
 
 _ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / "tests/training"))
@@ -83,14 +83,14 @@ def test_train_then_go_on_then_inspect(experiment, prepare, tmp_path, capsys):
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
   for words in ("(small)", "step 9 of 9", "restarts   1", "step 6  went on", "with train.total_steps 6 -> 9",
-                "all steps are done", "saved      step 9", "earlier: ", "samples    4, newest samples/step-00000009.png",
+                "all steps are done", "saved      step 9", "newest 3", "samples    4, newest samples/step-00000009.png",
                 "gradient of G"):
     assert words in said, words
   assert len(said.splitlines()) < 30
 
   assert main.main(["inspect", str(tmp_path / "run"), "--fingerprint"]) == 0
   printed = capsys.readouterr().out.strip()
-  assert printed == checkpoint.fingerprint(tmp_path / "run/checkpoints", 9)[1]
+  assert printed == fingerprint.of_checkpoint(tmp_path / "run/checkpoints", 9)[1]
   assert main.main(["inspect", str(tmp_path / "run/checkpoints/6"), "--fingerprint"]) == 0
   assert capsys.readouterr().out.strip() not in ("", printed)
   assert main.main(["inspect", str(tmp_path / "run/checkpoints/9")]) == 0

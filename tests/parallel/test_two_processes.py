@@ -1,5 +1,6 @@
 """Two processes as one job, started as commands: what one process computes, nothing read or written twice."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -94,11 +95,11 @@ def free_port():
 def finish(processes, timeout=500):
   """[(exit status, stdout without what the gloo library says, stderr)]; all processes end, whatever happens."""
   try:
-    done = []
-    for process in processes:
-      said, error = process.communicate(timeout=timeout)
-      done.append((process.returncode, re.sub(r"^\[Gloo\].*\n", "", said, flags=re.MULTILINE), error))
-    return done
+    # All at once: one that waits for its full pipe to be read would keep the others waiting.
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+      said = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+    return [(process.returncode, re.sub(r"^\[Gloo\].*\n", "", out, flags=re.MULTILINE), error)
+            for process, (out, error) in zip(processes, said)]
   finally:
     for process in processes:
       if process.poll() is None:

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint
+from aurora_jax.training import checkpoint, fingerprint, kept
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -60,16 +60,16 @@ def _assert_equal(left, right):
 def test_saved_while_the_state_is_donated_on(tmp_path):
   """The next steps write into the very buffers that are being saved."""
   state = jax.jit(_init)()
-  kept = {}
-  with checkpoint.Checkpoints(tmp_path, keep=0) as checkpoints:
+  copies = {}
+  with checkpoint.Checkpoints(tmp_path, kept.Policy(newest=0)) as checkpoints:
     for step in range(1, 31):
       state = _advance(state)
       if step % 5 == 0:
-        kept[step] = _raw(state)
+        copies[step] = _raw(state)
         checkpoints.save(step, state, {"name": "x"}, {"at": step})
     checkpoints.wait()
-    assert checkpoint.steps(tmp_path) == sorted(kept)
-    for step, expected in kept.items():
+    assert checkpoint.steps(tmp_path) == sorted(copies)
+    for step, expected in copies.items():
       restored, progress = checkpoints.restore(jax.eval_shape(_init), step)
       assert isinstance(restored, State) and progress == {"at": step}
       _assert_equal(_raw(restored), expected)
@@ -77,14 +77,14 @@ def test_saved_while_the_state_is_donated_on(tmp_path):
   assert checkpoint.stored_config(tmp_path) == {"name": "x"}
   step, parts = checkpoint.read(tmp_path, {"params": jax.eval_shape(_init).params})
   assert step == 30 and list(parts) == ["params"]
-  restored, expected = parts["params"], kept[30].params
+  restored, expected = parts["params"], copies[30].params
   _assert_equal(_raw(restored["a"]), expected["a"])
   _assert_equal(_raw(tuple(restored["b"])), expected["b"])
 
 
 def test_the_newest_are_kept(tmp_path):
   state = jax.jit(_init)()
-  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+  with checkpoint.Checkpoints(tmp_path, kept.Policy(newest=2)) as checkpoints:
     for step in (3, 5, 8, 9):
       checkpoints.save(step, state, {})
       checkpoints.save(step, state, {})  # again: nothing happens
@@ -116,7 +116,7 @@ def test_fingerprint_depends_on_every_bit_and_on_nothing_else(tmp_path):
   for name, what, progress in (("one", state, {"x": 1}), ("two", state, {"x": 2}), ("other", other, {"x": 1})):
     with checkpoint.Checkpoints(tmp_path / name) as checkpoints:
       checkpoints.save(1, what, {"name": name}, progress)
-  one, two, other = (checkpoint.fingerprint(tmp_path / name)[1] for name in ("one", "two", "other"))
+  one, two, other = (fingerprint.of_checkpoint(tmp_path / name)[1] for name in ("one", "two", "other"))
   assert one == two and one != other and len(one) == 64
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 5 in"):
       checkpoints.restore(abstract, 5)
   with pytest.raises(UserError, match="cannot be read"):
-    checkpoint.fingerprint(tmp_path)
+    fingerprint.of_checkpoint(tmp_path)
   with pytest.raises(UserError, match="no checkpoint in"):
     checkpoint.read(tmp_path / "empty", {"params": abstract.params})
 
@@ -184,7 +184,7 @@ for source, target, mesh, spec in (("one", "flat", flat, P("data")), ("flat", "s
   with checkpoint.Checkpoints(tmp_path / "square") as checkpoints:
     restored, _ = checkpoints.restore(jax.eval_shape(_init))
   _assert_equal(_raw(restored), _raw(state))
-  assert len({checkpoint.fingerprint(tmp_path / name)[1] for name in ("one", "flat", "square")}) == 1
+  assert len({fingerprint.of_checkpoint(tmp_path / name)[1] for name in ("one", "flat", "square")}) == 1
 
 
 def test_config_item_carries_its_fingerprint(tmp_path):

@@ -14,7 +14,7 @@ from aurora_jax.cli import main
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
 from aurora_jax.models import generator as generator_lib
-from aurora_jax.training import checkpoint, exchange, run_folder
+from aurora_jax.training import checkpoint, exchange, fingerprint, run_folder
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 WEIGHTS = GOLDENS / "tiny16.state_dict.safetensors"
@@ -75,7 +75,7 @@ def test_safetensors_to_ours_and_back(tmp_path, state_dict, capsys):
   # And once more, by the .json that lies beside; the folder's state is the same in every bit.
   assert convert(back, tmp_path / "again") == 0
   assert "back.json" in capsys.readouterr().out
-  assert checkpoint.fingerprint(tmp_path / "again" / "checkpoints") == checkpoint.fingerprint(run / "checkpoints")
+  assert fingerprint.of_checkpoint(tmp_path / "again" / "checkpoints") == fingerprint.of_checkpoint(run / "checkpoints")
 
   assert main.main(["inspect", str(run)]) == 0
   assert f"--config.train.init_from={run}" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint, loop, metrics, run_folder
+from aurora_jax.training import checkpoint, fingerprint, loop, metrics, run_folder
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy  # pylint: disable=wrong-import-position
@@ -25,7 +25,7 @@ _TIMES = ("seconds", "images_per_second")
 
 
 def _fingerprint(workdir):
-  return checkpoint.fingerprint(pathlib.Path(workdir) / "checkpoints")
+  return fingerprint.of_checkpoint(pathlib.Path(workdir) / "checkpoints")
 
 
 def _train_lines(workdir):
