@@ -72,7 +72,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   Args:
     prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
       `sample(state)` (or None: no pictures are drawn); and, optionally, `batch_sharding` (a Sharding for every entry
-      of a batch) and `headline` (names of the metrics to show while training).
+      of a batch), `begin()` (called first: begins to compile) and `headline` (names of the metrics to show while training).
     run_dir: the run's folder.
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
@@ -112,6 +112,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts)
 
+    if hasattr(prepared, "begin"):
+      prepared.begin()
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
       display.doing("initialising")

@@ -19,6 +19,7 @@ from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
+from aurora_jax.training import ahead
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import step as step_lib
@@ -45,6 +46,7 @@ class Prepared:
     abstract_state: its shapes, dtypes and shardings.
     batch_sharding: of every entry of a batch.
     batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
+    begin: () -> None, begins to compile the step's programs while other things are done; `step` would too.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
     sample: state -> SampleSet.
   """
@@ -58,6 +60,7 @@ class Prepared:
   abstract_state: Any
   batch_sharding: jax.sharding.Sharding
   batches: Callable
+  begin: Callable
   step: Callable
   sample: Callable
 
@@ -79,10 +82,16 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   frozen = _freeze(experiment, dataset, clip, layout)
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
 
+  @functools.cache
+  def begin():
+    batch = ahead.abstract_batch(experiment, clip.config, layout)
+    return ahead.start(placed, ahead.programs(experiment), frozen, batch)
+
   def step(number, state, batch):
-    state, metrics = placed.step(state, frozen, batch)
+    programs = begin()()
+    state, metrics = programs.step(state, frozen, batch)
     if interval and number % interval == 0:
-      state, more = placed.r1_step(state, frozen, batch)
+      state, more = programs.r1_step(state, frozen, batch)
       metrics |= more
     return state, metrics
 
@@ -96,7 +105,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   return Prepared(
       experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, placed), init=init,
       abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=step,
+      batches=functools.partial(_batches, experiment, dataset, clip, layout), begin=begin, step=step,
       sample=_sampler(experiment, clip, frozen, placed))
 
 

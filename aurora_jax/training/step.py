@@ -1,11 +1,18 @@
-"""The training step: discriminator on real, generated and mismatched pairs, then generator; lazy R1 as its own program.
+"""The training step: discriminator on real, generated and mismatched pairs, then generator; lazy R1 on its own.
 
-Both programs are pure functions `(state, ...) -> (state, metrics)`. The generator runs forward once a step: its images
-serve the discriminator's update (as constants) and, pulled back through the *updated* discriminator, its own.
+A step is four programs, one after the other, each small and compiled by itself (training/ahead.py). The generator runs
+forward once a step (`generate`): its images serve the discriminator's update (`discriminate`, as constants) and, judged by
+the *updated* discriminator and by CLIP (`judge`), its own (`learn`), which pulls the images' gradient back through what the
+forward pass left.
+
+Each update lies within one program, with its gradient: whatever decides whether a network moves belongs there, in
+`discriminate` and `learn`.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import flax
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +25,7 @@ from aurora_jax.models import generator as generator_lib
 from aurora_jax.models import layers
 from aurora_jax.ops import moe
 from aurora_jax.training import losses
+from aurora_jax.training import pull_back as pull_back_lib
 from aurora_jax.training import state as state_lib
 
 
@@ -35,18 +43,66 @@ class Frozen(NamedTuple):
   bank_index: jax.Array
 
 
+@flax.struct.dataclass
+class Generated:
+  """What a step's forward pass of the generator leaves for the other programs.
+
+  Attributes:
+    text: CLIP's `TextOutput` of the captions.
+    pyramid: {r: [B, r, r, 3]}.
+    w_mean: [W], over the batch.
+    moe_loss: scalar.
+    residuals: for the backward pass.
+    loads: metrics, share of tokens per expert.
+  """
+
+  text: Any
+  pyramid: Any
+  w_mean: jax.Array
+  moe_loss: jax.Array
+  residuals: pull_back_lib.Residuals
+  loads: Any
+
+
 class Programs(NamedTuple):
-  """The compiled-to-be functions of an experiment.
+  """The compiled-to-be functions of an experiment. Only those named state take and return a whole TrainState.
 
   Attributes:
     init: key -> TrainState.
-    step: (state, frozen, batch) -> (state, metrics); batch has `image` [B, R, R, 3], `tokens` [B, N], `index` [B].
+    generate: (generator, buffers, step, clip, tokens) -> Generated.
+    discriminate: (discriminator, discriminator_opt, step, pyramid, text, image) -> (discriminator, discriminator_opt,
+      metrics).
+    judge: (discriminator, step, frozen, pyramid, text, index) -> (gradient of the pyramid, metrics).
+    learn: (generator, generator_opt, ema, buffers, step, gradient of the pyramid, w_mean, residuals) -> (generator,
+      generator_opt, ema, buffers, step, metrics).
     r1_step: (state, frozen, batch) -> (state, metrics), the discriminator's lazy regularisation.
   """
 
   init: Callable
-  step: Callable
+  generate: Callable
+  discriminate: Callable
+  judge: Callable
+  learn: Callable
   r1_step: Callable
+
+  def step(self, state, frozen, batch):
+    """(state, frozen, batch) -> (state, metrics); batch has `image` [B, R, R, 3], `tokens` [B, N], `index` [B]."""
+    return run_step(self, state, frozen, batch)
+
+
+def run_step(programs, state, frozen, batch):
+  """Runs a step's programs. Anything will do that has them as attributes, jitted, compiled or neither."""
+  generated = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
+  pyramid, text = generated.pyramid, generated.text
+  discriminator, discriminator_opt, d_metrics = programs.discriminate(
+      state.discriminator, state.discriminator_opt, state.step, pyramid, text, batch["image"])
+  cotangent, j_metrics = programs.judge(discriminator, state.step, frozen, pyramid, text, batch["index"])
+  generator, generator_opt, ema, buffers, step, g_metrics = programs.learn(
+      state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, generated.w_mean,
+      generated.residuals)
+  state = state_lib.TrainState(step=step, generator=generator, buffers=buffers, ema=ema, discriminator=discriminator,
+                               generator_opt=generator_opt, discriminator_opt=discriminator_opt)
+  return state, {**d_metrics, **j_metrics, "loss/moe": generated.moe_loss, **g_metrics, **generated.loads}
 
 
 def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn,
@@ -155,45 +211,50 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       total = total + loss_cfg.clip_weight * guidance
     return total, metrics
 
-  def step(state, frozen, batch):
-    key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-    z_key, clip_key = jax.random.split(key)
-    text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
-    z = jax.random.normal(z_key, (batch["image"].shape[0], cfg.z_dim))
-    factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
+  def step_keys(step):
+    """Keys of a step's latents and of what happens to the images before CLIP looks at them."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(train.seed), step))
+
+  def rate_factor(step):
+    return state_lib.learning_rate_factor(opt_cfg, step, train.total_steps)
+
+  def generate(params, buffers, step, clip_variables, tokens):
+    text = clip.apply(clip_variables, tokens, method="encode_text")
+    z = jax.random.normal(step_keys(step)[0], (len(tokens), cfg.z_dim))
 
     def synthesize(params):
-      out = generator.apply({"params": gather(params), "buffers": state.buffers}, z, text.features, text.eot)
+      out = generator.apply({"params": gather(params), "buffers": buffers}, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
-    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, state.generator, has_aux=True)
+    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, params, has_aux=True)
+    return Generated(text, pyramid, jnp.mean(w, axis=0), moe_loss, pull_back_lib.cut(pull_back, params),
+                     expert_loads(routing))
 
-    real = discriminator_lib.image_pyramid(batch["image"], inputs)
+  def discriminate(params, opt, step, pyramid, text, image):
+    real = discriminator_lib.image_pyramid(image, inputs)
     fake = {r: pyramid[r] for r in inputs}
-    d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
-    d_params, d_opt = state_lib.update(opt_cfg, d_adam, d_grad, state.discriminator_opt, state.discriminator,
-                                       opt_cfg.discriminator_lr * lazy * factor)
+    gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text)
+    params, opt = state_lib.update(opt_cfg, d_adam, gradient, opt, params,
+                                   opt_cfg.discriminator_lr * lazy * rate_factor(step))
+    return params, opt, metrics | {"grad_norm/d": optax.global_norm(gradient)}
 
-    cotangent, g_metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, clip_key, text, batch["index"])
-    (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
-    g_params, g_opt = state_lib.update(opt_cfg, g_adam, g_grad, state.generator_opt, state.generator,
-                                       opt_cfg.generator_lr * factor)
+  def judge_images(d_params, step, frozen, pyramid, text, index):
+    return jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, step_keys(step)[1], text, index)
 
-    decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, g_params)
-    average = state.buffers["w_avg"]
-    average = average + (1 - opt_cfg.w_average_decay) * (jnp.mean(w, axis=0) - average)
-    metrics.update(g_metrics)
-    metrics.update({"loss/moe": moe_loss, "grad_norm/g": optax.global_norm(g_grad),
-                    "grad_norm/d": optax.global_norm(d_grad), "learning_rate": opt_cfg.generator_lr * factor})
-    metrics.update(expert_loads(routing))
-    return state.replace(step=state.step + 1, generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
-                         discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average}), metrics
+  def learn(params, opt, ema, buffers, step, cotangent, w_mean, residuals):
+    pull_back = pull_back_lib.join(residuals, params)
+    (gradient,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
+    rate = opt_cfg.generator_lr * rate_factor(step)
+    params, opt = state_lib.update(opt_cfg, g_adam, gradient, opt, params, rate)
+    decay = state_lib.ema_decay(opt_cfg, step, batch_size)
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    average = buffers["w_avg"] + (1 - opt_cfg.w_average_decay) * (w_mean - buffers["w_avg"])
+    metrics = {"grad_norm/g": optax.global_norm(gradient), "learning_rate": rate}
+    return params, opt, ema, {**buffers, "w_avg": average}, step + 1, metrics
 
   def r1_step(state, frozen, batch):
     text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
     real = discriminator_lib.image_pyramid(batch["image"], inputs)
-    factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
 
     def loss(params):
       params = gather(params)
@@ -203,11 +264,11 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
 
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)
     params, opt = state_lib.update(opt_cfg, d_adam, gradient, state.discriminator_opt, state.discriminator,
-                                   opt_cfg.discriminator_lr * lazy * factor)
+                                   opt_cfg.discriminator_lr * lazy * rate_factor(state.step))
     metrics = {"loss/r1": penalty, "grad_norm/r1": optax.global_norm(gradient)}
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 
-  return Programs(init, step, r1_step)
+  return Programs(init, generate, discriminate, judge_images, learn, r1_step)
 
 
 def _last_exit(logits):
