@@ -24,19 +24,21 @@ class Memory(NamedTuple):
     outputs: results that do not take the place of an argument.
     temporaries: the largest sum of what lives at a time.
     code: the program.
+    aliased: results that do.
   """
 
   arguments: int
   outputs: int
   temporaries: int
   code: int
+  aliased: int = 0
 
 
 def memory_of(compiled) -> Memory:
   """`Memory` of a `jax.stages.Compiled`."""
   stats = compiled.memory_analysis()
   return Memory(stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes,
-                stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
+                stats.temp_size_in_bytes, stats.generated_code_size_in_bytes, stats.alias_size_in_bytes)
 
 
 def bytes_per_device(tree) -> int:

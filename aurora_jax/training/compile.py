@@ -21,12 +21,12 @@ from aurora_jax.parallel import compile as compile_lib
 from aurora_jax.parallel import compiler_log
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.parallel import topology as topology_lib
+from aurora_jax.training import ahead
 from aurora_jax.training import clip as clip_training
 from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import schedule
 from aurora_jax.training import step as step_lib
 
-STEP, R1 = "step", "r1_step"
 _UNCHUNKED = 1 << 30
 
 
@@ -34,8 +34,9 @@ class Compiled(NamedTuple):
   """One program.
 
   Attributes:
-    name: `STEP` or `R1`.
-    executable: `jax.stages.Compiled`, or None where the compiler refused: too large.
+    name: one of `ahead.programs`.
+    executable: `jax.stages.Compiled`, or None where the compiler refused (too large), or refused `generate`, which this
+      program waits for.
     seconds: that tracing, lowering and compiling took.
     flops: of all devices, experts in balance.
     worst_flops: the same with the costliest way of each branch.
@@ -87,38 +88,28 @@ def abstract_frozen(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated), frozen)
 
 
-def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, layout: mesh_lib.Layout):
-  """A global batch as shapes, as the loop puts it on the devices."""
-  size, side = experiment.train.batch_size, experiment.generator.resolution
-  shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
-  return {"image": shape((size, side, side, 3), jnp.float32), "index": shape((size,), jnp.int32),
-          "tokens": shape((size, clip.text.context_length), jnp.int32)}
-
-
-def programs(experiment: config_lib.Experiment):
-  """Names of the programs that a run of the experiment needs, and the share of steps that run them."""
-  return {STEP: 1.0} | ({R1: 1 / experiment.loss.r1_interval} if experiment.loss.r1_gamma else {})
-
-
-def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platform: str) -> Compiled:
+def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platform: str, before=None) -> Compiled:
   """Traces, counts, lowers and compiles one program.
 
   Args:
     placed: the programs.
-    name: `STEP` or `R1`.
+    name: one of `ahead.programs`.
     frozen, batch: shapes with shardings.
     platform: "cpu", "cuda" or "tpu".
+    before: what this gave for `ahead.GENERATE`, needed for `ahead.LEARN`.
   """
   started = time.monotonic()
+  generate = before and before.executable
   with compiler_log.captured() as log:
-    traced = getattr(placed, name).trace(placed.abstract_state, frozen, batch)
+    traced = ahead.trace(placed, name, frozen, batch, generate if name == ahead.LEARN else None)
     flops = flop_count.of_jaxpr(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
-    try:
-      executable = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-      refusal, used = _refusal(error)
+    if generate or name != ahead.LEARN:
+      try:
+        executable = traced.lower().compile()
+      except jax.errors.JaxRuntimeError as error:
+        refusal, used = _refusal(error)
     warnings = log().count(compiler_log.REMATERIALIZATION)
   return Compiled(name, executable, time.monotonic() - started, flops, worst, refusal, used, warnings)
 
@@ -139,9 +130,9 @@ def useful_flops(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, l
   plain = replace(experiment, generator=replace(experiment.generator, remat=False, attention_chunk=_UNCHUNKED),
                   discriminator=replace(experiment.discriminator, remat=False, attention_chunk=_UNCHUNKED))
   placed = placed_lib.place(plain, clip_lib.Clip(clip), layout)
-  arguments = placed.abstract_state, abstract_frozen(plain, clip, layout), abstract_batch(plain, clip, layout)
-  jaxpr = lambda name: getattr(placed, name).trace(*arguments).jaxpr.jaxpr
-  return {name: flop_count.of_jaxpr(jaxpr(name), flop_count.usual_branch, platform) for name in programs(plain)}
+  shapes = abstract_frozen(plain, clip, layout), ahead.abstract_batch(plain, clip, layout)
+  jaxpr = lambda name: ahead.trace(placed, name, *shapes).jaxpr.jaxpr
+  return {name: flop_count.of_jaxpr(jaxpr(name), flop_count.usual_branch, platform) for name in ahead.programs(plain)}
 
 
 def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
@@ -165,15 +156,19 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
   clip, clip_words = clip_config(experiment)
   platform, devices = topology.name.platform, list(layout.mesh.devices.flat)
   placed = placed_lib.place(experiment, clip_lib.Clip(clip), layout)
-  frozen, batch = abstract_frozen(experiment, clip, layout), abstract_batch(experiment, clip, layout)
+  frozen, batch = abstract_frozen(experiment, clip, layout), ahead.abstract_batch(experiment, clip, layout)
   progress("counting useful operations")
   useful, compiled = useful_flops(experiment, clip, layout, platform), {}
-  for name in programs(experiment):
+  shares = ahead.programs(experiment)
+  for name in shares:  # one after the other: the compilers of a pod's programs take many GiB of the host's memory
     progress(f"compiling {name} for {len(devices)} x {topology.chip.name}")
-    compiled[name] = compile_program(placed, name, frozen, batch, platform)
+    compiled[name] = compile_program(placed, name, frozen, batch, platform, compiled.get(ahead.GENERATE))
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
-  shares, arguments = programs(experiment), (placed.abstract_state, frozen, batch)
-  sizes = memory(arguments, compiled, topology.chip.memory)
+  size, generate = compile_lib.bytes_per_device, compiled[ahead.GENERATE].executable
+  exact = {name: size(ahead.arguments(placed, name, frozen, batch, generate)) for name in shares
+           if generate or name in (ahead.GENERATE, ahead.R1)}
+  resident = state_bytes(placed.abstract_state) | {"frozen": size(frozen), "batch": size(batch)}
+  sizes = memory(resident, compiled, exact, topology.chip.memory)
   found = {name: collectives_lib.of_program(program.executable.as_text(), dict(layout.mesh.shape))
            for name, program in compiled.items() if program.executable}
   mean = lambda values: sum(shares[name] * value for name, value in values.items())
@@ -196,27 +191,30 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
       "worst_routing_flops_per_device": mean({n: program.worst_flops for n, program in compiled.items()}) / len(devices),
       "collectives": [row for name in found for row in compile_lib.summed(found[name][0], name)],
       "loops_of_unknown_length": sum(unknown for _, unknown in found.values()),
-      "experts": compile_lib.experts(_as_compiled(placed, compiled[STEP]).generator, devices),
+      "experts": compile_lib.experts(_as_compiled(placed, compiled[ahead.GENERATE]), devices),
       "step_seconds_bound": compile_lib.step_seconds(
-          topology.chip, experiment.generator.compute_dtype, flops, _traffic(arguments, compiled, mean),
+          topology.chip, experiment.generator.compute_dtype, flops, _traffic(compiled, exact, mean),
           _link_seconds(found, topology, devices, mean)),
       "compiler_message": "; ".join(refusals),
       "whole_array_copies": sum(program.warnings for program in compiled.values()),
       "programs": {name: {"compile_seconds": round(program.seconds, 1), "share_of_steps": shares[name],
                           "flops_per_device": program.flops / len(devices),
                           "useful_flops_per_device": useful[name] / len(devices)}
+                   | ({"bytes_per_device": compile_lib.memory_of(program.executable)._asdict()}
+                      if program.executable else {})
                    for name, program in compiled.items()},
       "jax": jax.__version__,
   }
 
 
 def _as_compiled(placed, program):
-  """The state with the shardings that the compiled program takes it in."""
+  """The generator's parameters with the shardings that the compiled program takes them in."""
+  parameters = placed.abstract_state.generator
   if not program.executable:
-    return placed.abstract_state
+    return parameters
   shardings = program.executable.input_shardings[0][0]
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                      placed.abstract_state, shardings)
+                      parameters, shardings)
 
 
 def state_bytes(state) -> dict[str, int]:
@@ -227,37 +225,42 @@ def state_bytes(state) -> dict[str, int]:
           "buffers": size((state.step, state.buffers))}
 
 
-def memory(arguments, compiled, limit: int) -> dict[str, int]:
-  """The report's `bytes_per_device`: what lies there between steps, and what the larger program adds to it.
+def memory(resident, compiled, exact, limit: int) -> dict[str, int]:
+  """The report's `bytes_per_device`: what lies there between steps, and what the program that needs most adds to it.
+
+  Args:
+    resident: {part: bytes} of what lies there between steps.
+    compiled: {name: `Compiled`}.
+    exact: {name: bytes of the program's arguments}, as the shardings tell.
+    limit: bytes of a device.
 
   Where the compiler refused, `temporaries` is what its own sum leaves.
   """
-  state, frozen, batch = arguments
-  sizes = state_bytes(state) | {"frozen": compile_lib.bytes_per_device(frozen),
-                                "batch": compile_lib.bytes_per_device(batch)}
-  exact, total = sum(sizes.values()), None
-  refused = [program for program in compiled.values() if not program.executable]
-  taken = [compile_lib.memory_of(program.executable) for program in compiled.values() if program.executable]
-  sizes["padding"] = max([0, *(item.arguments - exact for item in taken)])
-  sizes["code"] = sum(item.code for item in taken)
-  largest = max(taken, key=lambda item: item.outputs + item.temporaries, default=compile_lib.Memory(0, 0, 0, 0))
-  sizes |= {"outputs": largest.outputs, "temporaries": largest.temporaries}
+  taken = {name: compile_lib.memory_of(program.executable) for name, program in compiled.items() if program.executable}
+  sizes = dict(resident) | {"code": sum(item.code for item in taken.values())}
+  adds = [{"residuals": 0, "padding": 0, "outputs": 0, "temporaries": 0}]
+  crossing = taken[ahead.GENERATE].outputs if ahead.GENERATE in taken else 0
+  for name, item in taken.items():
+    adds.append({"residuals": crossing if name in ahead.STEP[1:] else 0, "padding": max(0, item.arguments - exact[name]),
+                 "outputs": item.outputs, "temporaries": item.temporaries})
+  sizes |= max(adds, key=lambda parts: sum(parts.values()))
+  refused = [program for program in compiled.values() if program.refusal]
   if refused:
-    total = max((program.used or 0 for program in refused), default=0)
+    total = max(program.used or 0 for program in refused)
     others = sum(size for name, size in sizes.items() if name != "temporaries")
     sizes["temporaries"] = max(total - others, sizes["temporaries"])
   return sizes | {"total": sum(sizes.values()), "limit": limit}
 
 
-def _traffic(arguments, compiled, mean):
+def _traffic(compiled, exact, mean):
   """Bytes to and from a device's memory in a step, at the least."""
-  exact = compile_lib.bytes_per_device(arguments)
-  traffic = {}
+  traffic = dict(exact)
   for name, program in compiled.items():
-    item = compile_lib.memory_of(program.executable) if program.executable else None
-    # The new state is written over the old one.
-    state = compile_lib.bytes_per_device(arguments[0])
-    traffic[name] = item.arguments + state + item.outputs + 2 * item.temporaries if item else exact
+    if not program.executable:
+      continue
+    item = compile_lib.memory_of(program.executable)
+    # What is updated is written over the old values.
+    traffic[name] = item.arguments + item.aliased + item.outputs + 2 * item.temporaries
   return mean(traffic)
 
 

@@ -74,9 +74,10 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   Args:
     prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
       `sample(state)` (or None: no pictures are drawn); and, optionally, `batch_sharding` (a Sharding for every entry
-      of a batch), `headline` (names of the metrics to show while training) and `dataset` (whose unreadable records the
-      batches name in `skipped`, see training/skipped.py). With stages (`schedule.resolutions`) also `at_stage(resolution)`,
-      the `Prepared` whose `step` and `sample` are that stage's, and `distances`.
+      of a batch), `begin()` (called first: begins to compile), `headline` (names of the metrics to show while training) and
+      `dataset` (whose unreadable records the batches name in `skipped`, see training/skipped.py). With stages
+      (`schedule.resolutions`) also `at_stage(resolution)`, the `Prepared` whose `begin`, `step` and `sample` are that
+      stage's, and `distances`.
     run_dir: the run's folder.
     hooks: `Hooks`.
     allow_config_change: names of config fields that may differ from the stored ones.
@@ -123,6 +124,8 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     profiler = profiling.Profiler(folder.profile, *profile_steps) if profile_steps else profiling.NoProfiler()
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler)
 
+    if hasattr(prepared, "begin"):
+      prepared.begin()
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
       display.doing("initialising")

@@ -3,7 +3,6 @@
 `train` runs them; whatever compiles "the training step" for another machine takes them from here too.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,16 +25,25 @@ class Placed(NamedTuple):
     exchange: how tokens meet experts on it.
     abstract_state: shapes, dtypes and shardings of the TrainState.
     init: key -> TrainState, pure and not jitted: `initial.first_state` compiles what it needs of it.
-    step, r1_step: (state, frozen, batch) -> (state, metrics), as of `step.Programs`; the state given is donated. Frozen
-      and metrics are whole on every device, the batch's entries lie along `layout.batch`.
+    generate, discriminate, judge, learn: a step's programs, as of `step.Programs`. What is updated is donated. Frozen and
+      metrics are whole on every device, the batch's entries and the generated images lie along `layout.batch`; the
+      residuals lie wherever the compiler of `generate` puts them.
+    r1_step: (state, frozen, batch) -> (state, metrics); the state given is donated.
   """
 
   layout: mesh_lib.Layout
   exchange: experts_lib.Exchange
   abstract_state: Any
   init: Callable
-  step: Callable
+  generate: Callable
+  discriminate: Callable
+  judge: Callable
+  learn: Callable
   r1_step: Callable
+
+  def step(self, state, frozen, batch):
+    """(state, frozen, batch) -> (state, metrics); the state given is donated."""
+    return step_lib.run_step(self, state, frozen, batch)
 
   @property
   def expert_ffn(self):
@@ -54,16 +62,28 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
     resolution: of the stage whose steps are wanted; None: the last, or there are no stages.
   """
   exchange = experts_lib.of_experiment(experiment, layout)
-  placed = Placed(layout, exchange, None, None, None, None)
+  placed = Placed(layout, exchange, *[None] * 7)
   programs = step_lib.build(experiment, clip, placed.expert_ffn, layout.gather)
   if resolution is not None:  # the state is the whole experiment's at every stage
     at_stage = step_lib.build(config_lib.at_stage(experiment, resolution), clip, placed.expert_ffn, layout.gather)
     programs = at_stage._replace(init=programs.init)
   abstract_state = layout.abstract(jax.eval_shape(programs.init, jax.random.key(0)))
   state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+  whole, batch = layout.replicated, layout.batch
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"  # the mesh may be that of another machine
-  jit = functools.partial(jax.jit, in_shardings=(state, layout.replicated, layout.batch),
-                          out_shardings=(state, layout.replicated), donate_argnums=0,
-                          compiler_options=compiling.options() if on_cpu else None)
-  return placed._replace(abstract_state=abstract_state, init=programs.init, step=jit(programs.step),
-                         r1_step=jit(programs.r1_step))
+  options = compiling.options() if on_cpu else None
+
+  def jit(function, taken, given, donated):
+    return jax.jit(function, in_shardings=taken, out_shardings=given, donate_argnums=donated, compiler_options=options)
+
+  discriminator = state.discriminator, state.discriminator_opt
+  generator = state.generator, state.generator_opt, state.ema, state.buffers, state.step
+  return placed._replace(
+      abstract_state=abstract_state, init=programs.init,
+      generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch),
+                   step_lib.Generated(text=batch, pyramid=batch, w_mean=whole, moe_loss=whole, residuals=None, metrics=whole),
+                   ()),
+      discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch), (*discriminator, whole, whole), (0, 1)),
+      judge=jit(programs.judge, (state.discriminator, whole, whole, batch, batch, batch, whole), (batch, whole, whole), ()),
+      learn=jit(programs.learn, (*generator, batch, whole, whole, None, whole), (*generator, whole), (0, 1, 2, 3, 4)),
+      r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,)))

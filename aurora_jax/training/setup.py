@@ -20,6 +20,7 @@ from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
+from aurora_jax.training import ahead
 from aurora_jax.training import frechet
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
@@ -49,6 +50,7 @@ class Prepared:
     abstract_state: its shapes, dtypes and shardings.
     batch_sharding: of every entry of a batch.
     batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
+    begin: () -> None, begins to compile the step's programs while other things are done; `step` would too.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
     sample: state -> SampleSet.
     distances: Frechet distances, where the experiment has stages; else None.
@@ -64,6 +66,7 @@ class Prepared:
   abstract_state: Any
   batch_sharding: jax.sharding.Sharding
   batches: Callable
+  begin: Callable
   step: Callable
   sample: Callable
   distances: frechet.Distances | None
@@ -95,34 +98,42 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
 
   def at_stage(resolution):
     of_stage = placed_lib.place(experiment, clip.module(), layout, resolution)
+    begin, step = _stepper(experiment, clip, of_stage, frozen)
     return dataclasses.replace(
-        whole, step=_stepper(experiment, of_stage, frozen),
+        whole, begin=begin, step=step,
         sample=_sampler(config_lib.at_stage(experiment, resolution), clip, frozen, of_stage, schedule.words(
             experiment.schedule, resolution)))
 
   distances = None
   if experiment.schedule.resolutions:
     distances = frechet.Distances(experiment, dataset, clip, frozen, placed)
+  begin, step = _stepper(experiment, clip, placed, frozen)
   whole = Prepared(
       experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
       abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip, layout), step=_stepper(experiment, placed, frozen),
+      batches=functools.partial(_batches, experiment, dataset, clip, layout), begin=begin, step=step,
       sample=_sampler(experiment, clip, frozen, placed), distances=distances, at_stage=at_stage)
   return whole
 
 
-def _stepper(experiment, placed, frozen):
-  """(step number, state, device batch) -> (state, metrics), by the programs of `placed`."""
+def _stepper(experiment, clip, placed, frozen):
+  """`begin` and `step` of a `Prepared`, by the programs of `placed`."""
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
 
+  @functools.cache
+  def begin():
+    batch = ahead.abstract_batch(experiment, clip.config, placed.layout)
+    return ahead.start(placed, ahead.programs(experiment), frozen, batch)
+
   def step(number, state, batch):
-    state, metrics = placed.step(state, frozen, batch)
+    programs = begin()()
+    state, metrics = programs.step(state, frozen, batch)
     if interval and number % interval == 0:
-      state, more = placed.r1_step(state, frozen, batch)
+      state, more = programs.r1_step(state, frozen, batch)
       metrics |= more
     return state, metrics
 
-  return step
+  return begin, step
 
 
 def _read(experiment):

@@ -1,13 +1,19 @@
-"""The training step: discriminator on real, generated and mismatched pairs, then generator; lazy R1 as its own program.
+"""The training step: discriminator on real, generated and mismatched pairs, then generator; lazy R1 on its own.
 
-Both programs are pure functions `(state, ...) -> (state, metrics)`. The generator runs forward once a step: its images
-serve the discriminator's update (as constants) and, pulled back through the *updated* discriminator, its own.
+A step is four programs, one after the other, each small and compiled by itself (training/ahead.py). The generator runs
+forward once a step (`generate`): its images serve the discriminator's update (`discriminate`, as constants) and, judged by
+the *updated* discriminator and by CLIP (`judge`), its own (`learn`), which pulls the images' gradient back through what the
+forward pass left.
+
+Each update lies within one program, with its gradient. Where a loss or gradient is not finite (training/guard.py), the
+discriminator's leaves out both updates, the generator's its own.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +26,7 @@ from aurora_jax.models import layers
 from aurora_jax.ops import moe
 from aurora_jax.training import guard as guard_lib
 from aurora_jax.training import losses
+from aurora_jax.training import pull_back as pull_back_lib
 from aurora_jax.training import state as state_lib
 
 
@@ -37,18 +44,66 @@ class Frozen(NamedTuple):
   bank_index: jax.Array
 
 
+@flax.struct.dataclass
+class Generated:
+  """What a step's forward pass of the generator leaves for the other programs.
+
+  Attributes:
+    text: CLIP's `TextOutput` of the captions.
+    pyramid: {r: [B, r, r, 3]}.
+    w_mean: [W], over the batch.
+    moe_loss: scalar.
+    residuals: for the backward pass.
+    metrics: share of tokens per expert, spread of w.
+  """
+
+  text: Any
+  pyramid: Any
+  w_mean: jax.Array
+  moe_loss: jax.Array
+  residuals: pull_back_lib.Residuals
+  metrics: Any
+
+
 class Programs(NamedTuple):
-  """The compiled-to-be functions of an experiment.
+  """The compiled-to-be functions of an experiment. Only those named state take and return a whole TrainState.
 
   Attributes:
     init: key -> TrainState.
-    step: (state, frozen, batch) -> (state, metrics); batch has `image` [B, R, R, 3], `tokens` [B, N], `index` [B].
+    generate: (generator, buffers, step, clip, tokens) -> Generated.
+    discriminate: (discriminator, discriminator_opt, step, pyramid, text, image) -> (discriminator, discriminator_opt,
+      healthy, metrics); healthy: bool scalar, whether all losses and gradients so far are finite.
+    judge: (discriminator, step, frozen, pyramid, text, index, healthy) -> (gradient of the pyramid, healthy, metrics).
+    learn: (generator, generator_opt, ema, buffers, step, gradient of the pyramid, w_mean, moe_loss, residuals, healthy) ->
+      (generator, generator_opt, ema, buffers, step, metrics).
     r1_step: (state, frozen, batch) -> (state, metrics), the discriminator's lazy regularisation.
   """
 
   init: Callable
-  step: Callable
+  generate: Callable
+  discriminate: Callable
+  judge: Callable
+  learn: Callable
   r1_step: Callable
+
+  def step(self, state, frozen, batch):
+    """(state, frozen, batch) -> (state, metrics); batch has `image` [B, R, R, 3], `tokens` [B, N], `index` [B]."""
+    return run_step(self, state, frozen, batch)
+
+
+def run_step(programs, state, frozen, batch):
+  """Runs a step's programs. Anything will do that has them as attributes, jitted, compiled or neither."""
+  made = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
+  discriminator, discriminator_opt, healthy, d_metrics = programs.discriminate(
+      state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
+  cotangent, healthy, j_metrics = programs.judge(
+      discriminator, state.step, frozen, made.pyramid, made.text, batch["index"], healthy)
+  generator, generator_opt, ema, buffers, step, g_metrics = programs.learn(
+      state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, made.w_mean, made.moe_loss,
+      made.residuals, healthy)
+  state = state_lib.TrainState(step=step, generator=generator, buffers=buffers, ema=ema, discriminator=discriminator,
+                               generator_opt=generator_opt, discriminator_opt=discriminator_opt)
+  return state, {**d_metrics, **j_metrics, **g_metrics, **made.metrics}
 
 
 def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn,
@@ -160,57 +215,65 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       total = total + loss_cfg.clip_weight * guidance
     return total, metrics
 
-  def step(state, frozen, batch):
-    key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-    z_key, clip_key = jax.random.split(key)
-    text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
-    z = jax.random.normal(z_key, (batch["image"].shape[0], cfg.z_dim))
-    factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
+  def step_keys(step):
+    """Keys of a step's latents and of what happens to the images before CLIP looks at them."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(train.seed), step))
+
+  def rate_factor(step):
+    return state_lib.learning_rate_factor(opt_cfg, step, train.total_steps)
+
+  def is_logged(step):
+    return (step + 1) % train.log_every == 0
+
+  def generate(params, buffers, step, clip_variables, tokens):
+    text = clip.apply(clip_variables, tokens, method="encode_text")
+    z = jax.random.normal(step_keys(step)[0], (len(tokens), cfg.z_dim))
 
     def synthesize(params):
-      out = generator.apply({"params": gather(params), "buffers": state.buffers}, z, text.features, text.eot)
+      out = generator.apply({"params": gather(params), "buffers": buffers}, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
-    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, state.generator, has_aux=True)
+    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, params, has_aux=True)
+    metrics = {"g/w_std": jnp.mean(jnp.std(w, axis=0))} | expert_loads(routing)
+    return Generated(text, pyramid, jnp.mean(w, axis=0), moe_loss, pull_back_lib.cut(pull_back, params), metrics)
 
-    real = discriminator_lib.image_pyramid(batch["image"], inputs)
+  def discriminate(params, opt, step, pyramid, text, image):
+    real = discriminator_lib.image_pyramid(image, inputs)
     fake = {r: pyramid[r] for r in inputs}
-    d_grad, metrics = jax.grad(discriminator_loss, has_aux=True)(state.discriminator, real, fake, text)
-    metrics |= guard.norms("grad_norm/d", d_grad) | guard.pictures(batch["image"], pyramid[max(pyramid)])
+    gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text)
+    metrics |= guard.norms("grad_norm/d", gradient) | guard.pictures(image, pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
-    d_update = functools.partial(state_lib.update, opt_cfg, d_adam,
-                                 learning_rate=opt_cfg.discriminator_lr * lazy * factor)
-    d_before = d_grad, state.discriminator_opt, state.discriminator
-    d_params, d_opt = d_update(*d_before)
+    update = functools.partial(state_lib.update, opt_cfg, d_adam,
+                               learning_rate=opt_cfg.discriminator_lr * lazy * rate_factor(step))
+    metrics |= guard.moves("update_norm/d", is_logged(step), update, gradient, opt, params)
+    params, opt = guard.keep(healthy, update(gradient, opt, params), (params, opt))
+    return params, opt, healthy, metrics
 
-    cotangent, g_metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, clip_key, text, batch["index"])
-    (g_grad,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
-    g_update = functools.partial(state_lib.update, opt_cfg, g_adam, learning_rate=opt_cfg.generator_lr * factor)
-    g_before = g_grad, state.generator_opt, state.generator
-    g_metrics |= {"loss/moe": moe_loss} | guard.norms("grad_norm/g", g_grad)
-    healthy &= guard.healthy(g_metrics)
+  def judge_images(d_params, step, frozen, pyramid, text, index, healthy):
+    key = step_keys(step)[1]
+    cotangent, metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, key, text, index)
+    return cotangent, healthy & guard.healthy(metrics), metrics
+
+  def learn(params, opt, ema, buffers, step, cotangent, w_mean, moe_loss, residuals, healthy):
+    pull_back = pull_back_lib.join(residuals, params)
+    (gradient,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
+    rate = opt_cfg.generator_lr * rate_factor(step)
+    metrics = {"loss/moe": moe_loss, "learning_rate": rate} | guard.norms("grad_norm/g", gradient)
+    healthy &= guard.healthy(metrics)
+    update = functools.partial(state_lib.update, opt_cfg, g_adam, learning_rate=rate)
+    metrics |= guard.verdict(guard_lib.SKIPPED, healthy)
+    metrics |= guard.moves("update_norm/g", is_logged(step), update, gradient, opt, params)
     # Each array is selected where it is made, and the next is made of it: one pass over memory, as without a guard.
-    g_params, g_opt = guard.keep(healthy, g_update(*g_before), (state.generator, state.generator_opt))
-
-    decay = state_lib.ema_decay(opt_cfg, state.step, batch_size)
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, g_params)
-    average = state.buffers["w_avg"]
-    average = average + (1 - opt_cfg.w_average_decay) * (jnp.mean(w, axis=0) - average)
-    metrics |= g_metrics | guard.verdict(guard_lib.SKIPPED, healthy) | expert_loads(routing)
-    due = (state.step + 1) % train.log_every == 0
-    metrics |= guard.moves("update_norm/d", due, d_update, *d_before)
-    metrics |= guard.moves("update_norm/g", due, g_update, *g_before)
-    metrics |= {"learning_rate": opt_cfg.generator_lr * factor, "g/w_std": jnp.mean(jnp.std(w, axis=0))}
-    ema, average, d_params, d_opt = guard.keep(
-        healthy, (ema, average, d_params, d_opt),
-        (state.ema, state.buffers["w_avg"], state.discriminator, state.discriminator_opt))
-    return state.replace(step=state.step + 1, generator=g_params, ema=ema, discriminator=d_params, generator_opt=g_opt,
-                         discriminator_opt=d_opt, buffers={**state.buffers, "w_avg": average}), metrics
+    params, opt = guard.keep(healthy, update(gradient, opt, params), (params, opt))
+    decay = state_lib.ema_decay(opt_cfg, step, batch_size)
+    moved = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    average = buffers["w_avg"] + (1 - opt_cfg.w_average_decay) * (w_mean - buffers["w_avg"])
+    ema, average = guard.keep(healthy, (moved, average), (ema, buffers["w_avg"]))
+    return params, opt, ema, {**buffers, "w_avg": average}, step + 1, metrics
 
   def r1_step(state, frozen, batch):
     text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
     real = discriminator_lib.image_pyramid(batch["image"], inputs)
-    factor = state_lib.learning_rate_factor(opt_cfg, state.step, train.total_steps)
 
     def loss(params):
       params = gather(params)
@@ -223,12 +286,12 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     metrics = {"loss/r1": penalty} | guard.norms("grad_norm/r1", gradient)
     healthy = guard.healthy(metrics)
     params, opt = state_lib.update(opt_cfg, d_adam, gradient, state.discriminator_opt, state.discriminator,
-                                   opt_cfg.discriminator_lr * lazy * factor)
+                                   opt_cfg.discriminator_lr * lazy * rate_factor(state.step))
     params, opt = guard.keep(healthy, (params, opt), (state.discriminator, state.discriminator_opt))
     metrics |= guard.verdict(guard_lib.SKIPPED_R1, healthy)
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 
-  return Programs(init, step, r1_step)
+  return Programs(init, generate, discriminate, judge_images, learn, r1_step)
 
 
 def _last_exit(logits):

@@ -15,7 +15,7 @@ from aurora_jax.interop import clip_hf
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.parallel import mesh
 from aurora_jax.training import compile as training_compile
-from aurora_jax.training import placed, setup
+from aurora_jax.training import ahead, placed, setup
 
 _TINY = pathlib.Path(__file__).parents[1] / "parallel/tiny_pod.py"
 _CAPTIONS = ("red dot", "blue dot", "grey dot")
@@ -57,7 +57,7 @@ def test_the_arguments_are_those_of_train(experiment, monkeypatch):
   assert _described(training_compile.abstract_frozen(experiment, sizes, layout)) == _described(frozen[0])
   theirs = {name: jax.make_array_from_process_local_data(prepared.batch_sharding, value)
             for name, value in next(prepared.batches(0)).items() if isinstance(value, np.ndarray)}
-  ours = training_compile.abstract_batch(experiment, sizes, layout)
+  ours = ahead.abstract_batch(experiment, sizes, layout)
   assert _described(ours) == _described({name: theirs[name] for name in ours})
   # What else a batch has the programs do not read.
   assert set(theirs) == set(ours)
@@ -65,7 +65,7 @@ def test_the_arguments_are_those_of_train(experiment, monkeypatch):
   assert _described(again.abstract_state) == _described(prepared.abstract_state)
 
 
-def test_without_r1_there_is_one_program(experiment):
-  assert training_compile.programs(experiment) == {"step": 1.0, "r1_step": 0.5}
+def test_without_r1_there_is_one_program_less(experiment):
+  assert ahead.programs(experiment) == dict.fromkeys(ahead.STEP, 1.0) | {"r1_step": 0.5}
   without = dataclasses.replace(experiment, loss=dataclasses.replace(experiment.loss, r1_gamma=0.0))
-  assert training_compile.programs(without) == {"step": 1.0}
+  assert ahead.programs(without) == dict.fromkeys(ahead.STEP, 1.0)

@@ -1,0 +1,92 @@
+"""Compiles the programs of a step before their first use; those that do not wait for one another at the same time.
+
+Only `learn` waits: where the residuals lie that it takes is up to the compiler of `generate`.
+"""
+
+import concurrent.futures
+
+import jax
+import jax.numpy as jnp
+
+from aurora_jax import config as config_lib
+from aurora_jax.models import clip as clip_lib
+from aurora_jax.parallel import mesh as mesh_lib
+from aurora_jax.training import placed as placed_lib
+
+GENERATE, DISCRIMINATE, JUDGE, LEARN, R1 = "generate", "discriminate", "judge", "learn", "r1_step"
+STEP = (GENERATE, DISCRIMINATE, JUDGE, LEARN)
+
+
+def programs(experiment: config_lib.Experiment) -> dict[str, float]:
+  """Names of the programs that a run of the experiment needs, and the share of steps that run them."""
+  return dict.fromkeys(STEP, 1.0) | ({R1: 1 / experiment.loss.r1_interval} if experiment.loss.r1_gamma else {})
+
+
+def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, layout: mesh_lib.Layout):
+  """A global batch as shapes, as the loop puts it on the devices."""
+  size, side = experiment.train.batch_size, experiment.generator.resolution
+  shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
+  return {"image": shape((size, side, side, 3), jnp.float32), "index": shape((size,), jnp.int32),
+          "tokens": shape((size, clip.text.context_length), jnp.int32)}
+
+
+def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None):
+  """What a program is called with, as shapes with shardings.
+
+  Args:
+    placed: the programs.
+    name: one of them.
+    frozen, batch: arrays, or shapes with shardings.
+    generate: `generate` compiled. Without it the residuals for `learn` have no sharding, which will do for tracing.
+
+  Returns:
+    tuple.
+  """
+  state = placed.abstract_state
+  if name == GENERATE:
+    return state.generator, state.buffers, state.step, frozen.clip, batch["tokens"]
+  if name == R1:
+    return state, frozen, batch
+  generated = placed.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
+  if generate is None:
+    shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    generated = jax.tree.map(shaped, generated)
+  else:
+    shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    generated = jax.tree.map(shaped, generated, generate.output_shardings)
+  healthy = jax.ShapeDtypeStruct((), jnp.bool_, sharding=placed.layout.replicated)
+  if name == LEARN:
+    return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, generated.pyramid,
+            generated.w_mean, generated.moe_loss, generated.residuals, healthy)
+  if name == DISCRIMINATE:
+    return (state.discriminator, state.discriminator_opt, state.step, generated.pyramid, generated.text, batch["image"])
+  return state.discriminator, state.step, frozen, generated.pyramid, generated.text, batch["index"], healthy
+
+
+def trace(placed: placed_lib.Placed, name: str, frozen, batch, generate=None) -> jax.stages.Traced:
+  """A program, traced. Arguments as of `arguments`."""
+  return getattr(placed, name).trace(*arguments(placed, name, frozen, batch, generate))
+
+
+def start(placed: placed_lib.Placed, names, frozen, batch):
+  """Begins to compile, in threads.
+
+  Args:
+    placed: the programs.
+    names: of those to compile.
+    frozen, batch: arrays, or shapes with shardings.
+
+  Returns:
+    A function that waits and returns `placed` with compiled programs, or raises what went wrong.
+  """
+  pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
+  futures = {}
+
+  def compiled(name):
+    generate = futures[GENERATE].result() if name == LEARN else None
+    return trace(placed, name, frozen, batch, generate).lower().compile()
+
+  for name in names:
+    futures[name] = pool.submit(compiled, name)
+  pool.shutdown(wait=False)
+  return lambda: placed._replace(**{name: future.result() for name, future in futures.items()})
