@@ -79,7 +79,7 @@ def test_the_story_of_an_eventful_run(run):
       "time       25 s: compute 72 %, waiting for input 10 %, the rest 18 %",
       "warnings   1", "step 30: the discriminator has won: very very",
       "skipped    1 step, 3 records (listed in", "discriminator: loss/d_matching is nan",
-      "the newest record, at step 32: openmoji-train-00000-of-00001.tfrecord: record 14: has a wrong",
+      "the newest record, at step 32: openmoji-train-00000-of-00001.tfrecord: record 14: has",
       "saved      step 33 (1.5 kB)",
       "G CLIP", "9 → 1.25", "█▄▃▁", "entropy of experts", "diversity, prompt",
       "next       read the skipped steps above", "the same `train` command goes on (67 steps left)",

@@ -15,6 +15,7 @@ from aurora_jax.data import build, loader, sources
 from aurora_jax.models import discriminator, growth
 from aurora_jax.ops import frechet
 from aurora_jax.training import checkpoint, loop, setup
+from aurora_jax.training import fingerprint as fingerprint_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import random_run  # pylint: disable=wrong-import-position
@@ -112,7 +113,7 @@ def test_resumed_across_a_change_of_stage_equals_uninterrupted(home, whole, stop
   folder = home / f"stopped-{stop}"
   assert loop.run(dataclasses.replace(whole[1], experiment=experiment(home, stop)), folder).step == stop
   assert loop.run(whole[1], folder).reason == loop.DONE
-  assert checkpoint.fingerprint(folder / "checkpoints") == checkpoint.fingerprint(whole[0] / "checkpoints")
+  assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(whole[0] / "checkpoints")
   stored = [checkpoint.stored_progress(path / "checkpoints", 6)["schedule"] for path in (folder, whole[0])]
   assert stored[0] == stored[1]
   assert [(stage["resolution"], stage["step"], stage["reason"]) for stage in stored[0]["stages"]] == [

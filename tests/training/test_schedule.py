@@ -15,6 +15,7 @@ import pytest
 
 from aurora_jax import config
 from aurora_jax.training import checkpoint, loop, metrics, schedule
+from aurora_jax.training import fingerprint as fingerprint_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy  # pylint: disable=wrong-import-position
@@ -166,7 +167,7 @@ def test_a_measurement_that_is_cut_short_is_taken_when_the_run_goes_on(whole, tm
 def _same_in_the_end(whole, folder):
   _, last = _run(folder)
   assert last.reason == loop.DONE
-  assert checkpoint.fingerprint(folder / "checkpoints") == checkpoint.fingerprint(whole[0] / "checkpoints")
+  assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(whole[0] / "checkpoints")
   for kinds in (("train",), ("stage", "evaluation")):
     assert _rows(folder, *kinds) == _rows(whole[0], *kinds)
   stored = lambda path: checkpoint.stored_progress(path / "checkpoints", 12)["schedule"]

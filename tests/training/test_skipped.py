@@ -17,6 +17,7 @@ from aurora_jax.cli import main
 from aurora_jax.data import build, loader, schema, sources, tfrecords
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.training import checkpoint, loop, metrics, run_folder, skipped
+from aurora_jax.training import fingerprint as fingerprint_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy  # pylint: disable=wrong-import-position
@@ -124,7 +125,7 @@ def logged(workdir):
 
 
 def fingerprint(workdir):
-  return checkpoint.fingerprint(workdir / "checkpoints")
+  return fingerprint_lib.of_checkpoint(workdir / "checkpoints")
 
 
 @pytest.fixture(name="damaged")

@@ -37,6 +37,7 @@ class Samples:
   def __init__(self, value):
     self.images = np.full((2, 1, 8, 8, 3), value, np.float32)
     self.prompts = ("one", "two")
+    self.stage = ""
 
 
 def experiment(**fields):
