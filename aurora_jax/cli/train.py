@@ -30,7 +30,7 @@ A record that cannot be read (a wrong checksum, a shard that is cut off or gone,
 run tells of it, lists it in skipped_records.jsonl and goes on with another in its place, up to data.max_skipped. Damage
 that shows at the start already is refused, unless data.tolerate_damage=true.
 
-A step whose loss or gradient is NaN or infinite changes nothing but the step's number; one line says where it came from.
+An update whose loss or gradient is NaN or infinite is left out; one line says where it came from.
 Warnings say when the discriminator wins, pictures collapse or experts starve (config.watch). `inspect DIR` tells it all.
 
 Exit status: 0 done or stopped cleanly (but see --stopped-status), 2 wrong input (one line says what), also when it comes
