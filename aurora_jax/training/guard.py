@@ -1,8 +1,9 @@
 """The numerical guard: a step that would write NaN or infinity is left out, and a run that stays there stops.
 
 Inside the compiled step (`Guard`): a loss or a gradient of the discriminator that is not finite leaves both networks, their
-optimisers and averages as they were; one of the generator leaves the generator so, after the discriminator's update. On the host (`Skips`): which network, which loss, which module, in one line; after too many in a
-row, or where nothing guards the step, training stops with its last good checkpoint intact (`NonFinite`).
+optimisers and averages as they were; one of the generator leaves the generator so, after the discriminator's update. On
+the host (`Skips`): which network, which loss, which module, in one line; after too many in a row, or where nothing guards
+the step, training stops with its last good checkpoint intact (`NonFinite`).
 
 A step's metrics carry one sum of squares per parameter array (`Squares`): the norms that are logged per module, and,
 where one is not finite, the name of the array.
