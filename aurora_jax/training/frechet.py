@@ -70,8 +70,9 @@ class Distances:
 
   def reference(self, resolution, keep_on):
     """The distance between the two sets of real pictures at a resolution; None where `keep_on()` became False."""
-    first, second = (self._of_real(resolution, first, keep_on) for first in (0, self.count))
-    if first is None or second is None:
+    first = self._of_real(resolution, 0, keep_on)
+    second = first and self._of_real(resolution, self.count, keep_on)
+    if not second:
       return None
     self._real = {resolution: first}
     return hosts.float_from_first(frechet.distance(first, second))

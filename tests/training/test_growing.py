@@ -41,7 +41,8 @@ def experiment(home, total_steps=6):
   """4 pixels for two steps, 8 for two, 16 for two: nothing beats its reference."""
   flags = {
       "generator.text_layers": 0, "generator.mapping_layers": 1, "generator.deformable_max_resolution": 0,
-      "generator.experts[16]": 2, "discriminator.text_layers": 0, "loss.r1_gamma": 0.0, "loss.clip_weight": 0.0,
+      "generator.experts[16]": 2, "generator.moe_backend": "dense",
+      "discriminator.text_layers": 0, "loss.r1_gamma": 0.0, "loss.clip_weight": 0.0,
       "schedule.resolutions": (4, 8, 16), "schedule.factor": 1e-9, "train.total_steps": total_steps,
       "train.checkpoint_every": 2, "train.keep_checkpoints": 0, "train.sample_prompts": (), "data.path": home / "data",
       "text.clip": home / "clip", "optimizer.attention_weight_decay": 0.1}
