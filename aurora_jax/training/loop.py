@@ -124,7 +124,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     profiler = profiling.Profiler(folder.profile, *profile_steps) if profile_steps else profiling.NoProfiler()
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler)
 
-    if hasattr(prepared, "begin"):
+    if hasattr(prepared, "begin") and not experiment.schedule.resolutions:  # a stage's programs are known later
       prepared.begin()
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
