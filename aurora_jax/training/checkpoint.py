@@ -18,18 +18,14 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-import threading
 import time
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import kept, orbax_words
+from aurora_jax.training import kept, orbax_words, removal
 
-# Where a checkpoint that is not kept goes in one move: a kill while its files are removed leaves no half of one.
-_REMOVED = ".removed"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -86,16 +82,16 @@ class Checkpoints:
     self.folder = pathlib.Path(os.path.abspath(folder))
     self._ocp = ocp
     self._saving = None  # the step of a save that is not known to be complete
-    self._remover = None  # the thread that removes what is not kept
+    self._remover = removal.Remover(self.folder)
     self._next_look = 0.0
     orbax_words.quieten()
     try:
       os.makedirs(self.folder, exist_ok=True)
-      self._remove_old(wait=True)
+      self._remover.finish()
       self._manager = ocp.CheckpointManager(
           self.folder,
           options=ocp.CheckpointManagerOptions(
-              preservation_policy=policy, todelete_subdir=_REMOVED, create=False, cleanup_tmp_directories=True,
+              preservation_policy=policy, todelete_subdir=removal.FOLDER, create=False, cleanup_tmp_directories=True,
               enable_async_checkpointing=True))
     except OSError as error:
       raise UserError(f"checkpoint folder {folder} cannot be used: {error.strerror or error}") from error
@@ -107,7 +103,7 @@ class Checkpoints:
     if error is None:
       self.wait()
       self._manager.close()
-      self._remove_old(wait=True)
+      self._remover.finish()
     else:
       with contextlib.suppress(Exception):  # what is under way says more than what the clean-up could say
         self._manager.close()
@@ -148,21 +144,12 @@ class Checkpoints:
     if time.monotonic() >= self._next_look:  # the file system may be far away
       self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
       self._check_folder(self._saving)
-      self._remove_old()
+      self._remover.start()
 
   def _check_folder(self, step):
     if not self.folder.is_dir():
       what = "nothing can be saved any more" if step is None else f"checkpoint of step {step} cannot be saved"
       raise SaveError(f"{what}: the folder {self.folder} has vanished")
-
-  def _remove_old(self, wait=False):
-    """Removes, in the background, the checkpoints that were moved out of the way."""
-    busy = self._remover is not None and self._remover.is_alive()
-    if jax.process_index() == 0 and not busy and (self.folder / _REMOVED).is_dir():
-      self._remover = threading.Thread(target=shutil.rmtree, args=(self.folder / _REMOVED, True), name="remove checkpoints")
-      self._remover.start()
-    if wait and self._remover is not None:
-      self._remover.join()
 
   def wait(self):
     """Waits until the last save is complete on disk.

@@ -1,22 +1,23 @@
-"""`python -m aurora_jax ARGS` that also writes, to the file in $RECORDS, which records each batch was made of.
+"""`python -m aurora_jax ARGS` that also writes, to the file in $RECORDS, which records each batch was made of
+and the SHA-256 of every piece of a restored state that this process holds.
 
     RECORDS=records.jsonl python tests/parallel/logged.py train ...
-
-Every process keeps its compiled programs. JAX lets only process 0 write its cache, which on accelerators serves all; on
-CPUs an entry serves one process alone, so that the others would compile for a minute at each start.
 """
 
+import hashlib
 import json
 import os
 import sys
 
-from jax._src import compiler, distributed
+import jax
+import numpy as np
 
 from aurora_jax.cli import main
 from aurora_jax.data import loader
+from aurora_jax.training import checkpoint
 
 _make = loader.BatchMaker.__call__
-_write = compiler._cache_write  # pylint: disable=protected-access
+_restore = checkpoint.Checkpoints.restore
 
 
 def make(maker, step):
@@ -26,15 +27,19 @@ def make(maker, step):
   return batch
 
 
-def write(*args):
-  number, distributed.global_state.process_id = distributed.global_state.process_id, 0
-  try:
-    return _write(*args)
-  finally:
-    distributed.global_state.process_id = number
+def restore(*args):
+  state, progress = _restore(*args)
+  parts = {name: getattr(state, name) for name in state.__dataclass_fields__}
+  with open(os.environ["RECORDS"], "a", encoding="utf-8") as file:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]:
+      for shard in leaf.addressable_shards:
+        where = [piece.indices(size)[:2] for piece, size in zip(shard.index, leaf.shape)]
+        digest = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+        file.write(json.dumps({"leaf": jax.tree_util.keystr(path), "where": where, "sha256": digest}) + "\n")
+  return state, progress
 
 
 if __name__ == "__main__":
-  compiler._cache_write = write  # pylint: disable=protected-access
+  checkpoint.Checkpoints.restore = restore
   loader.BatchMaker.__call__ = make
   sys.exit(main.main())

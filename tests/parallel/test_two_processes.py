@@ -1,6 +1,7 @@
 """Two processes as one job, started as commands: what one process computes, nothing read or written twice."""
 
 import concurrent.futures
+import hashlib
 import json
 import os
 import pathlib
@@ -12,13 +13,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from aurora_jax import config
 from aurora_jax.cli import main
 from aurora_jax.data import loader, tfrecords
 from aurora_jax.data.dataset import Dataset
+from aurora_jax.training import checkpoint
+from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDS, BATCH, STEPS = 12, 4, 3  # one epoch
@@ -29,16 +34,17 @@ def get_config(variant=""):
   config = aurora_64.get_config("test")
   generator, discriminator = config.generator, config.discriminator
   generator.resolution = discriminator.resolution = 8
-  generator.blocks, generator.adaptive_kernels = {4: 1, 8: 1}, {4: 1, 8: 2}
-  generator.deformable_max_resolution = 4
+  generator.blocks, generator.adaptive_kernels = {4: 1, 8: 1}, {4: 1, 8: 1}
+  generator.mapping_layers, generator.deformable_max_resolution = 1, 0
   generator.output_resolutions = (4, 8)
   discriminator.blocks, discriminator.attention_depth = {8: 1, 4: 1}, {}
-  discriminator.input_resolutions, discriminator.exit_resolutions = (8, 4), (4, 1)
+  discriminator.input_resolutions, discriminator.exit_resolutions = (8,), (1,)
+  discriminator.text_layers = 0
   config.loss.level_weights, config.loss.clip_min_resolution = {8: 0.5, 4: 0.5}, 8
   config.loss.clip_bank, config.loss.r1_gamma = 3, 0.0
   config.mesh.data, config.mesh.expert, config.mesh.fsdp = 2, 2, True
   config.train.batch_size, config.train.total_steps = 4, 3
-  config.train.checkpoint_every = 1000
+  config.train.checkpoint_every = 2
   config.train.log_every = 1
   config.train.sample_every = 3
   return config
@@ -120,7 +126,13 @@ def losses(run):
 
 def records(path):
   """{step: records}, of the steps that were trained; more were made ahead."""
-  return {row["step"]: row["index"] for row in lines(path) if row["step"] < STEPS}
+  return {row["step"]: row["index"] for row in lines(path) if row.get("step", STEPS) < STEPS}
+
+
+def abstract_state(home):
+  """The shapes of the training state, on one device."""
+  experiment = config.load([f"--config={home / 'small.py'}"])
+  return jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +172,35 @@ def test_the_first_process_alone_talks_and_writes(home, both):
   assert len(list((run / "tensorboard").iterdir())) == 1
   assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000000.png", "step-00000003.png"]
   assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (home / "one").iterdir())
-  assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
+  assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_two_processes_go_on_from_a_checkpoint_of_one(home, both):
+  """The state that they restore is the one that was saved, bit by bit; the loss of the next step the uninterrupted one's."""
+  del both
+  shutil.copytree(home / "one", home / "moved", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
+  done = finish(start_two(home, "moved"))
+  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
+  assert "going on from the checkpoint of step 2, to 3" in done[0][1]
+
+  pieces = {}  # of both processes: {leaf: {where: SHA-256}}
+  for i in range(2):
+    for row in lines(home / f"moved-records-{i}"):
+      if "leaf" in row:
+        pieces.setdefault(row["leaf"], {})[json.dumps(row["where"])] = row["sha256"]
+  _, saved = checkpoint.read(home / "moved/checkpoints", vars(abstract_state(home)), step=2)
+  for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]:
+    found, leaf = pieces.pop(jax.tree_util.keystr(path)), np.asarray(leaf)
+    for where, digest in found.items():
+      piece = leaf[tuple(slice(*bounds) for bounds in json.loads(where))]
+      assert hashlib.sha256(piece.tobytes()).hexdigest() == digest, path
+  assert not pieces
+
+  one, moved = losses(home / "one"), lines(home / "moved/metrics.jsonl")
+  [row] = [row for row in moved[1 + max(i for i, row in enumerate(moved) if row["kind"] == "resume"):]
+           if row["kind"] == "train"]
+  for name in [name for name in one if name.startswith("loss/")]:
+    np.testing.assert_allclose(row[name], one[name][2], rtol=1e-6, err_msg=name)
 
 
 def damaged_data(home):
@@ -173,7 +213,7 @@ def damaged_data(home):
   return folder
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step_and_two_or_one_go_on(home, both):
+def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, both):
   """On damaged data: the list of what was skipped is that of one uninterrupted process too."""
   del both  # the programs are compiled
   data = f"--config.data.path={damaged_data(home)}"
@@ -191,14 +231,11 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_two_or_one_go_on(home, 
   assert (stop["kind"], stop["reason"]) == ("stop", "terminated")
 
   step = stop["step"]
-  done = finish(start_two(home, "stopped", data, f"--config.train.total_steps={step + 1}"))
-  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
-  assert f"going on from the checkpoint of step {step:,}" in done[0][1]
-  [(status, said, error)] = finish([start(home, "stopped", 4, data, f"--config.train.total_steps={step + 4}")])
+  [(status, said, error)] = finish([start(home, "stopped", 4, data, f"--config.train.total_steps={step + 3}")])
   assert status == 0, error[-4000:]
-  assert f"going on from the checkpoint of step {step + 1:,}" in said
+  assert f"going on from the checkpoint of step {step:,}" in said
 
-  last = step + 4  # more than an epoch
+  last = step + 3  # more than an epoch
   maker = loader.BatchMaker(Dataset.open(home / "damaged"), 8, BATCH, 0)
   met = {}
   for number in range(last):

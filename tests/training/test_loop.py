@@ -1,9 +1,8 @@
-"""The training loop on a toy: nothing is lost, whatever stops it."""
+"""The training loop on a toy: nothing is lost, whatever stops it. Kills and faults of the disk: tests/cli."""
 
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -132,34 +131,6 @@ def test_a_resumed_run_uses_the_programs_of_a_fresh_one(tmp_path):
   compiled = toy._step._cache_size()
   assert toy.run(tmp_path)[1].step == 12
   assert toy._step._cache_size() == compiled
-
-
-def test_killed_at_any_moment(uninterrupted, tmp_path):
-  """SIGKILL, during a save as likely as not; the next start ends with the state of an uninterrupted run."""
-  steps = ["--set", "train.total_steps=400", "--set", "train.checkpoint_every=2", "--set", "train.log_every=1"]
-  process = _start(tmp_path / "killed", *steps, "--delay", "0.01")
-  _wait_for_step(tmp_path / "killed", 11, process)
-  process.kill()
-  process.communicate()
-  reached = metrics.read(tmp_path / "killed/metrics.jsonl")[-1]["step"]
-  newest = checkpoint.newest(tmp_path / "killed/checkpoints")
-  assert newest is not None and newest >= reached - 6
-  total = newest + 3
-  toy.run(tmp_path / "killed", **{"train.total_steps": total})
-  toy.run(tmp_path / "whole", **{"train.total_steps": total})
-  assert _fingerprint(tmp_path / "killed") == _fingerprint(tmp_path / "whole")
-  assert not list((tmp_path / "killed/checkpoints").glob("*tmp*"))
-
-
-def test_sigterm_to_a_process(tmp_path):
-  process = _start(tmp_path, "--set", "train.total_steps=100000", "--delay", "0.005")
-  _wait_for_step(tmp_path, 6, process)
-  process.terminate()
-  out, err = process.communicate(timeout=60)
-  assert process.returncode == 0, err
-  step = checkpoint.newest(tmp_path / "checkpoints")
-  assert f"stopped at step {step:,} of 100,000 (SIGTERM); saved in {tmp_path}/checkpoints/{step}" in out
-  assert "finishing this step, then saving" in err
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -351,45 +322,6 @@ def test_one_trainer_at_a_time(tmp_path):
     with pytest.raises(UserError, match="another process is training in it"):
       toy.run(tmp_path)
   assert toy.run(tmp_path)[1].reason == loop.DONE
-
-
-def test_a_full_disk_stops_training(tmp_path):
-  """Files may not grow beyond 40 kB from step 6 on: the save of step 8 fails in the background."""
-  (tmp_path / "limit.py").write_text(
-      "import resource, signal, sys, time, toy\n"
-      "from aurora_jax.training import checkpoint\n"
-      "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-      "def limit(step):\n"
-      "  if step == 6:\n"
-      f"    while not checkpoint.steps({str(tmp_path / 'run/checkpoints')!r}): time.sleep(0.01)\n"
-      "    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
-      "settings = {'train.total_steps': 10**6, 'train.sample_every': 10**6}\n"
-      "t = toy.Toy(toy.experiment(**settings), delay=0.01, width=5000, after_batch=limit)\n"
-      "try:\n"
-      f"  toy.run({str(tmp_path / 'run')!r}, toy=t)\n"
-      "except toy.UserError as error:\n"
-      "  print(f'REFUSED {error}'); sys.exit(2)\n")
-  done = subprocess.run(
-      [sys.executable, tmp_path / "limit.py"], capture_output=True, text=True, timeout=120, check=False,
-      env=os.environ | {"PYTHONPATH": f"{_ROOT}:{_ROOT}/tests/training", "JAX_PLATFORMS": "cpu"})
-  assert done.returncode == 2, done.stderr
-  line = next(row for row in done.stdout.splitlines() if row.startswith("REFUSED"))
-  assert "checkpoint of step 8 could not be saved" in line and "File too large" in line
-  assert "the last complete one is of step 4" in line
-  assert "Traceback" not in done.stderr
-  assert checkpoint.steps(tmp_path / "run/checkpoints") == [4]
-  assert metrics.read(tmp_path / "run/metrics.jsonl")[-1]["step"] < 200
-
-
-def test_a_vanished_folder_stops_training(tmp_path):
-  def remove(step):
-    if step == 5:
-      while checkpoint.newest(tmp_path / "checkpoints") != 4:
-        time.sleep(0.01)
-      shutil.rmtree(tmp_path / "checkpoints")
-
-  with pytest.raises(checkpoint.SaveError, match="step 8 cannot be saved: the folder .*checkpoints has vanished"):
-    toy.run(tmp_path, toy=toy.Toy(toy.experiment(), after_batch=remove))
 
 
 def test_an_unasked_transfer_is_an_error(tmp_path):
