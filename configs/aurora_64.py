@@ -84,6 +84,7 @@ def on_pod(name, variant, *, data, expert=16, batch_size=1024):
   config = get_config(variant)
   config.name = name
   config.generator.compute_dtype = config.discriminator.compute_dtype = "bfloat16"
+  config.discriminator.remat = False  # recomputing the generator's blocks makes room enough
   config.mesh.fsdp = True
   config.data.workers = 8  # of each host
   if not variant:

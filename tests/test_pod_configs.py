@@ -41,7 +41,8 @@ def test_the_mesh_divides_and_every_expert_has_a_device_of_its_own(name, devices
 def test_it_is_the_recipe_of_aurora_64(name):
   recipe, pod = flat(load("aurora_64")), flat(load(name))
   assert {field for field in pod if pod[field] != recipe[field]} == {
-      "mesh.data", "mesh.expert", "mesh.fsdp", "data.workers", "generator.compute_dtype", "discriminator.compute_dtype"}
+      "mesh.data", "mesh.expert", "mesh.fsdp", "data.workers", "generator.compute_dtype", "discriminator.compute_dtype",
+      "discriminator.remat"}
   other = flat(load("aurora_64_v5e_256"))
   assert {field for field in pod if pod[field] != other[field]} <= {"mesh.data"}
 

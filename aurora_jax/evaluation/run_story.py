@@ -257,11 +257,12 @@ def _wrapped(words, most=2):
 def _saved(folder, experiment, steps):
   policy = kept.of_run(experiment.train, folder.metrics)
   reasons = policy.reasons(steps)
-  for number, step in enumerate(reversed(steps[-_CHECKPOINTS_SHOWN:])):
+  shown = [step for step in steps if step in steps[-_CHECKPOINTS_SHOWN:] or any("best" in why for why in reasons[step])]
+  for number, step in enumerate(shown):
     size, why = size_words(checkpoint.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
     yield _line("" if number else "saved", f"step {step:,} ({size}), {why or 'goes with the next save'}")
-  if len(steps) > _CHECKPOINTS_SHOWN:
-    yield _line("", f"and {len(steps) - _CHECKPOINTS_SHOWN:,} earlier ones, from step {steps[0]:,} on")
+  if len(steps) > len(shown):
+    yield _line("", f"and {len(steps) - len(shown):,} others, from step {steps[0]:,} on")
   if not steps:
     yield _line("saved", "nothing yet")
   if steps and policy.best and not policy.values():

@@ -1,9 +1,8 @@
 """A pull-back (vector-Jacobian product) that is made in one compiled program and used in another.
 
 `jax.vjp`'s function is a pytree whose leaves, the residuals, are what the backward pass needs of the forward pass. Many
-of them are arguments of the first program, parameters above all, and the same array may stand there several times. `cut`
-leaves both out, so that only what was computed crosses over, once; `join` puts the function together again where the
-second program has those arguments too.
+of them are arguments of the first program, parameters above all. `cut` leaves these out, so that only what was computed
+crosses over; `join` puts the function together again where the second program has those arguments too.
 """
 
 from typing import Any
@@ -41,10 +40,9 @@ def cut(pull_back, shared) -> Residuals:
   known = {id(leaf): ("shared", place) for place, leaf in enumerate(jax.tree.leaves(shared))}
   computed, origins = [], []
   for leaf in leaves:
+    origins.append(known.get(id(leaf), ("computed", len(computed))))
     if id(leaf) not in known:
-      known[id(leaf)] = ("computed", len(computed))
       computed.append(leaf)
-    origins.append(known[id(leaf)])
   return Residuals(computed, tree, tuple(origins))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import types
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,10 @@ from aurora_jax import config
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.models import critic, discriminator
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
+from aurora_jax.parallel import mesh
+from aurora_jax.training import ahead
 from aurora_jax.training import guard
+from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import state as state_lib
 from aurora_jax.training import step as step_lib
 
@@ -22,19 +26,23 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
 
 @pytest.fixture(scope="module")
 def system():
-  """Programs, frozen CLIP, first state and a batch; both programs compiled once."""
+  """Programs compiled as `train` does, frozen CLIP, first state and a batch. What is given to a program stays usable."""
   experiment = config.load([f"--config={CONFIG}:test"])
   clip = clip_lib.Clip(_clip_config())
   keys = jax.random.split(jax.random.key(1), 3)
   tokens = jnp.array([[48, 3 + i, 5, 49, 0, 0, 0, 0] for i in range(4)])
   image = jax.random.uniform(keys[0], (4, 16, 16, 3), minval=-1)
   variables = clip.init(keys[1], tokens, image)
-  programs = step_lib.build(experiment, clip)
-  frozen = step_lib.Frozen(variables, jnp.zeros((0, 16)), jnp.zeros(0, jnp.int32))
-  batch = {"image": image, "tokens": tokens, "index": jnp.arange(4)}
-  first = jax.jit(programs.init)(jax.random.key(0))
-  return dataclasses.make_dataclass("System", ["experiment", "programs", "frozen", "batch", "first", "step", "r1_step"])(
-      experiment, programs, frozen, batch, first, jax.jit(programs.step), jax.jit(programs.r1_step))
+  layout = mesh.build(experiment, jax.devices()[:1])
+  placed = placed_lib.place(experiment, clip, layout)
+  frozen = jax.device_put(step_lib.Frozen(variables, jnp.zeros((0, 16)), jnp.zeros(0, jnp.int32)), layout.replicated)
+  batch = jax.device_put({"image": image, "tokens": tokens, "index": jnp.arange(4)}, layout.batch)
+  programs = ahead.start(placed, ahead.programs(experiment), frozen, batch)()
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
+  first = jax.jit(placed.init, out_shardings=shardings)(jax.random.key(0))
+  kept = lambda run: lambda state, *rest: run(jax.tree.map(jnp.copy, state), *rest)
+  return types.SimpleNamespace(experiment=experiment, frozen=frozen, batch=batch, first=first, step=kept(programs.step),
+                               r1_step=kept(programs.r1_step))
 
 
 def moved(before, after):
@@ -162,6 +170,20 @@ def test_averages_follow_their_formulas(system):
                                 system.first.buffers["synthesis"]["input"]["freqs"])
 
 
+def test_the_programs_compute_what_a_single_one_does(system):
+  single = jax.jit(step_lib.build(system.experiment, clip_lib.Clip(_clip_config())).step)
+  state = system.step(system.first, system.frozen, system.batch)[0]  # in the first step many gradients are zero
+  pairs = zip(*(run(state, system.frozen, system.batch) for run in (system.step, single)))
+  (ours, theirs), (metrics, expected) = pairs
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+  # Second moments show the gradients; a parameter moves by little more than their signs.
+  seen = lambda state: (state.generator_opt, state.discriminator_opt, state.buffers, state.step)
+  for a, b in zip(jax.tree.leaves(seen(ours)), jax.tree.leaves(seen(theirs)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-12)
+
+
 def test_r1_moves_the_discriminator_only(system):
   state, metrics = system.r1_step(system.first, system.frozen, system.batch)
   assert np.isfinite(metrics["loss/r1"]) and metrics["loss/r1"] > 0
@@ -226,7 +248,7 @@ def test_the_same_step_is_the_same_bit_by_bit_and_the_next_one_draws_anew(system
   one, first = system.step(system.first, system.frozen, system.batch)
   two, _ = system.step(system.first, system.frozen, system.batch)
   assert not moved(one, two)
-  _, later = system.step(system.first.replace(step=jnp.int32(1)), system.frozen, system.batch)
+  _, later = system.step(system.first.replace(step=system.first.step + 1), system.frozen, system.batch)
   assert first["d/logit_fake"] != later["d/logit_fake"] or first["loss/g_clip"] != later["loss/g_clip"]
 
 
