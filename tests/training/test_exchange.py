@@ -157,8 +157,8 @@ def test_wrong_input_is_one_line(tmp_path, state_dict, capsys):
   assert "no generator_smooth" in refused(capsys, tmp_path / "raw.pth", run, *known, "--weights", "ema")
   (tmp_path / "cut.pth").write_bytes((tmp_path / "raw.pth").read_bytes()[:5000])
   assert "cut off" in refused(capsys, tmp_path / "cut.pth", run, *known)
-  (tmp_path / "bad.json").write_text('{"resolution": 16, "tie": true}')
-  assert "tie=True" in refused(capsys, WEIGHTS, run, "--released-config", tmp_path / "bad.json")
+  (tmp_path / "bad.json").write_text('{"resolution": 16, "mask_self": true}')
+  assert "mask_self=True" in refused(capsys, WEIGHTS, run, "--released-config", tmp_path / "bad.json")
   assert "must be a run's folder" in refused(capsys, WEIGHTS, tmp_path / "x.pth", *known)
   assert not run.exists()
 
