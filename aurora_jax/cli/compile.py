@@ -1,8 +1,9 @@
 """Compiles the training step of an experiment for a machine that need not be there, and says whether it fits.
 
-It is the program that `train` runs, with the experiment's mesh on the named machine's devices. What it takes per device
-(parameters, optimizer, average, temporaries), its arithmetic, its collectives, which expert lives on which device and
-how fast a step can be at best are shown as a table and written as JSON with --report.
+They are the programs that `train` runs, with the experiment's mesh on the named machine's devices: four for a step and
+the lazy regularisation. What they take per device (parameters, optimizer, average, temporaries), their arithmetic (of
+each and the sum per step), their collectives, which expert lives on which device and how fast a step can be at best are
+shown as a table and written as JSON with --report.
 
 Machines: TPU slices v4-N, v5e-N, v5p-N, v6e-N, or by shape (v5e:16x16, v5p:2x2x4); nodes of eight A100 a100-N,
 a100-40g-N, or by nodes (a100-4x8); cpu-N, this machine's CPU as N devices. TPU compiles need libtpu, A100 compiles

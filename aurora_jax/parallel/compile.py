@@ -169,6 +169,7 @@ def lines(report: Mapping[str, Any]):
   every, useful = report["flops_per_device"], report["useful_flops_per_device"]
   yield (f"arithmetic: {every / 1e9:,.4g} GFLOP per device and step, of which {(every - useful) / 1e9:,.4g} "
          f"({(every - useful) / max(useful, 1):.1%} of the useful ones) recomputed")
+  yield from _program_lines(report["programs"])
   bound = report["step_seconds_bound"]
   in_words = lambda seconds: "unknown" if seconds is None else f"{seconds * 1e3:,.4g} ms"
   yield (f"a step takes at least {in_words(bound['bound'])} (arithmetic {in_words(bound['arithmetic'])}, memory "
@@ -176,10 +177,10 @@ def lines(report: Mapping[str, Any]):
   for assumption in bound["assumptions"]:
     yield f"  {assumption}"
   yield ""
-  yield "collectives          program  along                         count   received per device"
+  yield "collectives          program       along                         count   received per device"
   for row in report["collectives"]:
     mark = "  (fall-back, if the buffers of the exchange are too small)" if row["fallback"] else ""
-    yield (f"  {row['kind']:18s} {row['program']:8s} {' x '.join(row['axes']) or '-':26s} {row['count']:8,d} "
+    yield (f"  {row['kind']:18s} {row['program']:13s} {' x '.join(row['axes']) or '-':26s} {row['count']:8,d} "
            f"{row['bytes'] / 1e6:16,.3f} MB{mark}")
   if not report["collectives"]:
     yield "  none" if not report["compiler_message"] else "  unknown: there is no program"
@@ -187,6 +188,16 @@ def lines(report: Mapping[str, Any]):
     yield ""
     yield "experts"
     yield from _expert_lines(report["experts"], report["devices"])
+
+
+def _program_lines(programs):
+  yield "programs             of the steps  compiled in   GFLOP  recomputed  arguments  temporaries    results (MiB)"
+  for name, program in programs.items():
+    every, useful = program["flops_per_device"], program["useful_flops_per_device"]
+    sizes = program.get("bytes_per_device")
+    columns = [sizes[part] for part in ("arguments", "temporaries", "outputs")] if sizes else []
+    yield (f"  {name:18s} {program['share_of_steps']:12.1%} {program['compile_seconds']:10,.0f} s {every / 1e9:9,.4g} "
+           f"{(every - useful) / max(useful, 1):10.1%} " + "  ".join(f"{size / 2**20:10,.1f}" for size in columns))
 
 
 def _expert_lines(entries, devices):

@@ -25,8 +25,8 @@ class Placed(NamedTuple):
     exchange: how tokens meet experts on it.
     abstract_state: shapes, dtypes and shardings of the TrainState.
     init: key -> TrainState, pure and not jitted: `initial.first_state` compiles what it needs of it.
-    generate, discriminate, judge, learn: a step's programs, as of `step.Programs`. What is updated is donated. Frozen and
-      metrics are whole on every device, the batch's entries and the generated images lie along `layout.batch`; the
+    generate, discriminate, judge, learn: a step's programs, as of `step.Programs`. What is updated is donated. Frozen
+      and metrics are whole on every device, the batch's entries and the generated images lie along `layout.batch`; the
       residuals lie wherever the compiler of `generate` puts them.
     r1_step: (state, frozen, batch) -> (state, metrics); the state given is donated.
   """
@@ -77,13 +77,13 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
     return jax.jit(function, in_shardings=taken, out_shardings=given, donate_argnums=donated, compiler_options=options)
 
   discriminator = state.discriminator, state.discriminator_opt
+  left = step_lib.Generated(text=batch, pyramid=batch, w_mean=whole, moe_loss=whole, residuals=None, metrics=whole)
   generator = state.generator, state.generator_opt, state.ema, state.buffers, state.step
   return placed._replace(
       abstract_state=abstract_state, init=programs.init,
-      generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch),
-                   step_lib.Generated(text=batch, pyramid=batch, w_mean=whole, moe_loss=whole, residuals=None, metrics=whole),
-                   ()),
-      discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch), (*discriminator, whole, whole), (0, 1)),
+      generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch), left, ()),
+      discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch), (*discriminator, whole, whole),
+                       (0, 1)),
       judge=jit(programs.judge, (state.discriminator, whole, whole, batch, batch, batch, whole), (batch, whole, whole), ()),
       learn=jit(programs.learn, (*generator, batch, whole, whole, None, whole), (*generator, whole), (0, 1, 2, 3, 4)),
       r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,)))

@@ -1,9 +1,9 @@
 """The training step: discriminator on real, generated and mismatched pairs, then generator; lazy R1 on its own.
 
-A step is four programs, one after the other, each small and compiled by itself (training/ahead.py). The generator runs
-forward once a step (`generate`): its images serve the discriminator's update (`discriminate`, as constants) and, judged by
-the *updated* discriminator and by CLIP (`judge`), its own (`learn`), which pulls the images' gradient back through what the
-forward pass left.
+A step is four programs, one after the other, each small and compiled by itself (training/ahead.py). The generator
+runs forward once a step (`generate`): its images serve the discriminator's update (`discriminate`, as constants) and,
+judged by the *updated* discriminator and by CLIP (`judge`), its own (`learn`), which pulls the images' gradient back
+through what the forward pass left.
 
 Each update lies within one program, with its gradient. Where a loss or gradient is not finite (training/guard.py), the
 discriminator's leaves out both updates, the generator's its own.

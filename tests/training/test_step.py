@@ -26,7 +26,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
 
 @pytest.fixture(scope="module")
 def system():
-  """Programs compiled as `train` does, frozen CLIP, first state and a batch. What is given to a program stays usable."""
+  """Programs compiled as `train` does, frozen CLIP, first state and a batch. What a program is given stays usable."""
   experiment = config.load([f"--config={CONFIG}:test"])
   clip = clip_lib.Clip(_clip_config())
   keys = jax.random.split(jax.random.key(1), 3)
