@@ -222,7 +222,7 @@ def test_damaged_data(home, tmp_path, capsys):
   trained = [json.loads(line) for line in (home / "cut/metrics.jsonl").read_text().splitlines()]
   assert [row["data/skipped"] for row in trained if row["kind"] == "train"][-1] == 2
   assert main.main(["inspect", str(home / "cut")]) == 0
-  assert "skipped    2 records of the data set" in capsys.readouterr().out
+  assert "skipped    no step, 2 records (listed in" in capsys.readouterr().out
 
   assert main.main(["inspect", str(data), "--verify"]) == 2
   said = capsys.readouterr()

@@ -46,7 +46,7 @@ def pixels(path):
 def test_a_sweep_as_a_process(home, tmp_path):
   done = process("sample", "--workdir", home / "run", "--prompt", "red circle", "--prompt", "blue square", "--psi",
                  "0,0.2,1", "--latents", 2, "--out", tmp_path / "new" / "sheet.png", "--singles", tmp_path / "singles")
-  assert done.returncode == 0 and "2 prompts, 2 latents each, psi 0,0.2,1, step 3" in done.stdout, done.stderr[-2000:]
+  assert done.returncode == 0 and "2 prompts, 2 latents each, 16x16 pixels, psi 0,0.2,1, step 3" in done.stdout, done.stderr[-2000:]
   names = sorted(path.name for path in (tmp_path / "singles").iterdir())
   assert names == [f"{p:04d}-{l:02d}-psi{psi}.png" for p in (0, 1) for l in (0, 1) for psi in ("0.2", "0", "1")]
   single = lambda name: pixels(tmp_path / "singles" / f"{name}.png")

@@ -168,7 +168,8 @@ def test_the_first_process_alone_talks_and_writes(home, both):
                 "mesh: data 2, expert 2; 1 of 4 images per device", "all 3 steps are done", "report:"):
     assert words in first, first
   run = home / "two"
-  assert [row["kind"] for row in lines(run / "metrics.jsonl")] == ["start"] + ["train"] * STEPS + ["stop"]
+  assert [row["kind"] for row in lines(run / "metrics.jsonl")] == [
+      "start", "samples"] + ["train"] * STEPS + ["samples", "stop"]
   assert len(list((run / "tensorboard").iterdir())) == 1
   assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000000.png", "step-00000003.png"]
   assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (home / "one").iterdir())

@@ -41,8 +41,8 @@ def system():
   shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
   first = jax.jit(placed.init, out_shardings=shardings)(jax.random.key(0))
   kept = lambda run: lambda state, *rest: run(jax.tree.map(jnp.copy, state), *rest)
-  return types.SimpleNamespace(experiment=experiment, frozen=frozen, batch=batch, first=first, step=kept(programs.step),
-                               r1_step=kept(programs.r1_step))
+  return types.SimpleNamespace(experiment=experiment, frozen=frozen, batch=batch, first=first, programs=programs,
+                               step=kept(programs.step), r1_step=kept(programs.r1_step))
 
 
 def moved(before, after):
@@ -170,20 +170,6 @@ def test_averages_follow_their_formulas(system):
                                 system.first.buffers["synthesis"]["input"]["freqs"])
 
 
-def test_the_programs_compute_what_a_single_one_does(system):
-  single = jax.jit(step_lib.build(system.experiment, clip_lib.Clip(_clip_config())).step)
-  state = system.step(system.first, system.frozen, system.batch)[0]  # in the first step many gradients are zero
-  pairs = zip(*(run(state, system.frozen, system.batch) for run in (system.step, single)))
-  (ours, theirs), (metrics, expected) = pairs
-  assert metrics.keys() == expected.keys()
-  for name, value in expected.items():
-    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-  # Second moments show the gradients; a parameter moves by little more than their signs.
-  seen = lambda state: (state.generator_opt, state.discriminator_opt, state.buffers, state.step)
-  for a, b in zip(jax.tree.leaves(seen(ours)), jax.tree.leaves(seen(theirs)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-12)
-
-
 def test_r1_moves_the_discriminator_only(system):
   state, metrics = system.r1_step(system.first, system.frozen, system.batch)
   assert np.isfinite(metrics["loss/r1"]) and metrics["loss/r1"] > 0
@@ -253,18 +239,19 @@ def test_the_same_step_is_the_same_bit_by_bit_and_the_next_one_draws_anew(system
 
 
 def test_generator_descends_on_its_own_loss(system):
-  """Many steps of the generator against a discriminator that barely moves lower its adversarial loss."""
-  optimizer = dataclasses.replace(system.experiment.optimizer, discriminator_lr=0.0, generator_lr=0.01)
-  loss = dataclasses.replace(system.experiment.loss, clip_weight=0.0)
-  train = dataclasses.replace(system.experiment.train, guard=False)
-  experiment = dataclasses.replace(system.experiment, optimizer=optimizer, loss=loss, train=train)
-  step = jax.jit(step_lib.build(experiment, clip_lib.Clip(_clip_config())).step)
-  state, losses = system.first, []
-  for _ in range(20):
-    state, metrics = step(state, system.frozen, system.batch)
-    assert guard.SKIPPED not in metrics
-    losses.append(float(metrics["loss/g_adversarial"]))
-  assert np.mean(losses[-4:]) < np.mean(losses[:4])
+  """Many steps of the generator against a discriminator that stays as it is lower its adversarial and its CLIP loss."""
+  programs, batch, state, losses = system.programs, system.batch, jax.tree.map(jnp.copy, system.first), []
+  healthy = jax.device_put(True, programs.layout.replicated)
+  for _ in range(40):
+    made = programs.generate(state.generator, state.buffers, state.step, system.frozen.clip, batch["tokens"])
+    cotangent, _, metrics = programs.judge(state.discriminator, state.step, system.frozen, made.pyramid, made.text,
+                                           batch["index"], healthy)
+    generator, opt, ema, buffers, step, _ = programs.learn(
+        state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, made.w_mean, made.moe_loss,
+        made.residuals, healthy)
+    state = state.replace(generator=generator, generator_opt=opt, ema=ema, buffers=buffers, step=step)
+    losses.append([float(metrics["loss/g_adversarial"]), float(metrics["loss/g_clip"])])
+  assert (np.mean(losses[-8:], axis=0) < np.mean(losses[:8], axis=0)).all(), losses
 
 
 def _clip_config():
