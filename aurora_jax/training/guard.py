@@ -153,8 +153,8 @@ def module_of(name):
 def group_of(name):
   """Its group in the logs, the same for all blocks of a resolution: "r8_conv", "r8_attention", "r8_heads", "mapping"."""
   module = re.sub(r"_?block\d*", "", module_of(name))
-  module = re.sub(r"(?<=[a-z])_?\d+$", "", module)  # mapping_0, r8_attention1
   module = re.sub(r"^(r\d+)$", r"\1_conv", module)  # a block of the discriminator
+  module = re.sub(r"(?<=[a-z])_?\d+$", "", module)  # mapping_0, r8_attention1
   return re.sub(r"_(un)?conditional$", "_heads", module).replace("_from_rgb", "_rgb")
 
 

@@ -45,6 +45,14 @@ def system():
                                step=kept(programs.step), r1_step=kept(programs.r1_step))
 
 
+@pytest.mark.parametrize("name,group", [
+    ("r32_block0/conv1/weight", "r32_conv"), ("r8_attention1/norm1/scale", "r8_attention"), ("r32_from_rgb/bias", "r32_rgb"),
+    ("r8_unconditional/weight", "r8_heads"), ("synthesis/r8_block0_conv/conv1/weight", "r8_conv"),
+    ("synthesis/r8_block1_attention/in/weight", "r8_attention"), ("mapping_0/weight", "mapping"), ("last/bias", "last")])
+def test_arrays_are_logged_by_kind_and_resolution(name, group):
+  assert guard.group_of(name) == group
+
+
 def moved(before, after):
   """Names of leaves that changed."""
   flat = jax.tree_util.tree_flatten_with_path(before)[0]
