@@ -56,7 +56,9 @@ def join(args, fingerprint=""):
       print(f"{job.processes} processes (found by {job.source}); this is process 0, waiting at {job.coordinator}",
             flush=True)
     roll_call.answer(job, args.join_seconds, fingerprint)
-    _one_program_after_the_other()
+  if job.processes > 1 or _has_many_cpu_devices():
+    _one_program_after_the_other(job.processes)
+  if job.processes > 1:
     # Nothing is left for JAX to detect: on SLURM it would take one GPU per process.
     jax.distributed.initialize(
         job.coordinator, job.processes, job.process, local_device_ids=job.local_devices,
@@ -69,15 +71,22 @@ def is_alone():
   return not jax.distributed.is_initialized()
 
 
-def _one_program_after_the_other():
-  """Settings without which several processes on CPUs abort now and then: "Received data size doesn't match".
+def _one_program_after_the_other(processes):
+  """Settings without which several CPU devices abort now and then; to be made before a backend wakes.
 
-  gloo pairs the messages of all processes by their order. The CPU backend does not keep that of two programs that are on
-  their way at once, nor, measured with jaxlib 0.10.2, that within a program which comes from the compilation cache.
+  Two programs that are on their way at once on several CPU devices, as those of a step are, wait for each other's
+  collectives until a time-out ends the process. Several processes ("Received data size doesn't match"): gloo pairs the
+  messages of all by their order, which is not kept either, measured with jaxlib 0.10.2, within a program that comes from
+  the compilation cache.
   """
   jax.config.update("jax_cpu_enable_async_dispatch", False)  # for the CPU backend only
-  if jax.config.jax_platforms == "cpu":
+  if processes > 1 and jax.config.jax_platforms == "cpu":
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _has_many_cpu_devices():
+  """Whether one CPU is to pass for several devices, as far as it can be known before a backend wakes."""
+  return jax.config.jax_num_cpu_devices > 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def is_first():
