@@ -36,6 +36,14 @@ def make_clip(folder, width=32):
   return folder
 
 
+def make_home(folder):
+  """run, and its CLIP in clip; a CLIP of another width in wide. Returns the folder."""
+  make_clip(folder / "clip")
+  make_clip(folder / "wide", 48)
+  make_run(folder / "run", folder / "clip")
+  return folder
+
+
 def make_run(folder, clip, *overrides):
   """A run of configs/aurora_64.py:test with one checkpoint, of step 3."""
   # Weights of size 1 everywhere: text and latents have as much of a say as in a trained generator.

@@ -51,14 +51,13 @@ def join(args, fingerprint=""):
   job = environment.find(args.coordinator, args.processes, args.process)
   if args.join_seconds <= 0:
     raise UserError(f"--join-seconds must be positive, got {args.join_seconds:g}")
+  if job.processes > 1 or _has_many_cpu_devices():
+    _one_program_after_the_other(job.processes)
   if job.processes > 1:
     if job.process == 0:
       print(f"{job.processes} processes (found by {job.source}); this is process 0, waiting at {job.coordinator}",
             flush=True)
     roll_call.answer(job, args.join_seconds, fingerprint)
-  if job.processes > 1 or _has_many_cpu_devices():
-    _one_program_after_the_other(job.processes)
-  if job.processes > 1:
     # Nothing is left for JAX to detect: on SLURM it would take one GPU per process.
     jax.distributed.initialize(
         job.coordinator, job.processes, job.process, local_device_ids=job.local_devices,
@@ -222,8 +221,6 @@ def from_first(number):
 def from_all(text):
   """A text of each process, in all of them.
 
-  Nothing else may be on its way meanwhile: the CPU backend does not keep the collectives of two programs apart.
-
   Args:
     text: str, of any length.
 
@@ -284,19 +281,12 @@ class Vote:
     asked, self._asked = self._asked, self._largest(numbers)
     return 0 if asked is None else int(jax.device_get(asked))
 
-  def wait(self):
-    """Waits until the last round is over, whose result the next call gives."""
-    jax.block_until_ready(self._asked)
-
 
 class Alone:
   """The twin of `Vote` for one process, where nobody else is to be asked."""
 
   def __call__(self, number):
     return number
-
-  def wait(self):
-    pass
 
 
 def vote(sharding):

@@ -175,7 +175,6 @@ class _Trainer:
     self._vote = hosts.vote(getattr(prepared, "batch_sharding", None))
     self._unread = unread
     self._no_batch = None  # why there is no next batch
-    self._in_flight = None  # metrics of the newest step
 
   def begin(self, stored, started):
     """Takes up the clock, the stage and the unfinished window of a checkpoint's progress, {} for a new run."""
@@ -211,7 +210,6 @@ class _Trainer:
           with jax.transfer_guard("disallow"):
             state, metrics = self._prepared.step(step, state, batch)
         self.step = step = step + 1
-        self._in_flight = metrics
         self._interrupts.idle = False
         with clock.phase("input"):  # the next batch travels while this step runs
           batch = self._next(batches)
@@ -296,7 +294,7 @@ class _Trainer:
     if skip is not None:
       self._report_skip(skip)
     if done % self._settings.log_every == 0:
-      self._share()
+      self._unread.share()
       self._write_window(done)
     names = [name for name in self._headline if name in metrics] or [
         name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])][:_SHOWN_METRICS]
@@ -304,13 +302,6 @@ class _Trainer:
     stage = {"pixels": self._resolution} if self._resolution else {}
     self._display.step(done, stage | {name: float(metrics[name]) for name in names},
                        self._settings.batch_size / seconds if seconds else None, self._seconds_left(done))
-
-  def _share(self):
-    """Tells the other processes of skipped records, and hears of theirs, while no program is on its way."""
-    if not hosts.is_alone():
-      jax.block_until_ready(self._in_flight)
-      self._vote.wait()
-    self._unread.share()
 
   def _write_window(self, done):
     values = self._window.take()
@@ -377,7 +368,7 @@ class _Trainer:
     self._flush()
     with self.clock.phase("checkpoint"):
       self._display.doing("saving", brief=True)
-      self._share()
+      self._unread.share()
       guard.check_state(step, state)
       self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
           "clock": self.clock.to_json(), "window": self._window.to_json(), "skips": self._skips.to_json(),

@@ -86,13 +86,16 @@ class Programs(NamedTuple):
   learn: Callable
   r1_step: Callable
 
-  def step(self, state, frozen, batch):
-    """(state, frozen, batch) -> (state, metrics); batch has `image` [B, R, R, 3], `tokens` [B, N], `index` [B]."""
-    return run_step(self, state, frozen, batch)
-
 
 def run_step(programs, state, frozen, batch):
-  """Runs a step's programs. Anything will do that has them as attributes, jitted, compiled or neither."""
+  """Runs a step's programs: (state, frozen, batch) -> (state, metrics).
+
+  Args:
+    programs: anything that has them as attributes, jitted, compiled or neither.
+    state: `TrainState`.
+    frozen: `Frozen`.
+    batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `index` [B] int32.
+  """
   made = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
   discriminator, discriminator_opt, healthy, d_metrics = programs.discriminate(
       state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])

@@ -21,12 +21,7 @@ Z = 8
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """run, and its CLIP; a CLIP of another width."""
-  home = tmp_path_factory.mktemp("home")
-  random_run.make_clip(home / "clip")
-  random_run.make_clip(home / "wide", 48)
-  random_run.make_run(home / "run", home / "clip")
-  return home
+  return random_run.make_home(tmp_path_factory.mktemp("home"))
 
 
 def process(*arguments):

@@ -17,10 +17,7 @@ import random_run  # pylint: disable=wrong-import-position
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  home = tmp_path_factory.mktemp("home")
-  random_run.make_clip(home / "clip")
-  random_run.make_clip(home / "wide", 48)
-  random_run.make_run(home / "run", home / "clip")
+  home = random_run.make_home(tmp_path_factory.mktemp("home"))
   random_run.make_run(home / "nameless", "")
   return home
 
