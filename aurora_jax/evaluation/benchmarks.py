@@ -120,10 +120,10 @@ class GuardCost(NamedTuple):
   """Training with and without the numerical guard, steps taken in turn.
 
   Attributes:
-    on, off: median seconds of a step.
+    on, off: mean seconds of a step, the slowest tenth left out; what only some steps do (update norms, R1) counts in both.
     low, high: the middle half of (off / on) over pairs of neighbouring steps: how noisy the machine is.
-    work_on, work_off: median seconds of processor time that this process spent on a step, all threads together. What
-      other processes do to the machine hardly shows in them.
+    work_on, work_off: mean seconds of processor time that this process spent on a step, all threads together. What other
+      processes do to the machine hardly shows in them.
     pairs: how many.
   """
   on: float

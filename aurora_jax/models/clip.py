@@ -353,14 +353,18 @@ class Clip(nn.Module):
     Returns:
       float32 [B, D], not normalised.
     """
-    image = self.config.image
-    images = images.astype(jnp.float32)
-    if images.shape[1:3] != (image.size, image.size):
-      images = jax.image.resize(images, (images.shape[0], image.size, image.size, 3), "bicubic")
+    image, images = self.config.image, self.fit(images)
     # (x + 1) / 2 is the colour in [0, 1]; the mean and the deviation are those of such colours.
     mean, deviation = np.asarray(image.mean, np.float32), np.asarray(image.deviation, np.float32)
     images = images * (0.5 / deviation) + (0.5 - mean) / deviation
     return self.image_projection(self.image(images).astype(jnp.float32))
+
+  def fit(self, images):
+    """Pictures in the tower's size: [B, R, R, 3] of any size R -> float32 [B, size, size, 3]."""
+    size, images = self.config.image.size, images.astype(jnp.float32)
+    if images.shape[1:3] == (size, size):
+      return images
+    return jax.image.resize(images, (images.shape[0], size, size, 3), "bicubic")
 
   def logit_scale(self):
     """The factor on cosines in the contrastive loss, float32 scalar (1 / temperature; 100 in released models)."""

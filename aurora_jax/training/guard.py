@@ -56,16 +56,11 @@ class Squares:
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
 
-def _names_of(tree):
-  """The names of a tree's arrays, in their order."""
-  return tuple("/".join(str(getattr(key, "key", key)) for key in path)
-               for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
-
-
 def squares(tree):
   """`Squares` of a tree of arrays: one pass over it, which the norm of the whole takes too."""
-  return Squares(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]),
-                 _names_of(tree))
+  paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0])
+  return Squares(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves]),
+                 tuple("/".join(str(getattr(key, "key", key)) for key in path) for path in paths))
 
 
 class Guard:
@@ -80,24 +75,6 @@ class Guard:
     """Metrics that tell a NaN that came in from one that was made: `BAD_PICTURES`, 1 where not all pixels are finite."""
     return {name: 1.0 - jnp.isfinite(images).all().astype(jnp.float32)
             for name, images in zip(BAD_PICTURES, (real, generated))}
-
-  def moves(self, name, due, update, gradients, opt_state, params):
-    """Metrics: the `Squares` under `name`/* of what an update does to the parameters, where it is `due`, else all -1.
-
-    It is computed a second time for that: in every step it would cost more than the guard. From the gradients and not
-    from the new parameters, so that these can take the place of the old ones in memory.
-
-    Args:
-      name: "update_norm/g".
-      due: bool scalar.
-      update: (gradients, opt_state, params) -> (new params, new opt_state).
-      gradients, opt_state, params: its arguments.
-    """
-    names = _names_of(params)
-    values = jax.lax.cond(
-        due, lambda *before: squares(jax.tree.map(jnp.subtract, update(*before)[0], before[2])).values,
-        lambda *_: jnp.full(len(names), -1.0), gradients, opt_state, params)
-    return {f"{name}/*": Squares(values, names)}
 
   def healthy(self, metrics):
     """Whether all losses and norms of gradients among the metrics are finite: a bool scalar, the same on all devices."""
@@ -121,9 +98,6 @@ class NoGuard:
     return {name: optax.global_norm(tree)}
 
   def pictures(self, real, generated):
-    return {}
-
-  def moves(self, name, due, update, gradients, opt_state, params):
     return {}
 
   def healthy(self, metrics):
@@ -173,8 +147,6 @@ def by_module(metrics):
       continue
     if isinstance(value, Squares):
       sums = np.asarray(value.values, np.float64)
-      if len(sums) and sums[0] < 0:
-        continue  # not measured in this step
       groups, index = _groups(value.names)
       plain[key.removesuffix("/*")] = np.sqrt(sums.sum())
       plain |= {f"{key[:-1]}{group}": norm for group, norm in zip(groups, np.sqrt(np.bincount(index, sums)))}

@@ -28,6 +28,7 @@ class Placed(NamedTuple):
     generate, discriminate, judge, learn: a step's programs, as of `step.Programs`. What is updated is donated. Frozen
       and metrics are whole on every device, the batch's entries and the generated images lie along `layout.batch`; the
       residuals lie wherever the compiler of `generate` puts them.
+    snapshot, moved: for a step that is measured.
     r1_step: (state, frozen, batch) -> (state, metrics); the state given is donated.
   """
 
@@ -39,11 +40,13 @@ class Placed(NamedTuple):
   discriminate: Callable
   judge: Callable
   learn: Callable
+  snapshot: Callable
+  moved: Callable
   r1_step: Callable
 
-  def step(self, state, frozen, batch):
-    """(state, frozen, batch) -> (state, metrics); the state given is donated."""
-    return step_lib.run_step(self, state, frozen, batch)
+  def step(self, state, frozen, batch, measure=False):
+    """As `step.run_step`; the state given is donated."""
+    return step_lib.run_step(self, state, frozen, batch, measure)
 
   @property
   def expert_ffn(self):
@@ -62,7 +65,7 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
     resolution: of the stage whose steps are wanted; None: the last, or there are no stages.
   """
   exchange = experts_lib.of_experiment(experiment, layout)
-  placed = Placed(layout, exchange, *[None] * 7)
+  placed = Placed(layout, exchange, *[None] * 9)
   programs = step_lib.build(experiment, clip, placed.expert_ffn, layout.gather)
   if resolution is not None:  # the state is the whole experiment's at every stage
     at_stage = step_lib.build(config_lib.at_stage(experiment, resolution), clip, placed.expert_ffn, layout.gather)
@@ -79,6 +82,7 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
   discriminator = state.discriminator, state.discriminator_opt
   left = step_lib.Generated(text=batch, pyramid=batch, w_mean=whole, moe_loss=whole, residuals=None, metrics=whole)
   generator = state.generator, state.generator_opt, state.ema, state.buffers, state.step
+  networks = state.generator, state.discriminator
   return placed._replace(
       abstract_state=abstract_state, init=programs.init,
       generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch), left, ()),
@@ -86,4 +90,6 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
                        (0, 1)),
       judge=jit(programs.judge, (state.discriminator, whole, whole, batch, batch, batch, whole), (batch, whole, whole), ()),
       learn=jit(programs.learn, (*generator, batch, whole, whole, None, whole), (*generator, whole), (0, 1, 2, 3, 4)),
+      snapshot=jit(programs.snapshot, networks, networks, ()),
+      moved=jit(programs.moved, (networks, *networks), whole, ()),
       r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,)))

@@ -119,6 +119,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
 def _stepper(experiment, clip, placed, frozen):
   """`begin` and `step` of a `Prepared`, by the programs of `placed`."""
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 0
+  train = experiment.train
 
   @functools.cache
   def begin():
@@ -127,7 +128,7 @@ def _stepper(experiment, clip, placed, frozen):
 
   def step(number, state, batch):
     programs = begin()()
-    state, metrics = programs.step(state, frozen, batch)
+    state, metrics = programs.step(state, frozen, batch, measure=train.guard and (number + 1) % train.log_every == 0)
     if interval and number % interval == 0:
       state, more = programs.r1_step(state, frozen, batch)
       metrics |= more

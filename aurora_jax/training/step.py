@@ -9,7 +9,6 @@ Each update lies within one program, with its gradient. Where a loss or gradient
 discriminator's leaves out both updates, the generator's its own.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,6 +75,8 @@ class Programs(NamedTuple):
     judge: (discriminator, step, frozen, pyramid, text, index, healthy) -> (gradient of the pyramid, healthy, metrics).
     learn: (generator, generator_opt, ema, buffers, step, gradient of the pyramid, w_mean, moe_loss, residuals, healthy) ->
       (generator, generator_opt, ema, buffers, step, metrics).
+    snapshot: (generator, discriminator) -> copies of both.
+    moved: (snapshot, generator, discriminator) -> metrics, what the updates since did to the parameters.
     r1_step: (state, frozen, batch) -> (state, metrics), the discriminator's lazy regularisation.
   """
 
@@ -84,10 +85,12 @@ class Programs(NamedTuple):
   discriminate: Callable
   judge: Callable
   learn: Callable
+  snapshot: Callable
+  moved: Callable
   r1_step: Callable
 
 
-def run_step(programs, state, frozen, batch):
+def run_step(programs, state, frozen, batch, measure=False):
   """Runs a step's programs: (state, frozen, batch) -> (state, metrics).
 
   Args:
@@ -95,7 +98,9 @@ def run_step(programs, state, frozen, batch):
     state: `TrainState`.
     frozen: `Frozen`.
     batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `index` [B] int32.
+    measure: whether to measure the updates too (`guard.Guard.moved`); takes a copy of both networks for the time.
   """
+  snapshot = programs.snapshot(state.generator, state.discriminator) if measure else None
   made = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
   discriminator, discriminator_opt, healthy, d_metrics = programs.discriminate(
       state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
@@ -106,7 +111,8 @@ def run_step(programs, state, frozen, batch):
       made.residuals, healthy)
   state = state_lib.TrainState(step=step, generator=generator, buffers=buffers, ema=ema, discriminator=discriminator,
                                generator_opt=generator_opt, discriminator_opt=discriminator_opt)
-  return state, {**d_metrics, **j_metrics, **g_metrics, **made.metrics}
+  moved = programs.moved(snapshot, generator, discriminator) if measure else {}
+  return state, {**d_metrics, **j_metrics, **g_metrics, **made.metrics, **moved}
 
 
 def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn,
@@ -185,23 +191,35 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     }
     return adversarial + loss_cfg.matching_weight * matching, metrics
 
-  def clip_loss(frozen, key, pyramid, text, index):
-    """Mean over pyramid levels of the symmetric InfoNCE."""
+  def clip_guidance(frozen, key, pyramid, text, index):
+    """The mean over pyramid levels of the symmetric InfoNCE, and its gradient.
+
+    One level after the other, each forward and back: what the image tower leaves for the way back is most of a large
+    CLIP's memory. All levels are of one size when the tower sees them, so that it is compiled once.
+
+    Returns:
+      (gradient of the pyramid's levels with respect to clip_weight times the loss, metrics).
+    """
     scale = loss_cfg.clip_logit_scale or clip.apply(frozen.clip, method="logit_scale")
     same = index[:, None] == index
     bank = dict(bank=frozen.bank, same_as_bank=index[:, None] == frozen.bank_index) if loss_cfg.clip_bank else {}
-    total, accuracy = 0.0, 0.0
-    for level in clip_levels:
-      images = pyramid[level]
-      if loss_cfg.clip_augment:
-        images = losses.roughen(jax.random.fold_in(key, level), images)
-      embedding = clip.apply(frozen.clip, images, method="encode_image")
-      loss, accuracy = losses.contrastive_loss(embedding, text.embedding, scale, same, **bank)
-      total = total + loss
-    return total / len(clip_levels), accuracy
 
-  def image_loss(pyramid, d_params, frozen, key, text, index):
-    """The generator's loss as a function of its images."""
+    def as_seen(pyramid):
+      if loss_cfg.clip_augment:
+        pyramid = {r: losses.roughen(jax.random.fold_in(key, r), images) for r, images in pyramid.items()}
+      return jnp.stack([clip.apply(frozen.clip, images, method="fit") for images in pyramid.values()])
+
+    def loss(images):
+      embedding = clip.apply(frozen.clip, images, method="encode_image")
+      return losses.contrastive_loss(embedding, text.embedding, scale, same, **bank)
+
+    images, pull_back = jax.vjp(as_seen, {r: pyramid[r] for r in clip_levels})
+    (values, accuracies), gradients = jax.lax.map(jax.value_and_grad(loss, has_aux=True), images)
+    (gradient,) = pull_back(gradients * (loss_cfg.clip_weight / len(clip_levels)))
+    return gradient, {"loss/g_clip": jnp.mean(values), "clip/accuracy": accuracies[-1]}
+
+  def adversarial_loss(pyramid, d_params, text):
+    """The generator's loss by the discriminator, as a function of its images."""
     d_params = gather(d_params)
     feature = jax.lax.stop_gradient(encode(d_params, text))
     fake_logits = judge(d_params, {r: pyramid[r] for r in inputs}, feature)
@@ -212,10 +230,6 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       matching = losses.weighted_mean(other, loss_cfg, loss_cfg.early_exit_matching, lambda x: jax.nn.softplus(-x))
       metrics["loss/g_matching"] = matching
       total = total + loss_cfg.generator_matching_weight * matching
-    if loss_cfg.clip_weight:
-      guidance, accuracy = clip_loss(frozen, key, pyramid, text, index)
-      metrics.update({"loss/g_clip": guidance, "clip/accuracy": accuracy})
-      total = total + loss_cfg.clip_weight * guidance
     return total, metrics
 
   def step_keys(step):
@@ -224,9 +238,6 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
 
   def rate_factor(step):
     return state_lib.learning_rate_factor(opt_cfg, step, train.total_steps)
-
-  def is_logged(step):
-    return (step + 1) % train.log_every == 0
 
   def generate(params, buffers, step, clip_variables, tokens):
     text = clip.apply(clip_variables, tokens, method="encode_text")
@@ -246,15 +257,16 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text)
     metrics |= guard.norms("grad_norm/d", gradient) | guard.pictures(image, pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
-    update = functools.partial(state_lib.update, opt_cfg, d_adam,
-                               learning_rate=opt_cfg.discriminator_lr * lazy * rate_factor(step))
-    metrics |= guard.moves("update_norm/d", is_logged(step), update, gradient, opt, params)
-    params, opt = guard.keep(healthy, update(gradient, opt, params), (params, opt))
+    updated = state_lib.update(opt_cfg, d_adam, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step))
+    params, opt = guard.keep(healthy, updated, (params, opt))
     return params, opt, healthy, metrics
 
   def judge_images(d_params, step, frozen, pyramid, text, index, healthy):
-    key = step_keys(step)[1]
-    cotangent, metrics = jax.grad(image_loss, has_aux=True)(pyramid, d_params, frozen, key, text, index)
+    cotangent, metrics = jax.grad(adversarial_loss, has_aux=True)(pyramid, d_params, text)
+    if loss_cfg.clip_weight:
+      guidance, more = clip_guidance(frozen, step_keys(step)[1], pyramid, text, index)
+      cotangent |= {r: cotangent[r] + guidance[r] for r in guidance}
+      metrics |= more
     return cotangent, healthy & guard.healthy(metrics), metrics
 
   def learn(params, opt, ema, buffers, step, cotangent, w_mean, moe_loss, residuals, healthy):
@@ -263,16 +275,21 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     rate = opt_cfg.generator_lr * rate_factor(step)
     metrics = {"loss/moe": moe_loss, "learning_rate": rate} | guard.norms("grad_norm/g", gradient)
     healthy &= guard.healthy(metrics)
-    update = functools.partial(state_lib.update, opt_cfg, g_adam, learning_rate=rate)
     metrics |= guard.verdict(guard_lib.SKIPPED, healthy)
-    metrics |= guard.moves("update_norm/g", is_logged(step), update, gradient, opt, params)
     # Each array is selected where it is made, and the next is made of it: one pass over memory, as without a guard.
-    params, opt = guard.keep(healthy, update(gradient, opt, params), (params, opt))
+    params, opt = guard.keep(healthy, state_lib.update(opt_cfg, g_adam, gradient, opt, params, rate), (params, opt))
     decay = state_lib.ema_decay(opt_cfg, step, batch_size)
     moved = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
     average = buffers["w_avg"] + (1 - opt_cfg.w_average_decay) * (w_mean - buffers["w_avg"])
     ema, average = guard.keep(healthy, (moved, average), (ema, buffers["w_avg"]))
     return params, opt, ema, {**buffers, "w_avg": average}, step + 1, metrics
+
+  def snapshot(*networks):
+    return jax.tree.map(jnp.copy, networks)
+
+  def moved(snapshot, *networks):
+    return {key: value for name, before, after in zip(("g", "d"), snapshot, networks)
+            for key, value in guard.norms(f"update_norm/{name}", jax.tree.map(jnp.subtract, after, before)).items()}
 
   def r1_step(state, frozen, batch):
     text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
@@ -294,7 +311,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     metrics |= guard.verdict(guard_lib.SKIPPED_R1, healthy)
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 
-  return Programs(init, generate, discriminate, judge_images, learn, r1_step)
+  return Programs(init, generate, discriminate, judge_images, learn, snapshot, moved, r1_step)
 
 
 def _last_exit(logits):

@@ -119,7 +119,7 @@ def one_step(programs, routing):
   state = jax.tree.map(lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), first_state(routing),
                        programs.abstract_state)
   frozen, batch = jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch)
-  state, metrics = programs.step(state, frozen, batch)
+  state, metrics = programs.step(state, frozen, batch, measure=True)
   state, more = programs.r1_step(state, frozen, batch)
   return state, to_host(metrics | more)
 
