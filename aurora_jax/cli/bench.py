@@ -55,7 +55,7 @@ def _guard(experiment, _, repeats):
 
   print(f"{experiment.name}: {repeats} pairs of training steps of {experiment.train.batch_size} images", flush=True)
   cost = benchmarks.guard_cost(experiment, repeats)
-  print(f"a step with the guard {cost.on:.4g} s, without {cost.off:.4g} s (medians); processor time {cost.work_on:.4g} s "
+  print(f"a step with the guard {cost.on:.4g} s, without {cost.off:.4g} s; processor time {cost.work_on:.4g} s "
         f"and {cost.work_off:.4g} s")
   print(f"steps per second with it, relative to without: {100 * cost.share:.1f} % (middle half of the pairs "
         f"{100 * cost.low:.1f} to {100 * cost.high:.1f} %), by processor time {100 * cost.work_share:.1f} %")

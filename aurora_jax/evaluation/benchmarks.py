@@ -120,9 +120,9 @@ class GuardCost(NamedTuple):
   """Training with and without the numerical guard, steps taken in turn.
 
   Attributes:
-    on, off: mean seconds of a step, the slowest tenth left out; what only some steps do (update norms, R1) counts in both.
+    on, off: seconds of a step, the mean of the medians of each kind: with or without R1, with or without update norms.
     low, high: the middle half of (off / on) over pairs of neighbouring steps: how noisy the machine is.
-    work_on, work_off: mean seconds of processor time that this process spent on a step, all threads together. What other
+    work_on, work_off: the same in seconds of processor time that this process spent, all threads together. What other
       processes do to the machine hardly shows in them.
     pairs: how many.
   """
@@ -165,11 +165,13 @@ def guard_cost(experiment: config_lib.Experiment, pairs: int = 100, warm_up: int
   interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 1
   compiling = {0, 1 % interval}  # steps with and without R1
   batches = iter(arms[True].prepared.batches(0))
-  seconds, work = {True: [], False: []}, {True: [], False: []}
+  seconds, work, kinds = {True: [], False: []}, {True: [], False: []}, []
   try:
     for step in range(len(compiling) + warm_up + pairs):
       batch = {name: jax.make_array_from_process_local_data(arms[True].prepared.batch_sharding, value)
                for name, value in next(batches).items() if name in ("image", "tokens", "index")}
+      if step >= len(compiling) + warm_up:
+        kinds.append((step % interval == 0, (step + 1) % experiment.train.log_every == 0))
       for on in (step % 2 == 0, step % 2 == 1):
         begin, begin_work = time.perf_counter(), time.process_time()
         arms[on].train(step, batch)
@@ -179,8 +181,9 @@ def guard_cost(experiment: config_lib.Experiment, pairs: int = 100, warm_up: int
   finally:
     batches.close()
   low, high = np.quantile(np.divide(seconds[False], seconds[True]), (0.25, 0.75))
-  return GuardCost(statistics.median(seconds[True]), statistics.median(seconds[False]), float(low), float(high),
-                   statistics.median(work[True]), statistics.median(work[False]), pairs)
+  mean = lambda values: sum(statistics.median(v for v, k in zip(values, kinds) if k == kind) for kind in kinds) / pairs
+  return GuardCost(mean(seconds[True]), mean(seconds[False]), float(low), float(high), mean(work[True]), mean(work[False]),
+                   pairs)
 
 
 @dataclasses.dataclass

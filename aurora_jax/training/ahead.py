@@ -15,11 +15,17 @@ from aurora_jax.training import placed as placed_lib
 
 GENERATE, DISCRIMINATE, JUDGE, LEARN, R1 = "generate", "discriminate", "judge", "learn", "r1_step"
 STEP = (GENERATE, DISCRIMINATE, JUDGE, LEARN)
+SNAPSHOT, MOVED = "snapshot", "moved"
 
 
 def programs(experiment: config_lib.Experiment) -> dict[str, float]:
   """Names of the programs that a run of the experiment needs, and the share of steps that run them."""
-  return dict.fromkeys(STEP, 1.0) | ({R1: 1 / experiment.loss.r1_interval} if experiment.loss.r1_gamma else {})
+  shares = dict.fromkeys(STEP, 1.0)
+  if experiment.loss.r1_gamma:
+    shares[R1] = 1 / experiment.loss.r1_interval
+  if experiment.train.guard:
+    shares |= dict.fromkeys((SNAPSHOT, MOVED), 1 / experiment.train.log_every)
+  return shares
 
 
 def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, layout: mesh_lib.Layout):
@@ -47,6 +53,11 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None
     return state.generator, state.buffers, state.step, frozen.clip, batch["tokens"]
   if name == R1:
     return state, frozen, batch
+  networks = state.generator, state.discriminator
+  if name == SNAPSHOT:
+    return networks
+  if name == MOVED:
+    return networks, *networks
   generated = placed.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
   if generate is None:
     shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -166,8 +166,10 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
   size, generate = compile_lib.bytes_per_device, compiled[ahead.GENERATE].executable
   exact = {name: size(ahead.arguments(placed, name, frozen, batch, generate)) for name in shares
-           if generate or name in (ahead.GENERATE, ahead.R1)}
+           if generate or name not in ahead.STEP[1:]}
   resident = state_bytes(placed.abstract_state) | {"frozen": size(frozen), "batch": size(batch)}
+  if ahead.SNAPSHOT in shares:
+    resident["snapshot"] = resident["parameters"]
   sizes = memory(resident, compiled, exact, topology.chip.memory)
   found = {name: collectives_lib.of_program(program.executable.as_text(), dict(layout.mesh.shape))
            for name, program in compiled.items() if program.executable}

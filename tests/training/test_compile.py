@@ -64,7 +64,9 @@ def check_tiny(report, devices):
   assert exchanges and all(row["axes"] == ["expert"] and not row["fallback"] for row in exchanges)
   assert [row["program"] for row in report["collectives"] if row["kind"] == "all-reduce" and "data" in row["axes"]]
   assert {name: program["share_of_steps"] for name, program in report["programs"].items()} == {
-      "generate": 1.0, "discriminate": 1.0, "judge": 1.0, "learn": 1.0, "r1_step": 0.5}
+      "generate": 1.0, "discriminate": 1.0, "judge": 1.0, "learn": 1.0, "r1_step": 0.5,
+      "snapshot": 0.02, "moved": 0.02}
+  assert report["bytes_per_device"]["snapshot"] == report["bytes_per_device"]["parameters"]
 
 
 def test_as_a_user_on_a_cpu_stand_in(tmp_path):

@@ -66,6 +66,9 @@ def test_the_arguments_are_those_of_train(experiment, monkeypatch):
 
 
 def test_without_r1_there_is_one_program_less(experiment):
-  assert ahead.programs(experiment) == dict.fromkeys(ahead.STEP, 1.0) | {"r1_step": 0.5}
+  measured = {"snapshot": 1 / experiment.train.log_every, "moved": 1 / experiment.train.log_every}
+  assert ahead.programs(experiment) == dict.fromkeys(ahead.STEP, 1.0) | {"r1_step": 0.5} | measured
   without = dataclasses.replace(experiment, loss=dataclasses.replace(experiment.loss, r1_gamma=0.0))
-  assert ahead.programs(without) == dict.fromkeys(ahead.STEP, 1.0)
+  assert ahead.programs(without) == dict.fromkeys(ahead.STEP, 1.0) | measured
+  unguarded = dataclasses.replace(without, train=dataclasses.replace(without.train, guard=False))
+  assert ahead.programs(unguarded) == dict.fromkeys(ahead.STEP, 1.0)
