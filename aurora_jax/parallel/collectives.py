@@ -2,7 +2,8 @@
 
 Loop bodies count as often as the loop turns. Of a conditional the usual branch counts: the one that has an all-to-all if
 another has none (the exchange of tokens, beside its fall-back), otherwise the one that moves most; the other branches'
-are kept apart as `fallback`.
+are kept apart as `fallback`. A TPU's compiler writes a collective that runs beside other work once in each of the
+computations that it runs beside, all with one `chain_id`: it counts once.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ _BYTES = {"pred": 1, "bf16": 2, "token": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|async_execution_thread_computation)=\{?([^}\s]+)")
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -65,7 +67,7 @@ def of_program(text: str, mesh: Mapping[str, int]):
   if entry is None:
     raise ValueError("not the text of an HLO module: it has no ENTRY")
   unknown = set()
-  return _collect(entry, computations, mesh, {}, unknown), len(unknown)
+  return _collect(entry, computations, mesh, {}, unknown, set()), len(unknown)
 
 
 def _computations(text):
@@ -81,7 +83,7 @@ def _computations(text):
   return computations, entry
 
 
-def _collect(name, computations, mesh, done, unknown):
+def _collect(name, computations, mesh, done, unknown, chains):
   if name in done:
     return done[name]
   found = {}
@@ -91,9 +93,13 @@ def _collect(name, computations, mesh, done, unknown):
       item = dataclasses.replace(item, fallback=True) if fallback else item
       found[item] = found.get(item, 0) + count * times
 
-  inner = lambda called: _collect(called, computations, mesh, done, unknown)
+  inner = lambda called: _collect(called, computations, mesh, done, unknown, chains)
   for line in computations.get(name, ()):
     if match := _COLLECTIVE.search(line):
+      chain = _CHAIN.search(line)
+      if chain and chain[1] in chains:
+        continue
+      chains |= {chain[1]} if chain else set()
       add({_read(line, match, mesh): 1})
     elif " while(" in line:
       body = inner(_name(line, "body"))

@@ -243,13 +243,14 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     text = clip.apply(clip_variables, tokens, method="encode_text")
     z = jax.random.normal(step_keys(step)[0], (len(tokens), cfg.z_dim))
 
-    def synthesize(params):
-      out = generator.apply({"params": gather(params), "buffers": buffers}, z, text.features, text.eot)
+    def synthesize(used):
+      out = generator.apply({"params": used, "buffers": buffers}, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
-    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, params, has_aux=True)
+    used = gather(params)  # `learn` gathers them again: whole ones among the residuals would be most of its memory
+    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, used, has_aux=True)
     metrics = {"g/w_std": jnp.mean(jnp.std(w, axis=0))} | expert_loads(routing)
-    return Generated(text, pyramid, jnp.mean(w, axis=0), moe_loss, pull_back_lib.cut(pull_back, params), metrics)
+    return Generated(text, pyramid, jnp.mean(w, axis=0), moe_loss, pull_back_lib.cut(pull_back, used), metrics)
 
   def discriminate(params, opt, step, pyramid, text, image):
     real = discriminator_lib.image_pyramid(image, inputs)
@@ -270,8 +271,9 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     return cotangent, healthy & guard.healthy(metrics), metrics
 
   def learn(params, opt, ema, buffers, step, cotangent, w_mean, moe_loss, residuals, healthy):
-    pull_back = pull_back_lib.join(residuals, params)
-    (gradient,) = pull_back((cotangent, jnp.float32(loss_cfg.moe_weight)))
+    used, scatter = jax.vjp(gather, params)
+    pull_back = pull_back_lib.join(residuals, used)
+    (gradient,) = scatter(*pull_back((cotangent, jnp.float32(loss_cfg.moe_weight))))
     rate = opt_cfg.generator_lr * rate_factor(step)
     metrics = {"loss/moe": moe_loss, "learning_rate": rate} | guard.norms("grad_norm/g", gradient)
     healthy &= guard.healthy(metrics)

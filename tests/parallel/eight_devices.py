@@ -22,7 +22,7 @@ from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
 from aurora_jax.ops import moe
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import mesh as mesh_lib
-from aurora_jax.training import checkpoint, placed
+from aurora_jax.training import ahead, checkpoint, placed
 from aurora_jax.training import step as step_lib
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
@@ -51,7 +51,7 @@ def experiment(data=0, expert=1, fsdp=False, exchange="auto"):
       discriminator=replace(
           base.discriminator, resolution=8, blocks={8: 1, 4: 1}, attention_depth={}, input_resolutions=(8, 4),
           exit_resolutions=(4, 1), minibatch_std=4),
-      loss=replace(base.loss, clip_augment=True, clip_bank=3, clip_min_resolution=8, generator_matching_weight=0.5),
+      loss=replace(base.loss, clip_augment=True, clip_bank=3, clip_min_resolution=4, generator_matching_weight=0.5),
       optimizer=replace(base.optimizer, generator_lr=0.02, discriminator_lr=0.02, eps=1e-2),
       mesh=config.Mesh(data, expert, fsdp, exchange, CAPACITY), train=replace(base.train, batch_size=BATCH))
 
@@ -254,6 +254,19 @@ def test_a_training_step_equals_the_single_device_step(case):
     found = differences(reference(routing), (to_host(state), metrics))
     print(case, routing, *found[:6], sep="\n  ")
     assert found[0][0] < 1e-5, f"{routing}: {found[:10]}"
+
+
+def test_gathered_parameters_do_not_cross_from_program_to_program():
+  """Cut along `data` or not, what `generate` leaves for `learn` is the same: of parameters nothing."""
+  crossing = {}
+  for fsdp in (False, True):
+    wanted = experiment(2, 4, fsdp, "tokens")
+    wanted = dataclasses.replace(wanted, generator=dataclasses.replace(wanted.generator, remat=True))
+    programs = placed.place(wanted, clip_module(), mesh_lib.build(wanted))
+    made = programs.generate.eval_shape(*ahead.arguments(programs, ahead.GENERATE, *inputs()))
+    crossing[fsdp] = sorted(leaf.shape for leaf in made.residuals.computed)
+  large = {leaf.shape for leaf in jax.tree.leaves(programs.abstract_state.generator) if leaf.size >= mesh_lib.SMALL}
+  assert crossing[True] == crossing[False] and not large & set(crossing[True])
 
 
 def test_a_run_moves_between_meshes(tmp_path):

@@ -162,6 +162,18 @@ print("as expected")
 """
 
 
+def test_a_collective_that_runs_beside_several_computations_counts_once():
+  gather = ('  %g = f32[8,8]{1,0} all-gather(%p), channel_id=CHANNEL, replica_groups={{0,4},{1,5},{2,6},{3,7}}, '
+            'dimensions={0}, frontend_attributes={chain_id="CHAIN"}\n')
+  fused = lambda name, chain: (f"%{name} (p: f32[4,8]) -> f32[8,8] {{\n"
+                               + gather.replace("CHAIN", chain).replace("CHANNEL", "3" + chain) + "}\n\n")
+  calls = "".join(f"  %c{i} = f32[8,8] fusion(%p0), kind=kOutput, calls=%{name}\n" for i, name in enumerate("abc"))
+  text = (fused("a", "1") + fused("b", "1") + fused("c", "2")
+          + "ENTRY %main (p0: f32[4,8]) -> f32[4,8] {\n  %p0 = f32[4,8]{1,0} parameter(0)\n" + calls + "}\n")
+  item, times = _by(collectives.of_program(text, MESH)[0], "all-gather")
+  assert (item.axes, item.size, times) == (("data",), 256, 2)
+
+
 def test_a_real_program_on_eight_devices():
   done = subprocess.run(
       [sys.executable, "-c", _REAL], capture_output=True, text=True, check=False, timeout=600,
