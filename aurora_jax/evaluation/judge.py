@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.ops import frechet
 from aurora_jax.training.diversity import diversity
 
 # A pixel counts as coloured from this chroma on (0: grey, 1: a pure primary).
@@ -324,6 +325,19 @@ def judge_figures(judge, images, caption_indices, captions, prefix="judge/"):
     figures |= {"diversity_within": spread.within, "diversity_between": spread.between,
                 "diversity_ratio": spread.ratio}
   return _finite({prefix + name: float(value) for name, value in figures.items()})
+
+
+def frechet_distance(judge, generated, real):
+  """Between the judge's embeddings of two sets of pictures [n, R, R, 3]; in its own units, so for one judge only.
+
+  Each set is taken for a normal distribution (ops/frechet.py); the fewer pictures, the larger the distance of equal ones.
+  """
+  moments = []
+  for pictures in (generated, real):
+    features = judge.embed_images(pictures)
+    moments.append(frechet.Moments(features.shape[1]))
+    moments[-1].add(features)
+  return frechet.distance(*moments)
 
 
 def _finite(figures):

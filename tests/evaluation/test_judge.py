@@ -170,6 +170,17 @@ def fake_judge(captions):
       embed_captions=lambda words: np.eye(len(captions))[[captions.index(w) for w in words]])
 
 
+def test_frechet_distance_of_embeddings():
+  """Features of known moments: equal sets are at 0, a set moved by 3 in one direction is at 9."""
+  rng = np.random.default_rng(0)
+  features = {0: rng.standard_normal((50, 3)).astype(np.float32)}
+  features[1] = features[0][::-1] + np.array([3, 0, 0], np.float32)
+  judge_of = judge.Judge(lambda pictures: features[int(pictures[0, 0, 0, 0])], None)
+  sets = [np.full((50, 2, 2, 3), i, np.float32) for i in range(2)]
+  assert judge.frechet_distance(judge_of, sets[0], sets[0]) == pytest.approx(0, abs=1e-5)
+  assert judge.frechet_distance(judge_of, sets[0], sets[1]) == pytest.approx(9, rel=1e-5)
+
+
 def test_judge_figures_repeat_each_caption_over_its_latents():
   captions = [f"caption {n}" for n in range(40)]
   images = np.zeros((3, 2, 4, 4, 3))
