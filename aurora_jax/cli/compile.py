@@ -12,14 +12,21 @@ jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12; no TPU, GPU or dri
 Neither data nor CLIP's weights are read: of --config.text.clip only config.json, and if there is none, the CLIP's sizes
 are guessed from generator.text_feature_dim.
 
+--cache DIR keeps the programs in the form of JAX's compilation cache. On that machine, with the same versions of JAX and
+its plug-ins and the same experiment (text.clip and train.total_steps are part of it), train takes them from there:
+  JAX_COMPILATION_CACHE_DIR=DIR python -m aurora_jax train ...
+
 Example:
   python -m aurora_jax compile --config configs/aurora_64.py:test --topology v5e:2x2 --report r.json
 
 Exit status: 0 it fits, 1 it does not, 2 wrong input (one line says what).
 """
 
+import contextlib
 import json
 import os
+import pathlib
+import tempfile
 
 from aurora_jax import files
 from aurora_jax import config
@@ -32,6 +39,7 @@ def add_arguments(parser):
                       "set single values")
   parser.add_argument("--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, cpu-8")
   parser.add_argument("--report", metavar="FILE", help="write all numbers there, as JSON")
+  parser.add_argument("--cache", metavar="DIR", help="keep the compiled programs there, for train to load")
   parser.add_argument("--explain", action="store_true", help="say what to change if it does not fit, and what that saves")
 
 
@@ -43,10 +51,7 @@ def run(args):
     if not os.path.isdir(folder):
       raise UserError(f"--report {args.report}: no folder {folder}")
   topology.prepare_environment(name)
-  # The compiler is to do its work, and to say what it says; and programs for other machines are no use to this one.
-  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-
-  with compiler_log.captured():  # the compilers talk, when they are imported already
+  with _kept_in(args.cache), compiler_log.captured():  # the compilers talk, when they are imported already
     from aurora_jax.parallel import compile as compile_lib  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile as training_compile  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile_advice  # pylint: disable=g-import-not-at-top
@@ -63,3 +68,24 @@ def run(args):
     for line in compile_advice.lines(experiment, machine, report):
       print(line)
   return 0 if report["fits"] else 1
+
+
+@contextlib.contextmanager
+def _kept_in(folder):
+  """Has JAX leave what it compiles in a folder, or nowhere (None).
+
+  Nothing is taken from there, nor from the user's own cache: the compiler is to do its work, and to say what it says.
+  """
+  if folder is None:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    yield
+    return
+  files.check_folder(folder, f"--cache {folder}")
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
+    os.environ |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": new,
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    yield
+    for entry in pathlib.Path(new).glob("*-cache"):
+      entry.rename(folder / entry.name)
