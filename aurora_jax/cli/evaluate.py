@@ -59,9 +59,11 @@ def _print(result, step, seconds):
       table.add_row(f"{words}, {among}", f"{100 * figures[name]:.1f} %", "" if real is None else f"{100 * real:.1f} %",
                     f"{100 * figures[f'judge/{prefix}chance_{short}']:.2f} %")
   console.print(table)
-  if "judge/frechet" in figures:
-    console.print(f"Frechet distance of the judge's embeddings, generated to real: {figures['judge/frechet']:.4g} (between "
-                  f"halves of the real pictures {figures['judge/frechet_real_halves']:.4g})")
+  distances = [f"{words} {figures[name]:.4g}" for name, words in (
+      ("judge/frechet", "generated to real"), ("judge/frechet_real_halves", "between halves of the real pictures"))
+               if name in figures]
+  if distances:
+    console.print(f"Frechet distance of the judge's embeddings: {', '.join(distances)}")
   if result.colours:
     words = "; ".join(f"{c.caption} {c.generated.hue:.0f}° (real {c.real.hue:.0f}°{'' if c.agrees else ', WRONG'})"
                       for c in result.colours)

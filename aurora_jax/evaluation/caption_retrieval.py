@@ -2,9 +2,9 @@
 
 Every training caption and every held-out caption is sampled (EMA weights, random latents, no truncation); the judge, a
 CLIP that the generator and its losses never saw, ranks all captions of the data set for each picture. The same figures
-of the real pictures say what is within reach. The Frechet distance of the judge's embeddings compares the generated pictures
-of the training captions with the real ones; that between two halves of the real ones stands beside it. Five prompts that name a colour are compared with their real pictures by
-hue.
+of the real pictures say what is within reach. The Frechet distance of the judge's embeddings compares the generated
+pictures of the training captions with the real ones; that between two halves of the real ones stands beside it. Five
+prompts that name a colour are compared with their real pictures by hue.
 """
 
 import dataclasses
@@ -79,8 +79,7 @@ def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, s
   figures |= judge_lib.judge_figures(judge, images, np.arange(len(train.captions)), captions)
   real = train.pictures()[:, None]
   figures |= judge_lib.judge_figures(judge, real, np.arange(len(train.captions)), captions, "judge/real_")
-  figures["judge/frechet"] = judge_lib.frechet_distance(judge, images[:, 0], real[:, 0])
-  figures["judge/frechet_real_halves"] = judge_lib.frechet_distance(judge, real[::2, 0], real[1::2, 0])
+  figures |= judge_lib.frechet_figures(judge, images[:, 0], real[:, 0])
   examples = ()
   if heldout.captions:
     numbers = np.arange(len(heldout.captions)) + len(train.captions)

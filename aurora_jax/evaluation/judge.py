@@ -327,17 +327,28 @@ def judge_figures(judge, images, caption_indices, captions, prefix="judge/"):
   return _finite({prefix + name: float(value) for name, value in figures.items()})
 
 
-def frechet_distance(judge, generated, real):
-  """Between the judge's embeddings of two sets of pictures [n, R, R, 3]; in its own units, so for one judge only.
+def frechet_figures(judge, generated, real):
+  """Frechet distances of the judge's embeddings, as named scalars for metrics.jsonl; in its own units, so for one judge only.
 
-  Each set is taken for a normal distribution (ops/frechet.py); the fewer pictures, the larger the distance of equal ones.
+  Args:
+    judge: Judge.
+    generated, real: [n, R, R, 3] in [-1, 1].
+
+  Returns:
+    dict of floats: judge/frechet, from one set to the other, and judge/frechet_real_halves, between two halves of the real
+    pictures, where there are two; the fewer pictures, the larger the distance of equal sets (ops/frechet.py).
   """
-  moments = []
-  for pictures in (generated, real):
-    features = judge.embed_images(pictures)
-    moments.append(frechet.Moments(features.shape[1]))
-    moments[-1].add(features)
-  return frechet.distance(*moments)
+  features = judge.embed_images(real)
+  pairs = {"judge/frechet": (judge.embed_images(generated), features)}
+  if len(features) > 1:
+    pairs["judge/frechet_real_halves"] = features[::2], features[1::2]
+  return _finite({name: frechet.distance(*map(_moments, pair)) for name, pair in pairs.items()})
+
+
+def _moments(features):
+  moments = frechet.Moments(features.shape[1])
+  moments.add(features)
+  return moments
 
 
 def _finite(figures):

@@ -98,7 +98,7 @@ def run_step(programs, state, frozen, batch, measure=False):
     state: `TrainState`.
     frozen: `Frozen`.
     batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `index` [B] int32.
-    measure: whether to measure the updates too (`guard.Guard.moved`); takes a copy of both networks for the time.
+    measure: whether to measure the updates too (`moved`); takes a copy of both networks for the time.
   """
   snapshot = programs.snapshot(state.generator, state.discriminator) if measure else None
   made = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
@@ -281,9 +281,9 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     # Each array is selected where it is made, and the next is made of it: one pass over memory, as without a guard.
     params, opt = guard.keep(healthy, state_lib.update(opt_cfg, g_adam, gradient, opt, params, rate), (params, opt))
     decay = state_lib.ema_decay(opt_cfg, step, batch_size)
-    moved = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    nearer = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
     average = buffers["w_avg"] + (1 - opt_cfg.w_average_decay) * (w_mean - buffers["w_avg"])
-    ema, average = guard.keep(healthy, (moved, average), (ema, buffers["w_avg"]))
+    ema, average = guard.keep(healthy, (nearer, average), (ema, buffers["w_avg"]))
     return params, opt, ema, {**buffers, "w_avg": average}, step + 1, metrics
 
   def snapshot(*networks):

@@ -170,15 +170,17 @@ def fake_judge(captions):
       embed_captions=lambda words: np.eye(len(captions))[[captions.index(w) for w in words]])
 
 
-def test_frechet_distance_of_embeddings():
-  """Features of known moments: equal sets are at 0, a set moved by 3 in one direction is at 9."""
+def test_frechet_distances_of_embeddings():
+  """Sets of known moments: one moved by 3 in one direction is at 9 from the other, whose halves are at 16."""
   rng = np.random.default_rng(0)
-  features = {0: rng.standard_normal((50, 3)).astype(np.float32)}
-  features[1] = features[0][::-1] + np.array([3, 0, 0], np.float32)
-  judge_of = judge.Judge(lambda pictures: features[int(pictures[0, 0, 0, 0])], None)
-  sets = [np.full((50, 2, 2, 3), i, np.float32) for i in range(2)]
-  assert judge.frechet_distance(judge_of, sets[0], sets[0]) == pytest.approx(0, abs=1e-5)
-  assert judge.frechet_distance(judge_of, sets[0], sets[1]) == pytest.approx(9, rel=1e-5)
+  half = rng.standard_normal((50, 3)).astype(np.float32)
+  real = np.stack([half, half + np.array([0, 4, 0], np.float32)], axis=1).reshape(100, 3)
+  features = {0: real, 1: real[::-1] + np.array([3, 0, 0], np.float32)}
+  clip = judge.Judge(lambda pictures: features[int(pictures[0, 0, 0, 0])][:len(pictures)], None)
+  pictures = lambda kind, count=100: np.full((count, 2, 2, 3), kind, np.float32)
+  figures = judge.frechet_figures(clip, pictures(1), pictures(0))
+  assert figures == pytest.approx({"judge/frechet": 9, "judge/frechet_real_halves": 16}, rel=1e-5)
+  assert set(judge.frechet_figures(clip, pictures(1), pictures(0, 1))) == {"judge/frechet"}
 
 
 def test_judge_figures_repeat_each_caption_over_its_latents():

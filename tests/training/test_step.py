@@ -18,6 +18,7 @@ from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
 from aurora_jax.parallel import mesh
 from aurora_jax.training import ahead
 from aurora_jax.training import guard
+from aurora_jax.training import losses
 from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import state as state_lib
 from aurora_jax.training import step as step_lib
@@ -175,6 +176,31 @@ def test_averages_follow_their_formulas(system):
   assert np.abs(state.buffers["w_avg"]).max() > 0
   np.testing.assert_array_equal(state.buffers["synthesis"]["input"]["freqs"],
                                 system.first.buffers["synthesis"]["input"]["freqs"])
+
+
+def test_the_gradient_of_several_levels_by_clip(system):
+  """What CLIP adds to the images' gradient, level by level in one loop, is that of the mean loss over the levels."""
+  clip, levels, weight = clip_lib.Clip(_clip_config()), (8, 16), 0.7
+  pyramid = {r: jax.random.normal(jax.random.key(r), (4, r, r, 3)) for r in (4, *levels)}
+  text = clip.apply(system.frozen.clip, system.batch["tokens"], method="encode_text")
+
+  def cotangent(clip_weight):
+    loss = dataclasses.replace(system.experiment.loss, clip_weight=clip_weight, clip_min_resolution=8, clip_augment=False,
+                               clip_bank=0)
+    programs = step_lib.build(dataclasses.replace(system.experiment, loss=loss), clip)
+    return jax.jit(programs.judge)(system.first.discriminator, system.first.step, system.frozen, pyramid, text,
+                                   system.batch["index"], True)[0]
+
+  def mean_loss(images):
+    scale = system.experiment.loss.clip_logit_scale or clip.apply(system.frozen.clip, method="logit_scale")
+    return sum(losses.contrastive_loss(clip.apply(system.frozen.clip, images[r], method="encode_image"), text.embedding,
+                                       scale)[0] for r in levels) / len(levels)
+
+  expected = jax.jit(jax.grad(mean_loss))({r: pyramid[r] for r in levels})
+  found = jax.tree.map(jnp.subtract, cotangent(weight), cotangent(0.0))
+  assert not found[4].any()
+  for r in levels:
+    np.testing.assert_allclose(found[r], weight * expected[r], atol=1e-5 * weight * np.abs(expected[r]).max())
 
 
 def test_r1_moves_the_discriminator_only(system):
