@@ -129,8 +129,10 @@ class Exchange:
       return _through_peers(plan, backend, x, expert, peer, position, params)
 
     def unbounded(x, expert, params):
-      # Recomputed in the backward pass: `cond` would otherwise keep room for the gathered experts in either case.
-      return jax.checkpoint(lambda *args: _by_weights(plan, backend, *args))(x, expert, params)
+      # Recomputed in the backward pass: `cond` would otherwise keep room for the gathered experts in either case. All
+      # experts on all tokens: some device's fullest expert is beyond any bucket, all others wait for it, and a ladder of
+      # buckets here would be half of what there is to compile.
+      return jax.checkpoint(lambda *args: _by_weights(plan, "dense", *args))(x, expert, params)
 
     if plan.capacity >= x.shape[0]:
       return bounded(x, expert, params)
