@@ -71,13 +71,25 @@ def _mixed_filters(weight, mix):
 
 
 def _conv_per_sample(x, kernels):
-  """Each sample with its own filter. x [B, H, W, I], kernels [B, kh, kw, I, O] -> [B, H, W, O]."""
+  """Each sample with its own filter. x [B, H, W, I], kernels [B, kh, kw, I, O] -> [B, H, W, O].
+
+  A convolution in B groups would do on every machine, but on a CPU it is slow, and on GPUs XLA's partitioner gathers all
+  samples and all filters on every device for it (v5e: it does not).
+  """
   conv = lambda image, kernel: _conv(image[None], kernel, "SAME")[0]
   if len(x) == 1:
     return conv(x[0], kernels[0])[None]
-  # One after the other on a CPU, where a grouped convolution would be slow; as one grouped convolution elsewhere.
   return jax.lax.platform_dependent(x, kernels, cpu=lambda x, k: jax.lax.map(lambda item: conv(*item), (x, k)),
-                                    default=jax.vmap(conv))
+                                    tpu=jax.vmap(conv), default=_conv_by_patches)
+
+
+def _conv_by_patches(x, kernels):
+  """`_conv_per_sample` as one product per sample, of the patches around all pixels with its filter."""
+  batch, height, width, _ = x.shape
+  rows, columns = kernels.shape[1:3]
+  padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
+  shifted = [padded[:, i:i + height, j:j + width] for i in range(rows) for j in range(columns)]
+  return jnp.einsum("bhwi,bio->bhwo", jnp.concatenate(shifted, -1), kernels.reshape(batch, -1, kernels.shape[-1]))
 
 
 def _conv(x, kernel, padding):

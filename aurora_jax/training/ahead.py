@@ -43,7 +43,8 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None
     placed: the programs.
     name: one of them.
     frozen, batch: arrays, or shapes with shardings.
-    generate: `generate` compiled. Without it the residuals for `learn` have no sharding, which will do for tracing.
+    generate: the shardings of the results of `generate` as it was compiled. Without them the residuals for `learn` have
+      none, which will do for tracing.
 
   Returns:
     tuple.
@@ -64,7 +65,7 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None
     generated = jax.tree.map(shaped, generated)
   else:
     shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    generated = jax.tree.map(shaped, generated, generate.output_shardings)
+    generated = jax.tree.map(shaped, generated, generate)
   healthy = jax.ShapeDtypeStruct((), jnp.bool_, sharding=placed.layout.replicated)
   if name == LEARN:
     return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, generated.pyramid,
@@ -94,7 +95,7 @@ def start(placed: placed_lib.Placed, names, frozen, batch):
   futures = {}
 
   def compiled(name):
-    generate = futures[GENERATE].result() if name == LEARN else None
+    generate = futures[GENERATE].result().output_shardings if name == LEARN else None
     return trace(placed, name, frozen, batch, generate).lower().compile()
 
   for name in names:

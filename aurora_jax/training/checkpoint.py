@@ -27,6 +27,7 @@ from aurora_jax.errors import UserError
 from aurora_jax.training import kept, orbax_words, removal
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_QUESTIONS = 0.02
 
 
 class SaveError(UserError):
@@ -82,6 +83,7 @@ class Checkpoints:
     self.folder = pathlib.Path(os.path.abspath(folder))
     self._ocp = ocp
     self._saving = None  # the step of a save that is not known to be complete
+    self._failures = []  # of writing in the background, in this process
     self._remover = removal.Remover(self.folder)
     self._next_look = 0.0
     orbax_words.quieten()
@@ -90,6 +92,9 @@ class Checkpoints:
       self._remover.finish()
       self._manager = ocp.CheckpointManager(
           self.folder,
+          item_handlers={"state": _watched(ocp.StandardCheckpointHandler(), self._failures),
+                         "config": _watched(ocp.JsonCheckpointHandler(), self._failures),
+                         "progress": _watched(ocp.JsonCheckpointHandler(), self._failures)},
           options=ocp.CheckpointManagerOptions(
               preservation_policy=policy, todelete_subdir=removal.FOLDER, create=False, cleanup_tmp_directories=True,
               enable_async_checkpointing=True))
@@ -104,7 +109,7 @@ class Checkpoints:
       self.wait()
       self._manager.close()
       self._remover.finish()
-    else:
+    elif jax.process_count() == 1:  # else the others, who may know of no error, would be waited for
       with contextlib.suppress(Exception):  # what is under way says more than what the clean-up could say
         self._manager.close()
 
@@ -140,6 +145,7 @@ class Checkpoints:
   def check(self):
     """Raises SaveError if a save failed in the background or the folder has vanished. Costs microseconds."""
     with self._reporting(self._saving):
+      self._raise_failure()
       self._manager.check_for_errors()
     if time.monotonic() >= self._next_look:  # the file system may be far away
       self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
@@ -159,11 +165,18 @@ class Checkpoints:
     """
     saving = self._saving
     with self._reporting(saving):
+      while self._manager.is_saving_in_progress():
+        self._raise_failure()
+        time.sleep(_SECONDS_BETWEEN_QUESTIONS)
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     if saving is not None and jax.process_index() == 0 and saving not in steps(self.folder):
       raise SaveError(f"checkpoint of step {saving} is missing from {self.folder} after it was saved")
     self._saving = None
+
+  def _raise_failure(self):
+    if self._failures:
+      raise self._failures.pop()
 
   @contextlib.contextmanager
   def _reporting(self, step):
@@ -203,6 +216,35 @@ class Checkpoints:
     except Exception as error:  # pylint: disable=broad-except
       raise orbax_words.unreadable(self.folder / str(step), error) from error
     return restored.state, restored.progress
+
+
+def _watched(handler, failures):
+  """An Orbax handler that adds to `failures` what goes wrong while it writes in the background.
+
+  Of several processes Orbax has the one that fails wait for the others, who wait for it, until its ten minutes are over;
+  until then it keeps the error to itself.
+  """
+  start = handler.async_save
+
+  async def async_save(*args, **kwargs):
+    return [_Watched(future, failures) for future in await start(*args, **kwargs) or ()]
+
+  handler.async_save = async_save
+  return handler
+
+
+class _Watched:
+  """A future of Orbax that notes its failure."""
+
+  def __init__(self, future, failures):
+    self._future, self._failures = future, failures
+
+  def result(self, timeout=None):
+    try:
+      return self._future.result(timeout=timeout)
+    except BaseException as error:
+      self._failures.append(error)
+      raise
 
 
 def _config_item(config, **more):

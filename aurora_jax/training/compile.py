@@ -35,8 +35,10 @@ class Compiled(NamedTuple):
 
   Attributes:
     name: one of `ahead.programs`.
-    executable: `jax.stages.Compiled`, or None where the compiler refused (too large), or refused `generate`, which this
+    memory: `compile.memory_of` it, or None where the compiler refused (too large), or refused `generate`, which this
       program waits for.
+    collectives: `collectives.of_program`, or None.
+    shardings: (of its arguments, of its results), or None. The program itself is not kept: a pod's takes GiB of the host.
     seconds: that tracing, lowering and compiling took.
     flops: of all devices, experts in balance.
     worst_flops: the same with the costliest way of each branch.
@@ -46,7 +48,9 @@ class Compiled(NamedTuple):
   """
 
   name: str
-  executable: Any
+  memory: Any
+  collectives: Any
+  shardings: Any
   seconds: float
   flops: int
   worst_flops: int
@@ -99,19 +103,24 @@ def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platfor
     before: what this gave for `ahead.GENERATE`, needed for `ahead.LEARN`.
   """
   started = time.monotonic()
-  generate = before and before.executable
+  residuals = before and before.shardings and before.shardings[1]
   with compiler_log.captured() as log:
-    traced = ahead.trace(placed, name, frozen, batch, generate if name == ahead.LEARN else None)
+    traced = ahead.trace(placed, name, frozen, batch, residuals if name == ahead.LEARN else None)
     flops = flop_count.of_jaxpr(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
-    if generate or name != ahead.LEARN:
+    if residuals or name != ahead.LEARN:
       try:
         executable = traced.lower().compile()
       except jax.errors.JaxRuntimeError as error:
         refusal, used = _refusal(error)
     warnings = log().count(compiler_log.REMATERIALIZATION)
-  return Compiled(name, executable, time.monotonic() - started, flops, worst, refusal, used, warnings)
+  seconds, facts = time.monotonic() - started, (None, None, None)
+  if executable:
+    facts = (compile_lib.memory_of(executable),
+             collectives_lib.of_program(executable.as_text(), dict(placed.layout.mesh.shape)),
+             (executable.input_shardings[0], executable.output_shardings))
+  return Compiled(name, *facts, seconds, flops, worst, refusal, used, warnings)
 
 
 def _refusal(error):
@@ -164,15 +173,14 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
     progress(f"compiling {name} for {len(devices)} x {topology.chip.name}")
     compiled[name] = compile_program(placed, name, frozen, batch, platform, compiled.get(ahead.GENERATE))
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
-  size, generate = compile_lib.bytes_per_device, compiled[ahead.GENERATE].executable
-  exact = {name: size(ahead.arguments(placed, name, frozen, batch, generate)) for name in shares
-           if generate or name not in ahead.STEP[1:]}
+  size, shardings = compile_lib.bytes_per_device, compiled[ahead.GENERATE].shardings
+  exact = {name: size(ahead.arguments(placed, name, frozen, batch, shardings and shardings[1])) for name in shares
+           if shardings or name not in ahead.STEP[1:]}
   resident = state_bytes(placed.abstract_state) | {"frozen": size(frozen), "batch": size(batch)}
   if ahead.SNAPSHOT in shares:
     resident["snapshot"] = resident["parameters"]
   sizes = memory(resident, compiled, exact, topology.chip.memory)
-  found = {name: collectives_lib.of_program(program.executable.as_text(), dict(layout.mesh.shape))
-           for name, program in compiled.items() if program.executable}
+  found = {name: program.collectives for name, program in compiled.items() if program.collectives}
   mean = lambda values: sum(shares[name] * value for name, value in values.items())
   refusals = [program.refusal for program in compiled.values() if program.refusal]
   flops = mean({name: program.flops for name, program in compiled.items()}) / len(devices)
@@ -202,8 +210,7 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
       "programs": {name: {"compile_seconds": round(program.seconds, 1), "share_of_steps": shares[name],
                           "flops_per_device": program.flops / len(devices),
                           "useful_flops_per_device": useful[name] / len(devices)}
-                   | ({"bytes_per_device": compile_lib.memory_of(program.executable)._asdict()}
-                      if program.executable else {})
+                   | ({"bytes_per_device": program.memory._asdict()} if program.memory else {})
                    for name, program in compiled.items()},
       "jax": jax.__version__,
   }
@@ -212,9 +219,9 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
 def _as_compiled(placed, program):
   """The generator's parameters with the shardings that the compiled program takes them in."""
   parameters = placed.abstract_state.generator
-  if not program.executable:
+  if not program.shardings:
     return parameters
-  shardings = program.executable.input_shardings[0][0]
+  shardings = program.shardings[0][0]
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                       parameters, shardings)
 
@@ -238,7 +245,7 @@ def memory(resident, compiled, exact, limit: int) -> dict[str, int]:
 
   Where the compiler refused, `temporaries` is what its own sum leaves.
   """
-  taken = {name: compile_lib.memory_of(program.executable) for name, program in compiled.items() if program.executable}
+  taken = {name: program.memory for name, program in compiled.items() if program.memory}
   sizes = dict(resident) | {"code": sum(item.code for item in taken.values())}
   adds = [{"residuals": 0, "padding": 0, "outputs": 0, "temporaries": 0}]
   crossing = taken[ahead.GENERATE].outputs if ahead.GENERATE in taken else 0
@@ -258,9 +265,9 @@ def _traffic(compiled, exact, mean):
   """Bytes to and from a device's memory in a step, at the least."""
   traffic = dict(exact)
   for name, program in compiled.items():
-    if not program.executable:
+    item = program.memory
+    if not item:
       continue
-    item = compile_lib.memory_of(program.executable)
     # What is updated is written over the old values.
     traffic[name] = item.arguments + item.aliased + item.outputs + 2 * item.temporaries
   return mean(traffic)

@@ -43,6 +43,18 @@ def test_equals_per_sample_filters(kernels, size, upsample):
   np.testing.assert_allclose(ours, released_conv(x, weight, style, mix, upsample), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_products_of_patches_are_the_convolution_of_each_sample(size):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, target = (jax.random.normal(key, (3, 5, 6, features)) for key, features in zip(keys, (4, 7)))
+  kernels = jax.random.normal(keys[2], (3, size, size, 4, 7))
+  plain = lambda x, kernels: jnp.concatenate(
+      [modulated_conv._conv(image[None], kernel, "SAME") for image, kernel in zip(x, kernels)])  # pylint: disable=protected-access
+  patches = modulated_conv._conv_by_patches  # pylint: disable=protected-access
+  run = lambda way: jax.value_and_grad(lambda *args: jnp.sum(way(*args) * target), (0, 1))(x, kernels)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(plain), run(patches))
+
+
 def test_taps_without_offsets_are_the_plain_convolution():
   keys = jax.random.split(jax.random.key(9), 4)
   x = jax.random.normal(keys[0], (2, 5, 5, 4))

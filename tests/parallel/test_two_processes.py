@@ -69,8 +69,8 @@ def home(tmp_path_factory):
   return home
 
 
-def start(home, run, devices, *more, records="records"):
-  """Starts `train` with so many CPU devices."""
+def start(home, run, devices, *more, records="records", largest_file=None):
+  """Starts `train` with so many CPU devices, and perhaps on a disk that takes no file of more than so many KiB."""
   flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags,
                               "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "RECORDS": str(home / records),
@@ -79,9 +79,10 @@ def start(home, run, devices, *more, records="records"):
                               # thread until all devices are there; with few threads, devices that begin two of them in
                               # different orders wait for each other for ever.
                               "NPROC": "32", "PJRT_NPROC": "32"}
+  limit = ("bash", "-c", f"ulimit -f {largest_file} && exec \"$@\"", "bash") if largest_file else ()
   return subprocess.Popen(
-      [sys.executable, str(ROOT / "tests/parallel/logged.py"), "train", "--config", str(home / "small.py"), "--workdir",
-       str(home / run), f"--config.data.path={home / 'data'}", f"--config.text.clip={home / 'clip'}", *map(str, more)],
+      [*limit, sys.executable, str(ROOT / "tests/parallel/logged.py"), "train", "--config", str(home / "small.py"),
+       "--workdir", str(home / run), f"--config.data.path={home / 'data'}", f"--config.text.clip={home / 'clip'}", *map(str, more)],
       cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -248,6 +249,27 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, both)
   for row in lines(log):
     if row["kind"] == "train":
       assert row["data/skipped"] == sum(first < row["step"] for first in met.values())
+
+
+def test_a_save_that_fails_in_one_process_ends_it_at_once(home, both):
+  """Its line says what failed, and nothing half-written is taken for a checkpoint. The other one waits for it until JAX
+  ends it too, after a minute and a half."""
+  del both  # the programs are compiled
+  shutil.copytree(home / "one", home / "full", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
+  job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+  first = start(home, "full", 2, *job, 0, records=os.devnull)
+  second = start(home, "full", 2, *job, 1, records=os.devnull, largest_file=16)
+  try:
+    [(status, _, error)] = finish([second])
+    assert first.poll() != 0
+  finally:
+    first.kill()
+    said, _ = first.communicate()
+  assert status == 2, error[-4000:]
+  [line] = [line for line in error.splitlines() if line.startswith("aurora_jax train:")]
+  assert "checkpoint of step 3 could not be saved" in line and "File too large" in line and "of step 2)" in line
+  assert "all 3 steps are done" not in said
+  assert [path.name for path in (home / "full/checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
 def test_a_process_that_never_comes_is_named(home):

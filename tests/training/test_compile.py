@@ -157,7 +157,8 @@ class _Program:
 
 
 def _compiled(name, executable, used=None):
-  return training_compile.Compiled(name, executable, 1.0, 10, 10, "" if executable else "Used ...", used, 0)
+  memory = executable and parallel_compile.memory_of(executable)
+  return training_compile.Compiled(name, memory, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0)
 
 
 _RESIDENT = {"parameters": 40, "optimizer": 20, "ema": 12, "buffers": 4, "frozen": 8, "batch": 16}
@@ -190,6 +191,33 @@ def test_a_refusal_is_understood_and_other_errors_are_not_hidden():
   assert training_compile._refusal(error) == ("Used 20.50G of 15.75G hbm", round(20.5 * 2**30))
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
     training_compile._refusal(jax.errors.JaxRuntimeError("INTERNAL: no"))
+
+
+_PER_SAMPLE = """
+import sys
+from aurora_jax.parallel import topology
+name = topology.parse(sys.argv[1])
+topology.prepare_environment(name)
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from aurora_jax.ops import modulated_conv
+devices = topology.load(name).devices
+mesh = Mesh(devices, "batch")
+shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+run = jax.grad(lambda *arguments: modulated_conv.modulated_conv(*arguments).astype("float32").sum(), (0, 1, 2, 3))
+batch = 2 * len(devices)
+arguments = (shape((batch, 16, 16, 8), "batch"), shape((2, 3, 3, 8, 16)), shape((batch, 8), "batch"), shape((batch, 2), "batch"))
+print(jax.jit(run).lower(*arguments).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize("machine", ["v5e:2x2", "a100-8"])
+def test_filters_of_their_own_stay_with_their_samples(machine):
+  """Forward and back, no device sees another one's samples or filters; the gradients of the weights alone are summed."""
+  done = subprocess.run([sys.executable, "-c", _PER_SAMPLE, machine], capture_output=True, text=True, check=False,
+                        cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_COMPILERS)}, timeout=600)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert " all-reduce" in done.stdout and "all-gather" not in done.stdout and "all-to-all" not in done.stdout
 
 
 @pytest.mark.parametrize("width, words", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
