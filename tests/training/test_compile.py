@@ -206,8 +206,9 @@ mesh = Mesh(devices, "batch")
 shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 run = jax.grad(lambda *arguments: modulated_conv.modulated_conv(*arguments).astype("float32").sum(), (0, 1, 2, 3))
 batch = 2 * len(devices)
-arguments = (shape((batch, 16, 16, 8), "batch"), shape((2, 3, 3, 8, 16)), shape((batch, 8), "batch"), shape((batch, 2), "batch"))
-print(jax.jit(run).lower(*arguments).compile().as_text())
+x, weight = shape((batch, 16, 16, 8), "batch"), shape((2, 3, 3, 8, 16))
+style, mix = shape((batch, 8), "batch"), shape((batch, 2), "batch")
+print(jax.jit(run).lower(x, weight, style, mix).compile().as_text())
 """
 
 
