@@ -1,8 +1,8 @@
 """The recipe of configs/aurora_64.py on 32 nodes of 8 A100, the size of the paper's machine: 4 images per GPU.
 
 Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost: the paper trained for a week on 256 A100, 43,000
-GPU-hours. By arithmetic and not measured: a stand-in of the step counts 26 TFLOP per GPU and step, without R1 and the
-discriminator's pyramid; at 40 % of the GPU's 312 TFLOP/s that is 0.21 s a step, 3.3 days for 1,350,000 steps.
+GPU-hours. By arithmetic and not measured: at 4 images per device `compile` counts 18 TFLOP per device and step (on a TPU pod
+of the same size); at 40 % of the GPU's 312 TFLOP/s that is 0.15 s a step, 2.3 days for 1,350,000 steps.
 
   CONFIG=configs/aurora_64_a100_256.py RUN=RUN DATA=DATA CLIP=CLIP_VIT_L_14_FOLDER \\
       sbatch --nodes=32 launch/slurm_a100.sbatch

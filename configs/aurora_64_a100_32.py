@@ -1,8 +1,8 @@
 """The recipe of configs/aurora_64.py on 4 nodes of 8 A100 (80 GB): global batch 1024, 32 images per GPU.
 
-Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost, by arithmetic and not measured: a stand-in of the
-step counts 6.6 TFLOP per image, without R1 and the discriminator's pyramid, 210 TFLOP per GPU and step; at 40 % of the
-GPU's 312 TFLOP/s that is 1.7 s a step, 26 days and 20,000 GPU-hours for 1,350,000 steps.
+Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost, by arithmetic and not measured: `compile` counts 137
+TFLOP per GPU and step; at 40 % of the GPU's 312 TFLOP/s that is 1.1 s a step, 17 days and 13,200 GPU-hours for 1,350,000
+steps.
 
   CONFIG=configs/aurora_64_a100_32.py RUN=RUN DATA=DATA CLIP=CLIP_VIT_L_14_FOLDER sbatch launch/slurm_a100.sbatch
 

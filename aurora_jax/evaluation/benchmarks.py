@@ -15,7 +15,7 @@ import numpy as np
 from aurora_jax import config as config_lib
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.ops import flop_count
-from aurora_jax.training import checkpoint, compiling, guard, metrics, setup
+from aurora_jax.training import checkpoint, guard, metrics, setup
 
 _TOKENS = 77  # of a CLIP caption
 
@@ -91,8 +91,7 @@ def sample_speed(cfg: config_lib.Generator, batches, repeats: int = 5):
     `SampleSpeed`.
   """
   flops, variables, cfg = useful_flops(cfg), random_variables(cfg), cfg.for_sampling(jax.default_backend())
-  run = jax.jit(lambda *arguments: generator_lib.Generator(cfg).apply(*arguments).image,
-                compiler_options=compiling.options(in_order=True))  # as the sampler
+  run = jax.jit(lambda *arguments: generator_lib.Generator(cfg).apply(*arguments).image)
   rng = np.random.default_rng(1)
   for batch in batches:
     z = jnp.asarray(rng.standard_normal((batch, cfg.z_dim), np.float32))

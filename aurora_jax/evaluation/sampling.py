@@ -6,7 +6,6 @@ generator's own text, W width of w, Z width of z, R pixels.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, Callable, NamedTuple
 
@@ -16,7 +15,6 @@ import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import latents as latents_lib
-from aurora_jax.training import compiling
 
 MEAN_LATENTS = latents_lib.MEAN_LATENTS
 
@@ -250,7 +248,7 @@ def make_sampler(generator, z_dim, batch_size=32, prompts_at_once=None):
     w = generator.apply(variables, z.reshape(-1, z_dim), each, method="map_latents")
     return w.reshape(z.shape[:2] + w.shape[1:])
 
-  @functools.partial(jax.jit, compiler_options=compiling.options(in_order=True))
+  @jax.jit
   def synthesize(variables, w, psi, prompt, means, local_text):
     mean = None if means is None else means[prompt]
     w = truncate(w, mean, variables["buffers"]["w_avg"], psi[:, None])

@@ -27,6 +27,7 @@ from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDS, BATCH, STEPS = 12, 4, 3  # one epoch
+LARGEST_FILE = 128  # KiB: more than what a process logs, less than its part of a checkpoint
 CONFIG = """
 from configs import aurora_64
 
@@ -177,13 +178,27 @@ def test_the_first_process_alone_talks_and_writes(home, both):
   assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "3"]
 
 
-def test_two_processes_go_on_from_a_checkpoint_of_one(home, both):
-  """The state that they restore is the one that was saved, bit by bit; the loss of the next step the uninterrupted one's."""
+@pytest.fixture(scope="module")
+def moved(home, both):
+  """Two processes go on from a checkpoint of one, and the second one's disk takes no file as large as its next checkpoint.
+  Returns (exit status, stdout, stderr) of that one and stdout of the first, which waits for it and is ended."""
   del both
   shutil.copytree(home / "one", home / "moved", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
-  done = finish(start_two(home, "moved"))
-  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
-  assert "going on from the checkpoint of step 2, to 3" in done[0][1]
+  job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+  first = start(home, "moved", 2, *job, 0, records="moved-records-0")
+  second = start(home, "moved", 2, *job, 1, records="moved-records-1", largest_file=LARGEST_FILE)
+  try:
+    [done] = finish([second])
+    assert first.poll() != 0  # by itself it would end after a minute and a half
+  finally:
+    first.kill()
+    said, _ = first.communicate()
+  return *done, said
+
+
+def test_two_processes_go_on_from_a_checkpoint_of_one(home, moved):
+  """The state that they restore is the one that was saved, bit by bit; the loss of the next step the uninterrupted one's."""
+  assert "going on from the checkpoint of step 2, to 3" in moved[-1]
 
   pieces = {}  # of both processes: {leaf: {where: SHA-256}}
   for i in range(2):
@@ -198,11 +213,21 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(home, both):
       assert hashlib.sha256(piece.tobytes()).hexdigest() == digest, path
   assert not pieces
 
-  one, moved = losses(home / "one"), lines(home / "moved/metrics.jsonl")
-  [row] = [row for row in moved[1 + max(i for i, row in enumerate(moved) if row["kind"] == "resume"):]
+  one, log = losses(home / "one"), lines(home / "moved/metrics.jsonl")
+  [row] = [row for row in log[1 + max(i for i, row in enumerate(log) if row["kind"] == "resume"):]
            if row["kind"] == "train"]
   for name in [name for name in one if name.startswith("loss/")]:
     np.testing.assert_allclose(row[name], one[name][2], rtol=1e-6, err_msg=name)
+
+
+def test_a_save_that_fails_in_one_process_ends_it_at_once(home, moved):
+  """Its line says what failed, and nothing half-written is taken for a checkpoint."""
+  status, _, error, said_by_first = moved
+  assert status == 2, error[-4000:]
+  [line] = [line for line in error.splitlines() if line.startswith("aurora_jax train:")]
+  assert "checkpoint of step 3 could not be saved" in line and "File too large" in line and "of step 2)" in line
+  assert "all 3 steps are done" not in said_by_first
+  assert [path.name for path in (home / "moved/checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
 def damaged_data(home):
@@ -249,27 +274,6 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, both)
   for row in lines(log):
     if row["kind"] == "train":
       assert row["data/skipped"] == sum(first < row["step"] for first in met.values())
-
-
-def test_a_save_that_fails_in_one_process_ends_it_at_once(home, both):
-  """Its line says what failed, and nothing half-written is taken for a checkpoint. The other one waits for it until JAX
-  ends it too, after a minute and a half."""
-  del both  # the programs are compiled
-  shutil.copytree(home / "one", home / "full", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
-  job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
-  first = start(home, "full", 2, *job, 0, records=os.devnull)
-  second = start(home, "full", 2, *job, 1, records=os.devnull, largest_file=16)
-  try:
-    [(status, _, error)] = finish([second])
-    assert first.poll() != 0
-  finally:
-    first.kill()
-    said, _ = first.communicate()
-  assert status == 2, error[-4000:]
-  [line] = [line for line in error.splitlines() if line.startswith("aurora_jax train:")]
-  assert "checkpoint of step 3 could not be saved" in line and "File too large" in line and "of step 2)" in line
-  assert "all 3 steps are done" not in said
-  assert [path.name for path in (home / "full/checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
 def test_a_process_that_never_comes_is_named(home):
