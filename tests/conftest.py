@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,3 +14,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most of the time goes to compiling; the arithmetic is the same without the optimisers of the code generator.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+FLAGS = os.environ["XLA_FLAGS"]
+
+
+@pytest.fixture(autouse=True)
+def flags_of_this_process(monkeypatch):
+  """A command that a test calls may add flags for its own process; those that other tests start do not inherit them."""
+  monkeypatch.setenv("XLA_FLAGS", FLAGS)

@@ -11,7 +11,7 @@ the speed of a plain matrix product, measured in the same run.
 in turn, on the same batches.
 """
 
-from aurora_jax import config
+from aurora_jax import config, xla_flags
 from aurora_jax.errors import UserError
 
 _REPEATS = {"sample": 5, "guard": 100}
@@ -38,6 +38,7 @@ def run(args):
 
 
 def _sample(experiment, batches, repeats):
+  xla_flags.run_in_order()  # as `sample` does
   from aurora_jax.evaluation import benchmarks  # pylint: disable=g-import-not-at-top
 
   cfg = experiment.generator

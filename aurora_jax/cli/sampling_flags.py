@@ -2,6 +2,7 @@
 
 import pathlib
 
+from aurora_jax import xla_flags
 from aurora_jax.errors import UserError
 
 _MOST_MEAN_LATENTS = 10_000
@@ -82,6 +83,7 @@ def prepare(args, prompts, texts, truncations=1):
   Raises:
     UserError: wrong input.
   """
+  xla_flags.run_in_order()  # for the memory of large generators
   from aurora_jax.evaluation import latents, pictures, trained  # pylint: disable=g-import-not-at-top
   from aurora_jax.training import run_folder  # pylint: disable=g-import-not-at-top
 

@@ -130,8 +130,8 @@ class Exchange:
 
     def unbounded(x, expert, params):
       # Recomputed in the backward pass: `cond` would otherwise keep room for the gathered experts in either case. All
-      # experts on all tokens: some device's fullest expert is beyond any bucket, all others wait for it, and a ladder of
-      # buckets here would be half of what there is to compile.
+      # experts on all tokens: with an expert per device, some device's fullest one is beyond twice its mean and so beyond
+      # every bucket, the others wait for it, and a ladder of buckets would be half of what there is to compile.
       return jax.checkpoint(lambda *args: _by_weights(plan, "dense", *args))(x, expert, params)
 
     if plan.capacity >= x.shape[0]:

@@ -15,6 +15,7 @@ import traceback
 import jax
 import numpy as np
 
+from aurora_jax import xla_flags
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import environment, roll_call
 
@@ -79,6 +80,7 @@ def _one_program_after_the_other(processes):
   the compilation cache.
   """
   jax.config.update("jax_cpu_enable_async_dispatch", False)  # for the CPU backend only
+  xla_flags.run_in_order()  # of a program's collectives too
   if processes > 1 and jax.config.jax_platforms == "cpu":
     jax.config.update("jax_enable_compilation_cache", False)
 

@@ -36,14 +36,14 @@ def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig,
           "tokens": shape((size, clip.text.context_length), jnp.int32)}
 
 
-def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None):
+def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generated_shardings=None):
   """What a program is called with, as shapes with shardings.
 
   Args:
     placed: the programs.
     name: one of them.
     frozen, batch: arrays, or shapes with shardings.
-    generate: the shardings of the results of `generate` as it was compiled. Without them the residuals for `learn` have
+    generated_shardings: of the results of `generate` as it was compiled. Without them the residuals for `learn` have
       none, which will do for tracing.
 
   Returns:
@@ -60,12 +60,12 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None
   if name == MOVED:
     return networks, *networks
   generated = placed.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
-  if generate is None:
+  if generated_shardings is None:
     shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     generated = jax.tree.map(shaped, generated)
   else:
     shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    generated = jax.tree.map(shaped, generated, generate)
+    generated = jax.tree.map(shaped, generated, generated_shardings)
   healthy = jax.ShapeDtypeStruct((), jnp.bool_, sharding=placed.layout.replicated)
   if name == LEARN:
     return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, generated.pyramid,
@@ -75,9 +75,9 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generate=None
   return state.discriminator, state.step, frozen, generated.pyramid, generated.text, batch["index"], healthy
 
 
-def trace(placed: placed_lib.Placed, name: str, frozen, batch, generate=None) -> jax.stages.Traced:
+def trace(placed: placed_lib.Placed, name: str, frozen, batch, generated_shardings=None) -> jax.stages.Traced:
   """A program, traced. Arguments as of `arguments`."""
-  return getattr(placed, name).trace(*arguments(placed, name, frozen, batch, generate))
+  return getattr(placed, name).trace(*arguments(placed, name, frozen, batch, generated_shardings))
 
 
 def start(placed: placed_lib.Placed, names, frozen, batch):
@@ -95,8 +95,8 @@ def start(placed: placed_lib.Placed, names, frozen, batch):
   futures = {}
 
   def compiled(name):
-    generate = futures[GENERATE].result().output_shardings if name == LEARN else None
-    return trace(placed, name, frozen, batch, generate).lower().compile()
+    shardings = futures[GENERATE].result().output_shardings if name == LEARN else None
+    return trace(placed, name, frozen, batch, shardings).lower().compile()
 
   for name in names:
     futures[name] = pool.submit(compiled, name)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import kept, orbax_words, removal
+from aurora_jax.training import kept, orbax_words, removal, save_failures
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_QUESTIONS = 0.02
@@ -92,9 +92,9 @@ class Checkpoints:
       self._remover.finish()
       self._manager = ocp.CheckpointManager(
           self.folder,
-          item_handlers={"state": _watched(ocp.StandardCheckpointHandler(), self._failures),
-                         "config": _watched(ocp.JsonCheckpointHandler(), self._failures),
-                         "progress": _watched(ocp.JsonCheckpointHandler(), self._failures)},
+          item_handlers={"state": save_failures.watched(ocp.StandardCheckpointHandler(), self._failures),
+                         "config": save_failures.watched(ocp.JsonCheckpointHandler(), self._failures),
+                         "progress": save_failures.watched(ocp.JsonCheckpointHandler(), self._failures)},
           options=ocp.CheckpointManagerOptions(
               preservation_policy=policy, todelete_subdir=removal.FOLDER, create=False, cleanup_tmp_directories=True,
               enable_async_checkpointing=True))
@@ -216,35 +216,6 @@ class Checkpoints:
     except Exception as error:  # pylint: disable=broad-except
       raise orbax_words.unreadable(self.folder / str(step), error) from error
     return restored.state, restored.progress
-
-
-def _watched(handler, failures):
-  """An Orbax handler that adds to `failures` what goes wrong while it writes in the background.
-
-  Of several processes Orbax has the one that fails wait for the others, who wait for it, until its ten minutes are over;
-  until then it keeps the error to itself.
-  """
-  start = handler.async_save
-
-  async def async_save(*args, **kwargs):
-    return [_Watched(future, failures) for future in await start(*args, **kwargs) or ()]
-
-  handler.async_save = async_save
-  return handler
-
-
-class _Watched:
-  """A future of Orbax that notes its failure."""
-
-  def __init__(self, future, failures):
-    self._future, self._failures = future, failures
-
-  def result(self, timeout=None):
-    try:
-      return self._future.result(timeout=timeout)
-    except BaseException as error:
-      self._failures.append(error)
-      raise
 
 
 def _config_item(config, **more):

@@ -38,7 +38,8 @@ class Compiled(NamedTuple):
     memory: `compile.memory_of` it, or None where the compiler refused (too large), or refused `generate`, which this
       program waits for.
     collectives: `collectives.of_program`, or None.
-    shardings: (of its arguments, of its results), or None. The program itself is not kept: a pod's takes GiB of the host.
+    input_shardings, output_shardings: of its arguments and results, or None. The program itself is not kept: a pod's takes
+      GiB of the host.
     seconds: that tracing, lowering and compiling took.
     flops: of all devices, experts in balance.
     worst_flops: the same with the costliest way of each branch.
@@ -50,7 +51,8 @@ class Compiled(NamedTuple):
   name: str
   memory: Any
   collectives: Any
-  shardings: Any
+  input_shardings: Any
+  output_shardings: Any
   seconds: float
   flops: int
   worst_flops: int
@@ -103,23 +105,23 @@ def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platfor
     before: what this gave for `ahead.GENERATE`, needed for `ahead.LEARN`.
   """
   started = time.monotonic()
-  residuals = before and before.shardings and before.shardings[1]
+  generated = before and before.output_shardings
   with compiler_log.captured() as log:
-    traced = ahead.trace(placed, name, frozen, batch, residuals if name == ahead.LEARN else None)
+    traced = ahead.trace(placed, name, frozen, batch, generated if name == ahead.LEARN else None)
     flops = flop_count.of_jaxpr(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
-    if residuals or name != ahead.LEARN:
+    if generated or name != ahead.LEARN:
       try:
         executable = traced.lower().compile()
       except jax.errors.JaxRuntimeError as error:
         refusal, used = _refusal(error)
     warnings = log().count(compiler_log.REMATERIALIZATION)
-  seconds, facts = time.monotonic() - started, (None, None, None)
+  seconds, facts = time.monotonic() - started, (None,) * 4
   if executable:
     facts = (compile_lib.memory_of(executable),
              collectives_lib.of_program(executable.as_text(), dict(placed.layout.mesh.shape)),
-             (executable.input_shardings[0], executable.output_shardings))
+             executable.input_shardings[0], executable.output_shardings)
   return Compiled(name, *facts, seconds, flops, worst, refusal, used, warnings)
 
 
@@ -172,10 +174,11 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
   for name in shares:  # one after the other: the compilers of a pod's programs take many GiB of the host's memory
     progress(f"compiling {name} for {len(devices)} x {topology.chip.name}")
     compiled[name] = compile_program(placed, name, frozen, batch, platform, compiled.get(ahead.GENERATE))
+    jax.clear_caches()  # they would keep the program
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
-  size, shardings = compile_lib.bytes_per_device, compiled[ahead.GENERATE].shardings
-  exact = {name: size(ahead.arguments(placed, name, frozen, batch, shardings and shardings[1])) for name in shares
-           if shardings or name not in ahead.STEP[1:]}
+  size, generated = compile_lib.bytes_per_device, compiled[ahead.GENERATE].output_shardings
+  exact = {name: size(ahead.arguments(placed, name, frozen, batch, generated)) for name in shares
+           if generated or name not in ahead.STEP[1:]}
   resident = state_bytes(placed.abstract_state) | {"frozen": size(frozen), "batch": size(batch)}
   if ahead.SNAPSHOT in shares:
     resident["snapshot"] = resident["parameters"]
@@ -219,9 +222,9 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
 def _as_compiled(placed, program):
   """The generator's parameters with the shardings that the compiled program takes them in."""
   parameters = placed.abstract_state.generator
-  if not program.shardings:
+  if not program.input_shardings:
     return parameters
-  shardings = program.shardings[0][0]
+  shardings = program.input_shardings[0]
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                       parameters, shardings)
 

@@ -74,7 +74,7 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
   state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
   whole, batch = layout.replicated, layout.batch
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"  # the mesh may be that of another machine
-  options = compiling.options(devices=layout.devices) if on_cpu else None
+  options = compiling.options() if on_cpu else None
 
   def jit(function, taken, given, donated):
     return jax.jit(function, in_shardings=taken, out_shardings=given, donate_argnums=donated, compiler_options=options)

@@ -32,6 +32,11 @@ _FIELDS = {"fits": bool, "chip": str, "devices": int, "mesh": dict, "bytes_per_d
 _COMPILERS = pathlib.Path(sys.prefix) / "compilers"
 
 
+def with_compilers():
+  """Environment variables of a process that finds them."""
+  return {"PYTHONPATH": os.pathsep.join(filter(None, [str(_COMPILERS), os.environ.get("PYTHONPATH")]))}
+
+
 def command(*arguments, **environment):
   """`python -m aurora_jax compile ...` in a process."""
   return subprocess.run([sys.executable, "-m", "aurora_jax", "compile", *arguments], capture_output=True, text=True,
@@ -97,7 +102,7 @@ def test_compiles_for_absent_hardware(tmp_path, name, devices, chip):
   """With the real compilers, of requirements-compilers.txt; without them this fails and says what to install."""
   path = tmp_path / "r.json"
   done = command("--config", _TINY, "--topology", name, "--report", str(path),
-                 PYTHONPATH=os.pathsep.join(filter(None, [str(_COMPILERS), os.environ.get("PYTHONPATH")])))
+                 **with_compilers())
   assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
   report = json.loads(path.read_text())
   check_tiny(report, devices)
@@ -158,7 +163,7 @@ class _Program:
 
 def _compiled(name, executable, used=None):
   memory = executable and parallel_compile.memory_of(executable)
-  return training_compile.Compiled(name, memory, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0)
+  return training_compile.Compiled(name, memory, None, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0)
 
 
 _RESIDENT = {"parameters": 40, "optimizer": 20, "ema": 12, "buffers": 4, "frozen": 8, "batch": 16}
@@ -216,7 +221,7 @@ print(jax.jit(run).lower(x, weight, style, mix).compile().as_text())
 def test_filters_of_their_own_stay_with_their_samples(machine):
   """Forward and back, no device sees another one's samples or filters; the gradients of the weights alone are summed."""
   done = subprocess.run([sys.executable, "-c", _PER_SAMPLE, machine], capture_output=True, text=True, check=False,
-                        cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_COMPILERS)}, timeout=600)
+                        cwd=_ROOT, env=os.environ | with_compilers(), timeout=600)
   assert done.returncode == 0, done.stderr[-3000:]
   assert " all-reduce" in done.stdout and "all-gather" not in done.stdout and "all-to-all" not in done.stdout
 
