@@ -36,15 +36,25 @@ def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig,
           "tokens": shape((size, clip.text.context_length), jnp.int32)}
 
 
-def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generated_shardings=None):
+def generated(placed: placed_lib.Placed, frozen, batch, generate=None):
+  """What `generate` gives, as shapes, and with shardings where it is given compiled.
+
+  The structure of the residuals is that of one trace: traced again, once JAX has forgotten it, they would not fit.
+  """
+  shapes = placed.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
+  shaped = lambda leaf, sharding=None: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(shaped, shapes, *(() if generate is None else (generate.output_shardings,)))
+
+
+def arguments(placed: placed_lib.Placed, name: str, frozen, batch, made=None):
   """What a program is called with, as shapes with shardings.
 
   Args:
     placed: the programs.
     name: one of them.
     frozen, batch: arrays, or shapes with shardings.
-    generated_shardings: of the results of `generate` as it was compiled. Without them the residuals for `learn` have
-      none, which will do for tracing.
+    made: what `generated` gives for the compiled `generate`. Without it the residuals for `learn` have no sharding, which
+      will do for tracing.
 
   Returns:
     tuple.
@@ -59,25 +69,19 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, generated_sha
     return networks
   if name == MOVED:
     return networks, *networks
-  generated = placed.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
-  if generated_shardings is None:
-    shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    generated = jax.tree.map(shaped, generated)
-  else:
-    shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    generated = jax.tree.map(shaped, generated, generated_shardings)
+  made = generated(placed, frozen, batch) if made is None else made
   healthy = jax.ShapeDtypeStruct((), jnp.bool_, sharding=placed.layout.replicated)
   if name == LEARN:
-    return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, generated.pyramid,
-            generated.w_mean, generated.moe_loss, generated.residuals, healthy)
+    return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, made.pyramid, made.w_mean,
+            made.moe_loss, made.residuals, healthy)
   if name == DISCRIMINATE:
-    return (state.discriminator, state.discriminator_opt, state.step, generated.pyramid, generated.text, batch["image"])
-  return state.discriminator, state.step, frozen, generated.pyramid, generated.text, batch["index"], healthy
+    return (state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
+  return state.discriminator, state.step, frozen, made.pyramid, made.text, batch["index"], healthy
 
 
-def trace(placed: placed_lib.Placed, name: str, frozen, batch, generated_shardings=None) -> jax.stages.Traced:
+def trace(placed: placed_lib.Placed, name: str, frozen, batch, made=None) -> jax.stages.Traced:
   """A program, traced. Arguments as of `arguments`."""
-  return getattr(placed, name).trace(*arguments(placed, name, frozen, batch, generated_shardings))
+  return getattr(placed, name).trace(*arguments(placed, name, frozen, batch, made))
 
 
 def start(placed: placed_lib.Placed, names, frozen, batch):
@@ -95,8 +99,8 @@ def start(placed: placed_lib.Placed, names, frozen, batch):
   futures = {}
 
   def compiled(name):
-    shardings = futures[GENERATE].result().output_shardings if name == LEARN else None
-    return trace(placed, name, frozen, batch, shardings).lower().compile()
+    made = generated(placed, frozen, batch, futures[GENERATE].result()) if name == LEARN else None
+    return trace(placed, name, frozen, batch, made).lower().compile()
 
   for name in names:
     futures[name] = pool.submit(compiled, name)

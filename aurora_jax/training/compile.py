@@ -38,8 +38,8 @@ class Compiled(NamedTuple):
     memory: `compile.memory_of` it, or None where the compiler refused (too large), or refused `generate`, which this
       program waits for.
     collectives: `collectives.of_program`, or None.
-    input_shardings, output_shardings: of its arguments and results, or None. The program itself is not kept: a pod's takes
-      GiB of the host.
+    shardings: of its arguments, or None. The program itself is not kept: a pod's takes GiB of the host.
+    generated: what `ahead.generated` gives for it, or None for other programs than `ahead.GENERATE`.
     seconds: that tracing, lowering and compiling took.
     flops: of all devices, experts in balance.
     worst_flops: the same with the costliest way of each branch.
@@ -51,8 +51,8 @@ class Compiled(NamedTuple):
   name: str
   memory: Any
   collectives: Any
-  input_shardings: Any
-  output_shardings: Any
+  shardings: Any
+  generated: Any
   seconds: float
   flops: int
   worst_flops: int
@@ -105,13 +105,13 @@ def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platfor
     before: what this gave for `ahead.GENERATE`, needed for `ahead.LEARN`.
   """
   started = time.monotonic()
-  generated = before and before.output_shardings
+  made = before and before.generated
   with compiler_log.captured() as log:
-    traced = ahead.trace(placed, name, frozen, batch, generated if name == ahead.LEARN else None)
+    traced = ahead.trace(placed, name, frozen, batch, made if name == ahead.LEARN else None)
     flops = flop_count.of_jaxpr(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
-    if generated or name != ahead.LEARN:
+    if made or name != ahead.LEARN:
       try:
         executable = traced.lower().compile()
       except jax.errors.JaxRuntimeError as error:
@@ -121,7 +121,8 @@ def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platfor
   if executable:
     facts = (compile_lib.memory_of(executable),
              collectives_lib.of_program(executable.as_text(), dict(placed.layout.mesh.shape)),
-             executable.input_shardings[0], executable.output_shardings)
+             executable.input_shardings[0],
+             ahead.generated(placed, frozen, batch, executable) if name == ahead.GENERATE else None)
   return Compiled(name, *facts, seconds, flops, worst, refusal, used, warnings)
 
 
@@ -176,9 +177,9 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
     compiled[name] = compile_program(placed, name, frozen, batch, platform, compiled.get(ahead.GENERATE))
     jax.clear_caches()  # they would keep the program
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
-  size, generated = compile_lib.bytes_per_device, compiled[ahead.GENERATE].output_shardings
-  exact = {name: size(ahead.arguments(placed, name, frozen, batch, generated)) for name in shares
-           if generated or name not in ahead.STEP[1:]}
+  size, made = compile_lib.bytes_per_device, compiled[ahead.GENERATE].generated
+  exact = {name: size(ahead.arguments(placed, name, frozen, batch, made)) for name in shares
+           if made or name not in ahead.STEP[1:]}
   resident = state_bytes(placed.abstract_state) | {"frozen": size(frozen), "batch": size(batch)}
   if ahead.SNAPSHOT in shares:
     resident["snapshot"] = resident["parameters"]
@@ -222,9 +223,9 @@ def report(experiment: config_lib.Experiment, topology: topology_lib.Topology,
 def _as_compiled(placed, program):
   """The generator's parameters with the shardings that the compiled program takes them in."""
   parameters = placed.abstract_state.generator
-  if not program.input_shardings:
+  if not program.shardings:
     return parameters
-  shardings = program.input_shardings[0]
+  shardings = program.shardings[0]
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                       parameters, shardings)
 
