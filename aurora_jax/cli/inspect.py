@@ -105,17 +105,17 @@ def _fingerprint(path):
 
 def _checkpoint_lines(path):
   """A checkpoint's parts, from its description alone."""
-  from aurora_jax.training import checkpoint  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import stored_checkpoint  # pylint: disable=g-import-not-at-top
 
-  parts = checkpoint.describe(path.parent, int(path.name))
+  parts = stored_checkpoint.describe(path.parent, int(path.name))
   yield f"checkpoint {path}: {int(path.name):,} steps were done"
   for name, (leaves, values, size) in parts.items():
     yield f"  {name:20s} {leaves:6,d} arrays  {values:15,d} values  {run_story.size_words(size):>9s}"
-  yield f"on disk    {run_story.size_words(checkpoint.size_bytes(path.parent, int(path.name)))}"
-  stored = checkpoint.stored_config(path.parent, int(path.name))
+  yield f"on disk    {run_story.size_words(stored_checkpoint.size_bytes(path.parent, int(path.name)))}"
+  stored = stored_checkpoint.stored_config(path.parent, int(path.name))
   if stored:
     yield f"config     {stored.get('name')}"
-  growth = checkpoint.stored_progress(path.parent, int(path.name)).get("schedule")
+  growth = stored_checkpoint.stored_progress(path.parent, int(path.name)).get("schedule")
   if stored and growth:
     newest = growth["stages"][-1]
     yield f"stage      {newest['resolution']}x{newest['resolution']} pixels since step {newest['step']:,} ({newest['reason']})"

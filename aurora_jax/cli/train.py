@@ -44,7 +44,7 @@ import time
 
 from aurora_jax import config
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, initial, profiling, run_folder
+from aurora_jax.training import initial, profiling, run_folder, stored_checkpoint
 from aurora_jax.training.interrupts import Interrupts
 
 
@@ -79,7 +79,7 @@ def _train(args, experiment, job, started, profile_steps, interrupts):
     run_folder.check_writable(args.workdir)
     folder = run_folder.RunFolder(args.workdir)
     run_folder.refuse_changes(folder, experiment, args.allow_config_change)
-    if experiment.train.init_from and checkpoint.newest(folder.checkpoints) is None:
+    if experiment.train.init_from and stored_checkpoint.newest(folder.checkpoints) is None:
       initial.check(experiment, args.allow_config_change)
 
   from aurora_jax.evaluation import report  # pylint: disable=g-import-not-at-top

@@ -7,7 +7,7 @@ import datetime
 import json
 import math
 
-from aurora_jax.training import checkpoint, kept, metrics, progress, run_folder, skipped, watch
+from aurora_jax.training import kept, metrics, progress, run_folder, skipped, stored_checkpoint, watch
 
 _WIDTH = 100
 _HEAD = 11  # columns of a line's name
@@ -47,14 +47,14 @@ def tell(path):
   folder = run_folder.RunFolder(path)
   experiment = folder.experiment()
   everything, rows = metrics.read(folder.metrics), metrics.history(folder.metrics)
-  steps = checkpoint.steps(folder.checkpoints)
+  steps = stored_checkpoint.steps(folder.checkpoints)
   held = run_folder.is_held(folder.path)
   yield from _opening(folder, experiment)
-  parts = checkpoint.only_parts(folder.checkpoints) if steps else None
+  parts = stored_checkpoint.only_parts(folder.checkpoints) if steps else None
   if parts is not None:
     yield _line("converted", f"{', '.join(parts)}: to sample from, or to begin a run with "
                 f"(--config.train.init_from={path})")
-    yield _line("saved", size_words(checkpoint.size_bytes(folder.checkpoints, steps[-1])))
+    yield _line("saved", size_words(stored_checkpoint.size_bytes(folder.checkpoints, steps[-1])))
     return
   yield from _progress(experiment, rows)
   yield from _events(everything, held)
@@ -259,7 +259,7 @@ def _saved(folder, experiment, steps):
   reasons = policy.reasons(steps)
   shown = [step for step in steps if step in steps[-_CHECKPOINTS_SHOWN:] or any("best" in why for why in reasons[step])]
   for number, step in enumerate(shown):
-    size, why = size_words(checkpoint.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
+    size, why = size_words(stored_checkpoint.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
     yield _line("" if number else "saved", f"step {step:,} ({size}), {why or 'goes with the next save'}")
   if len(steps) > len(shown):
     yield _line("", f"and {len(steps) - len(shown):,} others, from step {steps[0]:,} on")

@@ -13,7 +13,7 @@ from aurora_jax.evaluation import interpolation
 from aurora_jax.evaluation import sampling
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
-from aurora_jax.training import checkpoint
+from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import run_folder
 from aurora_jax.training import schedule
 
@@ -91,7 +91,7 @@ def load(workdir, step=None, batch_size=None, *, pictures=None, prompts_at_once=
   bundle = _load_clip(clip, experiment)
   abstract = generator_lib.abstract_variables(whole.generator)
   abstract = {"ema": abstract["params"], "buffers": abstract["buffers"]}
-  step, state = checkpoint.read(folder.checkpoints, abstract, step)
+  step, state = stored_checkpoint.read(folder.checkpoints, abstract, step)
   # Buffers stay as they are: frequencies and the average of w are few and worth their precision.
   params = state.pop("ema")
   params = _cast(params, dtype) if dtype == "bfloat16" else params

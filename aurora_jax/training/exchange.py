@@ -19,7 +19,7 @@ from aurora_jax import files
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
 from aurora_jax.models import generator as generator_lib
-from aurora_jax.training import checkpoint
+from aurora_jax.training import checkpoint, stored_checkpoint
 from aurora_jax.training import run_folder
 from aurora_jax.training import schedule
 
@@ -164,7 +164,7 @@ def _check_target_folder(workdir, overwrite):
   if not overwrite:
     raise UserError(f"{workdir} is not empty; choose another folder or say --overwrite")
   folder = run_folder.RunFolder(workdir)
-  if checkpoint.newest(folder.checkpoints) is None or checkpoint.only_parts(folder.checkpoints) is None:
+  if stored_checkpoint.newest(folder.checkpoints) is None or stored_checkpoint.only_parts(folder.checkpoints) is None:
     raise UserError(f"{workdir} is not an earlier conversion, so --overwrite leaves it alone; choose another folder")
 
 
@@ -213,7 +213,7 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
     variables = generator_lib.abstract_variables(cfg)
     abstract = dict.fromkeys(chosen, variables["params"]) | {"buffers": variables["buffers"]}
     with stage(f"reading {folder.checkpoints}"):
-      step, parts = checkpoint.read(folder.checkpoints, abstract, step)
+      step, parts = stored_checkpoint.read(folder.checkpoints, abstract, step)
     with stage(f"writing {path}") as update:
       sets = {part: {"params": parts[part], "buffers": parts["buffers"]} for part in chosen}
       if bare:

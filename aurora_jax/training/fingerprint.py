@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint, orbax_words
+from aurora_jax.training import orbax_words, stored_checkpoint
 
 # Leaves are read and hashed in groups of about this many bytes, so that little memory is needed.
 _GROUP_BYTES = 1 << 28
@@ -27,14 +27,14 @@ def of_checkpoint(folder, step=None):
   """
   import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
 
-  step = checkpoint.chosen(folder, step)
+  step = stored_checkpoint.chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
   digest = hashlib.sha256()
   orbax_words.quieten()
   try:
-    tree = checkpoint.stored_tree(path)
+    tree = stored_checkpoint.stored_tree(path)
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [checkpoint.leaf_name(keys) for keys, _ in paths_and_leaves]
+    names = [stored_checkpoint.leaf_name(keys) for keys, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       for group in _groups(sorted(range(len(names)), key=names.__getitem__), leaves):

@@ -13,7 +13,7 @@ import jax
 from aurora_jax import config as config_lib
 from aurora_jax.errors import UserError
 from aurora_jax.interop.aurora_config import RUNTIME_FIELDS
-from aurora_jax.training import checkpoint
+from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import compiling
 from aurora_jax.training import run_folder
 
@@ -39,7 +39,7 @@ def source(init_from):
   if path.name.isdigit() and (path / "state").is_dir():
     return path.parent, int(path.name)
   folder = path if path.name == "checkpoints" else path / "checkpoints"
-  step = checkpoint.newest(folder)
+  step = stored_checkpoint.newest(folder)
   if step is None:
     raise UserError(f"train.init_from={init_from}: no checkpoint there (give a run's folder, or RUN/checkpoints/STEP)")
   return folder, step
@@ -89,13 +89,13 @@ def first_state(experiment, init, key, abstract_state):
     return jax.jit(init, out_shardings=shardings, compiler_options=compiling.options(runs_once=True))(key), ""
   folder, step = source(experiment.train.init_from)
   try:
-    _, taken = checkpoint.read(folder, {part: getattr(abstract_state, part) for part in GENERATOR_PARTS}, step)
+    _, taken = stored_checkpoint.read(folder, {part: getattr(abstract_state, part) for part in GENERATOR_PARTS}, step)
   except UserError as error:
     raise UserError(f"train.init_from={experiment.train.init_from}: {error}") from error
   words = f"generator, its average and buffers from {folder / str(step)}; "
   why_not = _why_no_discriminator(folder, step, experiment, abstract_state)
   if why_not is None:
-    taken |= checkpoint.read(folder, {"discriminator": abstract_state.discriminator}, step)[1]
+    taken |= stored_checkpoint.read(folder, {"discriminator": abstract_state.discriminator}, step)[1]
     words += "discriminator from there too"
   else:
     words += f"discriminator fresh ({why_not})"
@@ -112,17 +112,17 @@ def first_state(experiment, init, key, abstract_state):
 def _why_no_discriminator(folder, step, experiment, abstract_state):
   """Why the source's discriminator cannot be taken over; None if it can."""
   stored = _stored_experiment(folder, step)
-  if "discriminator" not in checkpoint.describe(folder, step):
+  if "discriminator" not in stored_checkpoint.describe(folder, step):
     return "the checkpoint has none"
   differing = stored and _differences(stored.discriminator, experiment.discriminator, _DISCRIMINATOR_FREE)
   if differing:
     return f"that one differs in {', '.join(f'discriminator.{name}' for name in differing)}"
-  misfit = checkpoint.misfit(folder, step, {"discriminator": abstract_state.discriminator})
+  misfit = stored_checkpoint.misfit(folder, step, {"discriminator": abstract_state.discriminator})
   return misfit and f"that one does not fit: {misfit}"
 
 
 def _stored_experiment(folder, step):
-  values = checkpoint.stored_config(folder, step)
+  values = stored_checkpoint.stored_config(folder, step)
   return None if values is None else config_lib.from_mapping(values)
 
 

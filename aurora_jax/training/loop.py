@@ -16,7 +16,7 @@ from aurora_jax import config, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, kept, profiling, progress, run_folder, schedule, skipped, watch
+from aurora_jax.training import checkpoint, guard, kept, profiling, progress, run_folder, schedule, skipped, stored_checkpoint, watch
 from aurora_jax.training import metrics as metrics_lib
 from aurora_jax.training.clock import Clock
 from aurora_jax.training.interrupts import Interrupts
@@ -95,7 +95,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   folder = run_folder.RunFolder(run_dir)
   primary = hosts.is_first()
   with hosts.together("looking at the run's folder"):
-    newest = checkpoint.newest(folder.checkpoints)
+    newest = stored_checkpoint.newest(folder.checkpoints)
     changes = run_folder.refuse_changes(folder, experiment, allow_config_change)
   _check_same_folder(folder, newest)
   if newest is not None and newest >= train.total_steps:

@@ -20,7 +20,7 @@ import time
 
 from aurora_jax import config, files
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint
+from aurora_jax.training import stored_checkpoint
 
 try:
   import fcntl
@@ -194,9 +194,9 @@ def refuse_changes(folder, experiment, allowed=()):
       close = difflib.get_close_matches(name, sorted(known), n=1)
       raise UserError(f"--allow-config-change {name}: the config has no such field or group"
                       + (f"; did you mean {close[0]}?" if close else ""))
-  if checkpoint.newest(folder.checkpoints) is None or not folder.config.is_file():
+  if stored_checkpoint.newest(folder.checkpoints) is None or not folder.config.is_file():
     return {}  # nothing was kept: whatever stands there begins anew
-  parts = checkpoint.only_parts(folder.checkpoints)
+  parts = stored_checkpoint.only_parts(folder.checkpoints)
   if parts is not None:
     raise UserError(f"{folder.path} is a converted checkpoint ({', '.join(parts)}, no optimiser), not a run that could "
                     f"go on: train with another --workdir and --config.train.init_from={folder.path}")

@@ -12,7 +12,7 @@ from it alone, so a resumed run decides as an uninterrupted one. How a distance 
 import dataclasses
 
 from aurora_jax import config as config_lib
-from aurora_jax.training import checkpoint
+from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import initial
 
 # Why a stage began.
@@ -79,7 +79,7 @@ def at_checkpoint(experiment, folder, step=None):
   Returns:
     `config.at_stage`; the experiment itself where there are no stages or the checkpoint knows of none (a converted one).
   """
-  stored = checkpoint.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
+  stored = stored_checkpoint.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
   stages = Progress.from_json(stored).stages if stored else ()
   return config_lib.at_stage(experiment, stages[-1].resolution) if stages else experiment
 
@@ -90,7 +90,7 @@ def first_resolution(experiment):
   if not experiment.train.init_from:
     return cfg.resolutions[0]
   folder, step = initial.source(experiment.train.init_from)
-  stored = checkpoint.stored_progress(folder, step).get("schedule")
+  stored = stored_checkpoint.stored_progress(folder, step).get("schedule")
   reached = Progress.from_json(stored).stages[-1].resolution if stored else cfg.resolutions[-1]
   return cfg.resolutions[cfg.stage(min(reached, cfg.resolutions[-1]))]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
-from aurora_jax.training import checkpoint, metrics
+from aurora_jax.training import metrics, stored_checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fork_server  # pylint: disable=wrong-import-position
@@ -105,9 +105,9 @@ def test_killed_at_20_random_moments(server, command, tmp_path, capsys):
     os.kill(pid, signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL, (moment, (tmp_path / "killed.log").read_text()[-3000:])
     in_a_save += any((killed / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-    reached.append(checkpoint.newest(killed / "checkpoints") or 0)
-    for step in checkpoint.steps(killed / "checkpoints"):  # whatever has a number is whole
-      assert checkpoint.describe(killed / "checkpoints", step)
+    reached.append(stored_checkpoint.newest(killed / "checkpoints") or 0)
+    for step in stored_checkpoint.steps(killed / "checkpoints"):  # whatever has a number is whole
+      assert stored_checkpoint.describe(killed / "checkpoints", step)
   story = f"{list(zip(chosen, reached))}, {in_a_save} of them in a save"
   (tmp_path / "story.txt").write_text(story)
   assert reached == sorted(reached) and reached[-1] < STEPS and in_a_save >= 3, story
@@ -117,7 +117,7 @@ def test_killed_at_20_random_moments(server, command, tmp_path, capsys):
   assert fingerprint(killed, capsys) == fingerprint(whole, capsys)
   assert history(killed) == history(whole)
   for run in (killed, whole):
-    assert checkpoint.steps(run / "checkpoints") == [20, 40, 60, 80, 100, 120, 140, 148, 150]
+    assert stored_checkpoint.steps(run / "checkpoints") == [20, 40, 60, 80, 100, 120, 140, 148, 150]
   pictures = lambda run: {path.name: path.read_bytes() for path in (run / "samples").glob("*.png")}
   assert pictures(killed) == pictures(whole) and len(pictures(whole)) == STEPS // 5 + 1
   assert not list((killed / "checkpoints").glob("*tmp*")) and not (killed / "checkpoints/.removed").exists()
@@ -133,7 +133,7 @@ def test_sigterm_while_starting_and_two_while_training(server, command, tmp_path
   os.kill(pid, signal.SIGTERM)
   assert server.wait() == 7 and time.monotonic() - sent < 30, said()
   assert "stopped at once; no step was done since the newest checkpoint" in said()
-  assert checkpoint.steps(run / "checkpoints") == []
+  assert stored_checkpoint.steps(run / "checkpoints") == []
 
   pid = server.start(log, *command, run, "--config.train.total_steps=100000", "--config.train.checkpoint_every=99999",
                      "--config.train.keep_every=0")
@@ -142,5 +142,5 @@ def test_sigterm_while_starting_and_two_while_training(server, command, tmp_path
   os.kill(pid, signal.SIGTERM)
   assert server.wait() == 0, said()
   stop = metrics.read(run / "metrics.jsonl")[-1]
-  assert (stop["kind"], stop["reason"], [stop["step"]]) == ("stop", "terminated", checkpoint.steps(run / "checkpoints"))
+  assert (stop["kind"], stop["reason"], [stop["step"]]) == ("stop", "terminated", stored_checkpoint.steps(run / "checkpoints"))
   assert "finishing this step, then saving" in said() and not (run / "report.html").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 from aurora_jax import config
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
-from aurora_jax.training import checkpoint, fingerprint, run_folder, setup
+from aurora_jax.training import fingerprint, run_folder, setup, stored_checkpoint
 
 _ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / "tests/training"))
@@ -118,7 +118,7 @@ def test_nan_is_status_3(experiment, monkeypatch, tmp_path, capsys):
   error = capsys.readouterr().err
   assert "step 5 was skipped (3 in a row): generator: loss/g is nan" in error
   assert "the last checkpoint, step 2, stands in" in error
-  assert checkpoint.steps(tmp_path / "run/checkpoints") == [2]
+  assert stored_checkpoint.steps(tmp_path / "run/checkpoints") == [2]
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
   assert "3 steps in a row were skipped up to step 5" in said and "loss/g is nan" in said

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from aurora_jax.cli import main
-from aurora_jax.training import checkpoint, fingerprint, metrics, setup
+from aurora_jax.training import fingerprint, metrics, setup, stored_checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
 import toy  # pylint: disable=wrong-import-position
@@ -40,7 +40,7 @@ def _train(tmp_path, monkeypatch, capsys):
   def train(fault, step=6, *flags):
     def after_batch(number):
       if number == step:
-        while step > 4 and not checkpoint.steps(run / "checkpoints"):
+        while step > 4 and not stored_checkpoint.steps(run / "checkpoints"):
           time.sleep(0.005)
         before.extend(fingerprint.of_checkpoint(run / "checkpoints") if step > 4 else ())
         fault(run)
@@ -57,7 +57,7 @@ def _train(tmp_path, monkeypatch, capsys):
 
 def _intact(run, train):
   """The checkpoint of before the fault is the only one, bit by bit, and nothing else is taken for one."""
-  assert checkpoint.steps(run / "checkpoints") == [4]
+  assert stored_checkpoint.steps(run / "checkpoints") == [4]
   assert list(fingerprint.of_checkpoint(run / "checkpoints")) == train.before
 
 
@@ -76,7 +76,7 @@ def test_a_disk_that_is_full_when_a_save_writes_in_the_background(train):
 
 _READ_ONLY = """
 import errno, os, runpy, sys, toy
-from aurora_jax.training import checkpoint, setup
+from aurora_jax.training import setup, stored_checkpoint
 
 mkdir, run = os.mkdir, sys.argv.pop(1)
 
@@ -86,7 +86,7 @@ def read_only(path, *args, **options):
   return mkdir(path, *args, **options)
 
 def after_batch(step):
-  if step > 4 and checkpoint.steps(run + "/checkpoints"):
+  if step > 4 and stored_checkpoint.steps(run + "/checkpoints"):
     os.mkdir = read_only
 
 setup.prepare = lambda values: toy.Toy(values, delay=0.002, width=5000, after_batch=after_batch)
@@ -104,7 +104,7 @@ def test_a_file_system_that_has_become_read_only(tmp_path):
       env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"})
   [error] = [line for line in done.stderr.splitlines() if line and not line.startswith("training:")]
   assert done.returncode == 2 and "could not be saved" in error and "Read-only file system" in error
-  last = checkpoint.newest(run / "checkpoints")
+  last = stored_checkpoint.newest(run / "checkpoints")
   assert f"the last complete one is of step {last}" in error
   assert fingerprint.of_checkpoint(run / "checkpoints")[0] == last
 

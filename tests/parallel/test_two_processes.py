@@ -22,7 +22,7 @@ from aurora_jax import config
 from aurora_jax.cli import main
 from aurora_jax.data import loader, tfrecords
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.training import checkpoint
+from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -205,7 +205,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(home, moved):
     for row in lines(home / f"moved-records-{i}"):
       if "leaf" in row:
         pieces.setdefault(row["leaf"], {})[json.dumps(row["where"])] = row["sha256"]
-  _, saved = checkpoint.read(home / "moved/checkpoints", vars(abstract_state(home)), step=2)
+  _, saved = stored_checkpoint.read(home / "moved/checkpoints", vars(abstract_state(home)), step=2)
   for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]:
     found, leaf = pieces.pop(jax.tree_util.keystr(path)), np.asarray(leaf)
     for where, digest in found.items():

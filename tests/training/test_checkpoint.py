@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint, fingerprint, kept
+from aurora_jax.training import checkpoint, fingerprint, kept, stored_checkpoint
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -68,14 +68,14 @@ def test_saved_while_the_state_is_donated_on(tmp_path):
         copies[step] = _raw(state)
         checkpoints.save(step, state, {"name": "x"}, {"at": step})
     checkpoints.wait()
-    assert checkpoint.steps(tmp_path) == sorted(copies)
+    assert stored_checkpoint.steps(tmp_path) == sorted(copies)
     for step, expected in copies.items():
       restored, progress = checkpoints.restore(jax.eval_shape(_init), step)
       assert isinstance(restored, State) and progress == {"at": step}
       _assert_equal(_raw(restored), expected)
       assert jnp.array_equal(jax.random.normal(restored.key), jax.random.normal(jax.random.key(7)))
-  assert checkpoint.stored_config(tmp_path) == {"name": "x"}
-  step, parts = checkpoint.read(tmp_path, {"params": jax.eval_shape(_init).params})
+  assert stored_checkpoint.stored_config(tmp_path) == {"name": "x"}
+  step, parts = stored_checkpoint.read(tmp_path, {"params": jax.eval_shape(_init).params})
   assert step == 30 and list(parts) == ["params"]
   restored, expected = parts["params"], copies[30].params
   _assert_equal(_raw(restored["a"]), expected["a"])
@@ -88,10 +88,10 @@ def test_the_newest_are_kept(tmp_path):
     for step in (3, 5, 8, 9):
       checkpoints.save(step, state, {})
       checkpoints.save(step, state, {})  # again: nothing happens
-  assert checkpoint.steps(tmp_path) == [8, 9]
-  assert checkpoint.newest(tmp_path) == 9
-  assert checkpoint.size_bytes(tmp_path, 9) > 0
-  assert checkpoint.newest(tmp_path / "missing") is None
+  assert stored_checkpoint.steps(tmp_path) == [8, 9]
+  assert stored_checkpoint.newest(tmp_path) == 9
+  assert stored_checkpoint.size_bytes(tmp_path, 9) > 0
+  assert stored_checkpoint.newest(tmp_path / "missing") is None
 
 
 def test_remains_of_a_cut_off_save_are_not_taken_for_a_checkpoint(tmp_path):
@@ -102,11 +102,11 @@ def test_remains_of_a_cut_off_save_are_not_taken_for_a_checkpoint(tmp_path):
   (half / "state.orbax-checkpoint-tmp").mkdir(parents=True)
   (half / "_CHECKPOINT_METADATA").write_text(
       (tmp_path / "4/_CHECKPOINT_METADATA").read_text().replace("commit_timestamp_nsecs", "nothing"))
-  assert checkpoint.newest(tmp_path) == 4
+  assert stored_checkpoint.newest(tmp_path) == 4
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.newest() == 4
     checkpoints.save(8, state, {})
-  assert checkpoint.steps(tmp_path) == [4, 8]
+  assert stored_checkpoint.steps(tmp_path) == [4, 8]
 
 
 def test_fingerprint_depends_on_every_bit_and_on_nothing_else(tmp_path):
@@ -149,7 +149,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
   with pytest.raises(UserError, match="cannot be read"):
     fingerprint.of_checkpoint(tmp_path)
   with pytest.raises(UserError, match="no checkpoint in"):
-    checkpoint.read(tmp_path / "empty", {"params": abstract.params})
+    stored_checkpoint.read(tmp_path / "empty", {"params": abstract.params})
 
 
 def test_restored_on_other_meshes(tmp_path):
@@ -163,7 +163,7 @@ import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[2])
 import test_checkpoint as t
-from aurora_jax.training import checkpoint
+from aurora_jax.training import checkpoint, stored_checkpoint
 def abstract(mesh, spec):
   def place(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,

@@ -14,7 +14,7 @@ from aurora_jax.cli import main
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
 from aurora_jax.models import generator as generator_lib
-from aurora_jax.training import checkpoint, exchange, fingerprint, run_folder
+from aurora_jax.training import checkpoint, exchange, fingerprint, run_folder, stored_checkpoint
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 WEIGHTS = GOLDENS / "tiny16.state_dict.safetensors"
@@ -45,7 +45,7 @@ def parts_of(folder, *parts):
   experiment = run_folder.RunFolder(folder).experiment()
   variables = generator_lib.abstract_variables(experiment.generator)
   abstract = {"generator": variables["params"], "ema": variables["params"], "buffers": variables["buffers"]}
-  return checkpoint.read(pathlib.Path(folder) / "checkpoints", {part: abstract[part] for part in parts})[1]
+  return stored_checkpoint.read(pathlib.Path(folder) / "checkpoints", {part: abstract[part] for part in parts})[1]
 
 
 def assert_same(first, second):
@@ -61,7 +61,7 @@ def test_safetensors_to_ours_and_back(tmp_path, state_dict, capsys):
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
   experiment = config.from_json((run / "config.json").read_text())
   assert (experiment.text.clip, experiment.generator.text_attention) == ("some/clip", "independent")
-  assert checkpoint.only_parts(run / "checkpoints") == ["buffers", "ema", "generator"]
+  assert stored_checkpoint.only_parts(run / "checkpoints") == ["buffers", "ema", "generator"]
   variables = aurora_torch.import_generator(state_dict, experiment.generator)
   parts = parts_of(run, "ema", "generator", "buffers")
   for part in ("ema", "generator"):

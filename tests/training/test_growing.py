@@ -14,7 +14,7 @@ from aurora_jax import config
 from aurora_jax.data import build, loader, sources
 from aurora_jax.models import discriminator, growth
 from aurora_jax.ops import frechet
-from aurora_jax.training import checkpoint, loop, setup
+from aurora_jax.training import loop, setup, stored_checkpoint
 from aurora_jax.training import fingerprint as fingerprint_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -76,7 +76,7 @@ def states(whole):
   first = run.init()
   found = {0: {name: getattr(first, name) for name in parts}}
   for step in (2, 4, 6):
-    found[step] = checkpoint.read(folder / "checkpoints", abstract, step)[1]
+    found[step] = stored_checkpoint.read(folder / "checkpoints", abstract, step)[1]
   return jax.tree.map(np.asarray, found)
 
 
@@ -115,7 +115,7 @@ def test_resumed_across_a_change_of_stage_equals_uninterrupted(home, whole, stop
   assert loop.run(dataclasses.replace(whole[1], experiment=experiment(home, stop)), folder).step == stop
   assert loop.run(whole[1], folder).reason == loop.DONE
   assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(whole[0] / "checkpoints")
-  stored = [checkpoint.stored_progress(path / "checkpoints", 6)["schedule"] for path in (folder, whole[0])]
+  stored = [stored_checkpoint.stored_progress(path / "checkpoints", 6)["schedule"] for path in (folder, whole[0])]
   assert stored[0] == stored[1]
   assert [(stage["resolution"], stage["step"], stage["reason"]) for stage in stored[0]["stages"]] == [
       (4, 0, "start"), (8, 2, "cap"), (16, 4, "cap")]

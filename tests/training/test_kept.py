@@ -8,7 +8,7 @@ import pytest
 
 from aurora_jax.cli import main
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint, kept, run_folder
+from aurora_jax.training import kept, run_folder, stored_checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy  # pylint: disable=wrong-import-position
@@ -54,7 +54,7 @@ def test_a_run_keeps_them_and_inspect_says_why(tmp_path, capsys):
     file.write(json.dumps({"kind": "judge", "step": 4, "seconds": 0.0, "judge": 0.6}) + "\n")
   toy.run(tmp_path, **keep, **{"train.total_steps": 16})
   folder = run_folder.RunFolder(tmp_path)
-  assert checkpoint.steps(folder.checkpoints) == [2, 6, 12, 14, 16]
+  assert stored_checkpoint.steps(folder.checkpoints) == [2, 6, 12, 14, 16]
   assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["12", "14", "16", "2", "6"]  # nothing else is left
   assert main.main(["inspect", str(tmp_path)]) == 0
   said = " ".join(capsys.readouterr().out.split())
@@ -62,7 +62,7 @@ def test_a_run_keeps_them_and_inspect_says_why(tmp_path, capsys):
     assert words in said, said
   # What was not kept before cannot come back, and what is no longer wanted goes with the next save.
   toy.run(tmp_path, **keep | {"train.total_steps": 18, "train.keep_checkpoints": 1, "train.keep_best": "lower:jugde"})
-  assert checkpoint.steps(folder.checkpoints) == [6, 12, 18]
+  assert stored_checkpoint.steps(folder.checkpoints) == [6, 12, 18]
   assert main.main(["inspect", str(tmp_path)]) == 0
   assert "has train.keep_best's metric jugde" in capsys.readouterr().out
 
@@ -83,6 +83,6 @@ def test_removal_that_was_cut_off_is_finished_and_no_half_checkpoint_is_seen(tmp
   (checkpoints / ".removed").mkdir()
   (checkpoints / "4").rename(checkpoints / ".removed/4")
   (checkpoints / ".removed/4/_CHECKPOINT_METADATA").unlink()
-  assert checkpoint.steps(checkpoints) == [8]
+  assert stored_checkpoint.steps(checkpoints) == [8]
   toy.run(tmp_path)
   assert sorted(path.name for path in checkpoints.iterdir()) == ["12", "8"]

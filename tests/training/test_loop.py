@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import checkpoint, fingerprint, loop, metrics, run_folder
+from aurora_jax.training import fingerprint, loop, metrics, run_folder, stored_checkpoint
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy  # pylint: disable=wrong-import-position
@@ -72,7 +72,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_leaves_its_folder(uninterrupted, capsys):
   folder, toy_run = uninterrupted
   assert json.loads((folder / "config.json").read_text())["name"] == "toy"
-  assert checkpoint.steps(folder / "checkpoints") == [4, 8, 12]
+  assert stored_checkpoint.steps(folder / "checkpoints") == [4, 8, 12]
   assert list((folder / "tensorboard").glob("*tfevents*"))
   lines = metrics.read(folder / "metrics.jsonl")
   assert [(row["kind"], row["step"]) for row in lines if row["kind"] != "samples"] == [
@@ -103,7 +103,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, r
   _, outcome = toy.run(tmp_path, toy=first)
   assert outcome.reason == reason and outcome.status == 0
   assert 5 <= outcome.step < 9 and outcome.step % 4  # not a step at which it would have been saved anyway
-  assert checkpoint.newest(tmp_path / "checkpoints") == outcome.step
+  assert stored_checkpoint.newest(tmp_path / "checkpoints") == outcome.step
   said = capsys.readouterr().out
   assert f"stopped at step {outcome.step} of 12" in said and "the same command goes on" in said
 
@@ -136,14 +136,14 @@ def test_a_resumed_run_uses_the_programs_of_a_fresh_one(tmp_path):
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
   process = _start(tmp_path, "--set", "train.total_steps=100000", "--set", "train.log_every=1", "--delay", "0.4")
   _wait_for_step(tmp_path, 1, process)
-  before = checkpoint.newest(tmp_path / "checkpoints")
+  before = stored_checkpoint.newest(tmp_path / "checkpoints")
   process.send_signal(signal.SIGINT)
   time.sleep(0.1)
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130
   assert "stopped at once" in err and "Traceback" not in err
-  assert checkpoint.newest(tmp_path / "checkpoints") == before
+  assert stored_checkpoint.newest(tmp_path / "checkpoints") == before
 
 
 def test_max_seconds_stops_and_saves(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_max_seconds_stops_and_saves(tmp_path, capsys):
   toy_run = toy.Toy(toy.experiment(**settings), delay=0.02)
   _, outcome = toy.run(tmp_path, toy=toy_run, hooks=hooks)
   assert outcome.reason == loop.TIME and outcome.status == 0 and 0 < outcome.step < 100
-  assert checkpoint.newest(tmp_path / "checkpoints") == outcome.step
+  assert stored_checkpoint.newest(tmp_path / "checkpoints") == outcome.step
   assert drawn == [0, outcome.step]
   assert "train.max_seconds = 1 are over" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_nan_in_every_batch_stops_with_the_last_good_checkpoint_intact(tmp_path,
   assert "step 9 was skipped (5 in a row)" in error
   assert ("5 steps in a row were skipped up to step 9 (train.max_skipped_in_a_row=5); training stopped; the last "
           f"checkpoint, step 4, stands in {tmp_path}/checkpoints") in error
-  assert checkpoint.steps(tmp_path / "checkpoints") == [4]  # not of step 8, in the midst of the trouble
+  assert stored_checkpoint.steps(tmp_path / "checkpoints") == [4]  # not of step 8, in the midst of the trouble
   stop = metrics.read(tmp_path / "metrics.jsonl")[-1]
   assert (stop["reason"], stop["metric"], stop["value"]) == ("non-finite", "loss/g", "nan")
   toy.run(tmp_path / "four", **{"train.total_steps": 4})
@@ -238,7 +238,7 @@ def test_without_the_guard_nan_stops_at_once(tmp_path, capsys):
   assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 6)
   error = capsys.readouterr().err
   assert "is nan at step 6; training stopped; the last checkpoint, step 4, stands in" in error
-  assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+  assert stored_checkpoint.steps(tmp_path / "checkpoints") == [4]
 
 
 def test_warnings_are_said_and_written_once(tmp_path, capsys):
@@ -271,7 +271,7 @@ def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):
 
   _, outcome = toy.run(tmp_path, toy=Poisoned(toy.experiment()))
   assert outcome.reason == loop.NON_FINITE
-  assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+  assert stored_checkpoint.steps(tmp_path / "checkpoints") == [4]
   assert "state.ema['b'] is not finite at step 8" in capsys.readouterr().err
 
 

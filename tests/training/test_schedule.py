@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aurora_jax import config
-from aurora_jax.training import checkpoint, loop, metrics, schedule
+from aurora_jax.training import checkpoint, loop, metrics, schedule, stored_checkpoint
 from aurora_jax.training import fingerprint as fingerprint_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -137,7 +137,7 @@ def test_the_loop_goes_through_the_stages(whole):
   assert measured[4]["frechet_toy/8"] == pytest.approx(7.8) and measured[4]["frechet_toy/reference_8"] == 8.1
   assert {row["features"] for row in stages + measured} == {"toy features"}
   assert [row["resolution"] for row in _rows(folder, "train")] == [4, 8, 8, 64]  # of the window's last step
-  stored = checkpoint.stored_progress(folder / "checkpoints", 12)["schedule"]
+  stored = stored_checkpoint.stored_progress(folder / "checkpoints", 12)["schedule"]
   assert [(stage["resolution"], stage["step"]) for stage in stored["stages"]] == [(4, 0), (8, 3), (64, 9)]
   assert list((folder / "tensorboard").glob("*tfevents*"))[0].read_bytes().count(b"frechet_toy/8") == 3
 
@@ -170,7 +170,7 @@ def _same_in_the_end(whole, folder):
   assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(whole[0] / "checkpoints")
   for kinds in (("train",), ("stage", "evaluation")):
     assert _rows(folder, *kinds) == _rows(whole[0], *kinds)
-  stored = lambda path: checkpoint.stored_progress(path / "checkpoints", 12)["schedule"]
+  stored = lambda path: stored_checkpoint.stored_progress(path / "checkpoints", 12)["schedule"]
   assert stored(folder) == stored(whole[0])
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from aurora_jax.cli import main
 from aurora_jax.data import build, loader, schema, sources, tfrecords
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.training import checkpoint, loop, metrics, run_folder, skipped
+from aurora_jax.training import loop, metrics, run_folder, skipped, stored_checkpoint
 from aurora_jax.training import fingerprint as fingerprint_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -194,7 +194,7 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
   trained, outcome = train(tmp_path / "run", dataset, **limit)
   assert (outcome.reason, outcome.status) == (loop.DAMAGED_DATA, 2) and 0 < outcome.step < 12
   assert len(trained.seen) == outcome.step + 1  # The batch that was too much is not trained on.
-  assert checkpoint.newest(tmp_path / "run/checkpoints") == outcome.step
+  assert stored_checkpoint.newest(tmp_path / "run/checkpoints") == outcome.step
   count = len(listed(tmp_path / "run"))
   assert 8 < count <= len(faults)
   line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -230,7 +230,7 @@ def test_data_that_are_gone_stop_the_run(data, tmp_path, capsys):
       dataset, resolution=4, batch_size=8, seed=0, start_step=start, workers=0, prefetch=1, cache_bytes=0))
   _, outcome = toy.run(tmp_path / "run", toy=trained)
   assert (outcome.reason, outcome.status) == (loop.DAMAGED_DATA, 2) and 3 <= outcome.step < 12
-  assert checkpoint.newest(tmp_path / "run/checkpoints") == outcome.step
+  assert stored_checkpoint.newest(tmp_path / "run/checkpoints") == outcome.step
   line = capsys.readouterr().err.strip().splitlines()[-1]
   assert "no record of data set" in line and "is cut off: 0 of" in line and f"stopped at step {outcome.step};" in line
   assert len(listed(tmp_path / "run")) == RECORDS
