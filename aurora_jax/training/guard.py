@@ -82,9 +82,9 @@ class Guard:
                if name.startswith(("loss/", "grad_norm/")) and not isinstance(value, Squares)]
     return jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in watched])).all()
 
-  def keep(self, ok, new, old):
-    """`new` where all is well, else `old`, leaf by leaf and bit by bit."""
-    return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+  def keeper(self, ok):
+    """(new array, old array) -> the new one where all is well, else the old one, bit by bit."""
+    return functools.partial(jnp.where, ok)
 
   def verdict(self, name, ok):
     """The metric that says so: `SKIPPED` or `SKIPPED_R1`."""
@@ -103,8 +103,8 @@ class NoGuard:
   def healthy(self, metrics):
     return True
 
-  def keep(self, ok, new, old):
-    return new
+  def keeper(self, ok):
+    return lambda new, old: new
 
   def verdict(self, name, ok):
     return {}

@@ -46,6 +46,11 @@ class RmsState(NamedTuple):
   nu: Any
 
 
+def _keep_new(new, old):
+  del old
+  return new
+
+
 def _decays(path):
   """Attention matrices only (GigaGAN A2), not the feed-forward layers and routers beside them."""
   names = [str(getattr(entry, "key", entry)) for entry in path]
@@ -69,7 +74,7 @@ def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
     resolution: of the present stage; without stages it is not looked at.
 
   Returns:
-    `optax.GradientTransformation` whose updates are the direction of ascent.
+    `optax.GradientTransformationExtraArgs` whose updates are the direction of ascent; `keep` is as of `update`.
   """
   stages = schedule.resolutions
 
@@ -79,13 +84,14 @@ def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
   def init(params):
     return RmsState(jnp.zeros((len(stages),) if stages else (), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-  def rescale(gradients, state, params=None):
+  def rescale(gradients, state, params=None, keep=_keep_new):
     del params
     running = np.asarray([reached <= resolution for reached in stages], np.int32) if stages else np.int32(1)
-    count = state.count + running
+    count = keep(state.count + running, state.count)
     averaged = lambda gradient, nu: beta2 * nu + (1 - beta2) * jnp.square(gradient)
     nu = jax.tree_util.tree_map_with_path(
-        lambda path, gradient, nu: averaged(gradient, nu) if in_use(path) else nu, gradients, state.nu)
+        lambda path, gradient, nu: keep(averaged(gradient, nu), nu) if in_use(path) else nu, gradients,
+        state.nu)
 
     def divide(path, gradient, nu):
       if not in_use(path):
@@ -95,7 +101,7 @@ def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
 
     return jax.tree_util.tree_map_with_path(divide, gradients, nu), RmsState(count, nu)
 
-  parts = [optax.GradientTransformation(init, rescale)]
+  parts = [optax.GradientTransformationExtraArgs(init, rescale)]
   if cfg.attention_weight_decay:
     mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _decays(path) and in_use(path), params)
     parts.append(optax.add_decayed_weights(cfg.attention_weight_decay, mask))
@@ -113,13 +119,25 @@ def learning_rate_factor(cfg, step, total_steps):
   return warm * (floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
 
-def update(cfg, optimizer, gradients, opt_state, params, learning_rate):
-  """One optimiser step; biases at their own fraction of the learning rate. Returns (params, opt_state)."""
-  updates, opt_state = optimizer.update(gradients, opt_state, params)
+def update(cfg, optimizer, gradients, opt_state, params, learning_rate, keep=_keep_new):
+  """One optimiser step; biases at their own fraction of the learning rate.
+
+  Args:
+    cfg: `config.Optimizer`.
+    optimizer: of `adam`.
+    gradients, opt_state, params: trees.
+    learning_rate: scalar.
+    keep: (new array, old array) -> the one to have, the same choice for all. Each array is chosen where it is made and
+      the next is made of it: one pass over memory. Chosen at the end, all second moments would be there twice.
+
+  Returns:
+    (params, opt_state).
+  """
+  updates, opt_state = optimizer.update(gradients, opt_state, params, keep=keep)
 
   def move(path, param, step):
     rate = learning_rate * (cfg.bias_lr_factor if path[-1].key == "bias" else 1.0)
-    return param - rate * step.astype(param.dtype)
+    return keep(param - rate * step.astype(param.dtype), param)
 
   return jax.tree_util.tree_map_with_path(move, params, updates), opt_state
 

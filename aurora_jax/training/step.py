@@ -258,8 +258,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text)
     metrics |= guard.norms("grad_norm/d", gradient) | guard.pictures(image, pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
-    updated = state_lib.update(opt_cfg, d_adam, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step))
-    params, opt = guard.keep(healthy, updated, (params, opt))
+    params, opt = state_lib.update(opt_cfg, d_adam, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step),
+                                   guard.keeper(healthy))
     return params, opt, healthy, metrics
 
   def judge_images(d_params, step, frozen, pyramid, text, index, healthy):
@@ -278,13 +278,13 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     metrics = {"loss/moe": moe_loss, "learning_rate": rate} | guard.norms("grad_norm/g", gradient)
     healthy &= guard.healthy(metrics)
     metrics |= guard.verdict(guard_lib.SKIPPED, healthy)
-    # Each array is selected where it is made, and the next is made of it: one pass over memory, as without a guard.
-    params, opt = guard.keep(healthy, state_lib.update(opt_cfg, g_adam, gradient, opt, params, rate), (params, opt))
+    keep = guard.keeper(healthy)
+    params, opt = state_lib.update(opt_cfg, g_adam, gradient, opt, params, rate, keep)
     decay = state_lib.ema_decay(opt_cfg, step, batch_size)
-    nearer = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
-    average = buffers["w_avg"] + (1 - opt_cfg.w_average_decay) * (w_mean - buffers["w_avg"])
-    ema, average = guard.keep(healthy, (nearer, average), (ema, buffers["w_avg"]))
-    return params, opt, ema, {**buffers, "w_avg": average}, step + 1, metrics
+    nearer = lambda average, value, decay: keep(average + (1 - decay) * (value - average), average)
+    ema = jax.tree.map(lambda average, value: nearer(average, value, decay), ema, params)
+    w_average = nearer(buffers["w_avg"], w_mean, opt_cfg.w_average_decay)
+    return params, opt, ema, {**buffers, "w_avg": w_average}, step + 1, metrics
 
   def snapshot(*networks):
     return jax.tree.map(jnp.copy, networks)
@@ -308,8 +308,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     metrics = {"loss/r1": penalty} | guard.norms("grad_norm/r1", gradient)
     healthy = guard.healthy(metrics)
     params, opt = state_lib.update(opt_cfg, d_adam, gradient, state.discriminator_opt, state.discriminator,
-                                   opt_cfg.discriminator_lr * lazy * rate_factor(state.step))
-    params, opt = guard.keep(healthy, (params, opt), (state.discriminator, state.discriminator_opt))
+                                   opt_cfg.discriminator_lr * lazy * rate_factor(state.step), guard.keeper(healthy))
     metrics |= guard.verdict(guard_lib.SKIPPED_R1, healthy)
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 

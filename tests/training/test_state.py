@@ -1,5 +1,7 @@
 """Optimiser, schedule and averages against torch and by hand."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,24 @@ def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
     theirs.grad = torch.tensor(gradient)
     adam.step()
   np.testing.assert_allclose(params["a"]["weight"], theirs.detach().numpy(), rtol=1e-5)
+
+
+def test_an_update_that_may_be_left_out_is_bitwise_nothing_then_and_needs_no_memory():
+  cfg = config.Optimizer()
+  optimizer = state.adam(cfg, 0.99)
+  params = {name: {"weight": jnp.full(4096, value)} for name, value in (("a", 0.3), ("r8_block0_attention", -0.7))}
+
+  def step(params, opt_state, gradients, ok):
+    return state.update(cfg, optimizer, gradients, opt_state, params, 0.01, functools.partial(jnp.where, ok))
+
+  begin = params, optimizer.init(params)
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*begin, params, jnp.array(True)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4096  # not one array of second moments
+  first = jax.jit(step)(*begin, params, jnp.array(True))
+  expected = state.update(cfg, optimizer, params, begin[1], params, 0.01)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, expected)
+  spoilt = jax.tree.map(lambda leaf: leaf.at[5].set(jnp.nan), params)
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(step)(*first, spoilt, jnp.array(False)), first)
 
 
 def test_weight_decay_reaches_attention_matrices_only():

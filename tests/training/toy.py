@@ -83,7 +83,7 @@ def _step(state, batch, key, every_third, guarded):
   if every_third:
     metrics["r1"] = 2.0 * value
   discriminator = {"scale": state.discriminator["scale"] * 0.9 + value}
-  after = guard.keep(healthy, ToyState(state.step, params, discriminator, ema, opt), state)
+  after = jax.tree.map(guard.keeper(healthy), ToyState(state.step, params, discriminator, ema, opt), state)
   return after.replace(step=state.step + 1), metrics
 
 
