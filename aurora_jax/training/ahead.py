@@ -41,7 +41,7 @@ def generated(placed: placed_lib.Placed, frozen, batch, generate=None):
 
   The structure of the residuals is that of one trace: traced again, once JAX has forgotten it, they would not fit.
   """
-  shapes = placed.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
+  shapes = placed.programs.generate.eval_shape(*arguments(placed, GENERATE, frozen, batch))
   shaped = lambda leaf, sharding=None: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
   return jax.tree.map(shaped, shapes, *(() if generate is None else (generate.output_shardings,)))
 
@@ -81,7 +81,7 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, made=None):
 
 def trace(placed: placed_lib.Placed, name: str, frozen, batch, made=None) -> jax.stages.Traced:
   """A program, traced. Arguments as of `arguments`."""
-  return getattr(placed, name).trace(*arguments(placed, name, frozen, batch, made))
+  return getattr(placed.programs, name).trace(*arguments(placed, name, frozen, batch, made))
 
 
 def start(placed: placed_lib.Placed, names, frozen, batch):
@@ -93,7 +93,7 @@ def start(placed: placed_lib.Placed, names, frozen, batch):
     frozen, batch: arrays, or shapes with shardings.
 
   Returns:
-    A function that waits and returns `placed` with compiled programs, or raises what went wrong.
+    A function that waits and returns the placed `step.Programs`, these compiled, or raises what went wrong.
   """
   pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
   futures = {}
@@ -105,4 +105,4 @@ def start(placed: placed_lib.Placed, names, frozen, batch):
   for name in names:
     futures[name] = pool.submit(compiled, name)
   pool.shutdown(wait=False)
-  return lambda: placed._replace(**{name: future.result() for name, future in futures.items()})
+  return lambda: placed.programs._replace(**{name: future.result() for name, future in futures.items()})

@@ -3,7 +3,6 @@
 `train` runs them; whatever compiles "the training step" for another machine takes them from here too.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,34 +23,20 @@ class Placed(NamedTuple):
     layout: the mesh and what lies where.
     exchange: how tokens meet experts on it.
     abstract_state: shapes, dtypes and shardings of the TrainState.
-    init: key -> TrainState, pure and not jitted: `initial.first_state` compiles what it needs of it.
-    generate, discriminate, judge, learn: a step's programs, as of `step.Programs`. What is updated is donated. Frozen
-      and metrics are whole on every device, the batch's entries and the generated images lie along `layout.batch`; the
-      residuals lie wherever the compiler of `generate` puts them.
-    snapshot, moved: for a step that is measured.
-    r1_step: (state, frozen, batch) -> (state, metrics); the state given is donated.
+    programs: `step.Programs`, jitted but for `init`: `initial.first_state` compiles what it needs of it. What is updated
+      is donated. Frozen and metrics are whole on every device, the batch's entries and the generated images lie along
+      `layout.batch`; the residuals lie wherever the compiler of `generate` puts them.
   """
 
   layout: mesh_lib.Layout
   exchange: experts_lib.Exchange
   abstract_state: Any
-  init: Callable
-  generate: Callable
-  discriminate: Callable
-  judge: Callable
-  learn: Callable
-  snapshot: Callable
-  moved: Callable
-  r1_step: Callable
-
-  def step(self, state, frozen, batch, measure=False):
-    """As `step.run_step`; the state given is donated."""
-    return step_lib.run_step(self, state, frozen, batch, measure)
+  programs: step_lib.Programs
 
   @property
   def expert_ffn(self):
     """What a `Generator` that runs on this mesh is given to evaluate its experts."""
-    return self.exchange if self.layout.devices > 1 else moe.expert_ffn
+    return _expert_ffn(self.layout, self.exchange)
 
 
 def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_lib.Layout,
@@ -65,10 +50,10 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
     resolution: of the stage whose steps are wanted; None: the last, or there are no stages.
   """
   exchange = experts_lib.of_experiment(experiment, layout)
-  placed = Placed(layout, exchange, *[None] * 9)
-  programs = step_lib.build(experiment, clip, placed.expert_ffn, layout.gather)
+  expert_ffn = _expert_ffn(layout, exchange)
+  programs = step_lib.build(experiment, clip, expert_ffn, layout.gather)
   if resolution is not None:  # the state is the whole experiment's at every stage
-    at_stage = step_lib.build(config_lib.at_stage(experiment, resolution), clip, placed.expert_ffn, layout.gather)
+    at_stage = step_lib.build(config_lib.at_stage(experiment, resolution), clip, expert_ffn, layout.gather)
     programs = at_stage._replace(init=programs.init)
   abstract_state = layout.abstract(jax.eval_shape(programs.init, jax.random.key(0)))
   state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -83,8 +68,7 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
   left = step_lib.Generated(text=batch, pyramid=batch, w_mean=whole, moe_loss=whole, residuals=None, metrics=whole)
   generator = state.generator, state.generator_opt, state.ema, state.buffers, state.step
   networks = state.generator, state.discriminator
-  return placed._replace(
-      abstract_state=abstract_state, init=programs.init,
+  return Placed(layout, exchange, abstract_state, programs._replace(
       generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch), left, ()),
       discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch), (*discriminator, whole, whole),
                        (0, 1)),
@@ -92,4 +76,8 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
       learn=jit(programs.learn, (*generator, batch, whole, whole, None, whole), (*generator, whole), (0, 1, 2, 3, 4)),
       snapshot=jit(programs.snapshot, networks, networks, ()),
       moved=jit(programs.moved, (networks, *networks), whole, ()),
-      r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,)))
+      r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,))))
+
+
+def _expert_ffn(layout, exchange):
+  return exchange if layout.devices > 1 else moe.expert_ffn

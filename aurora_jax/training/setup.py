@@ -91,7 +91,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
 
   def init():
     key = jax.random.key(experiment.train.seed)
-    state, origin = initial.first_state(experiment, placed.init, key, placed.abstract_state)
+    state, origin = initial.first_state(experiment, placed.programs.init, key, placed.abstract_state)
     if origin and hosts.is_first():
       print(origin, flush=True)
     return state
@@ -128,7 +128,8 @@ def _stepper(experiment, clip, placed, frozen):
 
   def step(number, state, batch):
     programs = begin()()
-    state, metrics = programs.step(state, frozen, batch, measure=train.guard and (number + 1) % train.log_every == 0)
+    measure = train.guard and (number + 1) % train.log_every == 0
+    state, metrics = step_lib.run_step(programs, state, frozen, batch, measure)
     if interval and number % interval == 0:
       state, more = programs.r1_step(state, frozen, batch)
       metrics |= more

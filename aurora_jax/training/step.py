@@ -94,8 +94,8 @@ def run_step(programs, state, frozen, batch, measure=False):
   """Runs a step's programs: (state, frozen, batch) -> (state, metrics).
 
   Args:
-    programs: anything that has them as attributes, jitted, compiled or neither.
-    state: `TrainState`.
+    programs: `Programs`, jitted, compiled or neither.
+    state: `TrainState`; donated, where the programs do that.
     frozen: `Frozen`.
     batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `index` [B] int32.
     measure: whether to measure the updates too (`moved`); takes a copy of both networks for the time.

@@ -22,7 +22,8 @@ from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
 from aurora_jax.ops import moe
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import mesh as mesh_lib
-from aurora_jax.training import ahead, checkpoint, placed
+from aurora_jax.training import ahead, checkpoint
+from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import step as step_lib
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
@@ -83,14 +84,14 @@ def inputs():
 @functools.cache
 def on_one_device():
   layout = mesh_lib.build(experiment(), jax.devices()[:1])
-  return placed.place(experiment(), clip_module(), layout)
+  return placed_lib.place(experiment(), clip_module(), layout)
 
 
 @functools.cache
 def first_state(routing):
   """A state in which nothing is zero. Routing "spread": every image's tokens go to many experts, which `overflowing`
   makes sure of; "all to one": every token's favourite is the same expert."""
-  state = to_host(jax.jit(on_one_device().init)(jax.random.key(0)))
+  state = to_host(jax.jit(on_one_device().programs.init)(jax.random.key(0)))
 
   def stir(path, leaf):
     key = jax.random.fold_in(jax.random.key(2), hash_of(path))
@@ -112,15 +113,15 @@ def hash_of(path):
   return sum(ord(letter) * (i + 1) for i, letter in enumerate(jax.tree_util.keystr(path))) % 2**31
 
 
-def one_step(programs, routing):
+def one_step(placed, routing):
   """A step and then R1. Returns (state, metrics) on the host."""
-  layout = programs.layout
+  layout = placed.layout
   frozen, batch = inputs()
   state = jax.tree.map(lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), first_state(routing),
-                       programs.abstract_state)
+                       placed.abstract_state)
   frozen, batch = jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch)
-  state, metrics = programs.step(state, frozen, batch, measure=True)
-  state, more = programs.r1_step(state, frozen, batch)
+  state, metrics = step_lib.run_step(placed.programs, state, frozen, batch, measure=True)
+  state, more = placed.programs.r1_step(state, frozen, batch)
   return state, to_host(metrics | more)
 
 
@@ -240,17 +241,17 @@ EVERY = [(*mesh, fsdp, mode) for mesh in MESHES for fsdp in (False, True) for mo
 @functools.cache
 def on_mesh(*case):
   wanted = experiment(*case)
-  return placed.place(wanted, clip_module(), mesh_lib.build(wanted))
+  return placed_lib.place(wanted, clip_module(), mesh_lib.build(wanted))
 
 
 @pytest.mark.parametrize("case", EVERY if os.environ.get("ALL_MESHES") else CHOSEN, ids=str)
 def test_a_training_step_equals_the_single_device_step(case):
-  programs = on_mesh(*case)
+  placed = on_mesh(*case)
   for (routing, _), overflows in overflowing(case[1]).items() if 1 < case[1] else ():
     assert overflows == (routing == "all to one" and case[1] > 3)  # both ways through the bounded exchange are gone
   for routing in ("spread", "all to one"):
-    state, metrics = one_step(programs, routing)
-    for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(programs.abstract_state), strict=True):
+    state, metrics = one_step(placed, routing)
+    for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(placed.abstract_state), strict=True):
       assert leaf.sharding == abstract.sharding
     found = differences(reference(routing), (to_host(state), metrics))
     print(case, routing, *found[:6], sep="\n  ")
@@ -263,10 +264,10 @@ def test_gathered_parameters_do_not_cross_from_program_to_program():
   for fsdp in (False, True):
     wanted = experiment(2, 4, fsdp, "tokens")
     wanted = dataclasses.replace(wanted, generator=dataclasses.replace(wanted.generator, remat=True))
-    programs = placed.place(wanted, clip_module(), mesh_lib.build(wanted))
-    made = programs.generate.eval_shape(*ahead.arguments(programs, ahead.GENERATE, *inputs()))
+    placed = placed_lib.place(wanted, clip_module(), mesh_lib.build(wanted))
+    made = placed.programs.generate.eval_shape(*ahead.arguments(placed, ahead.GENERATE, *inputs()))
     crossing[fsdp] = sorted(leaf.shape for leaf in made.residuals.computed)
-  large = {leaf.shape for leaf in jax.tree.leaves(programs.abstract_state.generator) if leaf.size >= mesh_lib.SMALL}
+  large = {leaf.shape for leaf in jax.tree.leaves(placed.abstract_state.generator) if leaf.size >= mesh_lib.SMALL}
   assert crossing[True] == crossing[False] and not large & set(crossing[True])
 
 
@@ -274,9 +275,10 @@ def test_a_run_moves_between_meshes(tmp_path):
   """Saved on 8 x 1, restored on 2 x 4 (cut otherwise) and on one device: the same bits, and the next step's losses."""
   frozen, batch = inputs()
 
-  def next_step(programs, state):
-    layout = programs.layout
-    _, metrics = programs.step(state, jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch))
+  def next_step(placed, state):
+    layout = placed.layout
+    _, metrics = step_lib.run_step(placed.programs, state, jax.device_put(frozen, layout.replicated),
+                                   jax.device_put(batch, layout.batch))
     return to_host({name: value for name, value in metrics.items() if name.startswith("loss/")})
 
   wanted, whole = experiment(*CHOSEN[1]), on_mesh(*CHOSEN[1])
@@ -289,11 +291,11 @@ def test_a_run_moves_between_meshes(tmp_path):
     expected = next_step(whole, state)  # the uninterrupted run goes on while the files are written
     checkpoints.wait()
     assert len(expected) > 4
-    for programs in (on_one_device(), on_mesh(*CHOSEN[0])):
-      restored, _ = checkpoints.restore(programs.abstract_state)
-      trees = saved, restored, programs.abstract_state
+    for placed in (on_one_device(), on_mesh(*CHOSEN[0])):
+      restored, _ = checkpoints.restore(placed.abstract_state)
+      trees = saved, restored, placed.abstract_state
       for before, after, a in zip(*map(jax.tree.leaves, trees), strict=True):
         assert after.sharding == a.sharding
         np.testing.assert_array_equal(before, after)
-      for name, value in next_step(programs, restored).items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=f"{programs.layout.mesh.shape} {name}")
+      for name, value in next_step(placed, restored).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=f"{placed.layout.mesh.shape} {name}")

@@ -41,10 +41,10 @@ def system():
   batch = jax.device_put({"image": image, "tokens": tokens, "index": jnp.arange(4)}, layout.batch)
   programs = ahead.start(placed, ahead.programs(experiment), frozen, batch)()
   shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
-  first = jax.jit(placed.init, out_shardings=shardings)(jax.random.key(0))
+  first = jax.jit(programs.init, out_shardings=shardings)(jax.random.key(0))
   kept = lambda run: lambda state, *rest, **how: run(jax.tree.map(jnp.copy, state), *rest, **how)
-  return types.SimpleNamespace(experiment=experiment, frozen=frozen, batch=batch, first=first, programs=programs,
-                               step=kept(programs.step), r1_step=kept(programs.r1_step))
+  return types.SimpleNamespace(experiment=experiment, layout=layout, frozen=frozen, batch=batch, first=first, programs=programs,
+                               step=kept(functools.partial(step_lib.run_step, programs)), r1_step=kept(programs.r1_step))
 
 
 @pytest.mark.parametrize("name,group", [
@@ -274,7 +274,7 @@ def test_the_same_step_is_the_same_bit_by_bit_and_the_next_one_draws_anew(system
 def test_generator_descends_on_its_own_loss(system):
   """Many steps of the generator against a discriminator that stays as it is lower its adversarial and its CLIP loss."""
   programs, batch, state, losses = system.programs, system.batch, jax.tree.map(jnp.copy, system.first), []
-  healthy = jax.device_put(True, programs.layout.replicated)
+  healthy = jax.device_put(True, system.layout.replicated)
   for _ in range(40):
     made = programs.generate(state.generator, state.buffers, state.step, system.frozen.clip, batch["tokens"])
     cotangent, _, metrics = programs.judge(state.discriminator, state.step, system.frozen, made.pyramid, made.text,
