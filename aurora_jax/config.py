@@ -69,9 +69,6 @@ class Generator:
   attention_residual_gain: float = 0.3
   zero_init_attention: bool = True
   fourier_input: bool = True  # released; False: a trained constant (StyleGAN2, GigaGAN)
-  # Cycles per image of its highest frequency. Released: 1, of which the 16 pixels of the input hardly tell each other
-  # apart (condition number 400); 2, what 4x4 pixels can hold, gives them all the same say (6). A buffer once made.
-  fourier_bandwidth: float = 1.0
   tied_attention: bool = False  # queries and keys of self-attention are one projection (GigaGAN; released: apart)
   w_token: bool = False  # w, projected, is one more token that cross-attention sees (GigaGAN; released: not)
   deformable_max_resolution: int = 16  # modulated transformation module (MTM) up to here; 0 turns it off
@@ -109,7 +106,6 @@ class Generator:
              f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}")
     _require(self.text_dim % self.text_heads == 0,
              f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
-    _require(self.fourier_bandwidth > 0, f"generator.fourier_bandwidth must be positive, got {self.fourier_bandwidth}")
     _require(self.compute_dtype in ("float32", "bfloat16"),
              f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
 

@@ -7,7 +7,6 @@ w. Every resolution adds its RGB to the upsampled image below.
   B batch, r resolution, N tokens (r * r, or text), D width, E experts, W width of w
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -40,13 +39,9 @@ class GeneratorOutput(NamedTuple):
 
 
 class FourierInput(nn.Module):
-  """Fixed Fourier features, rotated and shifted by w, and a trainable mix (StyleGAN3's input). w [B, W] -> [B, 4, 4, C].
-
-  `bandwidth`: the highest frequency, in cycles per image.
-  """
+  """Fixed Fourier features, rotated and shifted by w, and a trainable mix (StyleGAN3's input). w [B, W] -> [B, 4, 4, C]."""
 
   channels: int
-  bandwidth: float
   size: int = 4
 
   @nn.compact
@@ -56,7 +51,7 @@ class FourierInput(nn.Module):
     def frequencies(key):
       freqs = jax.random.normal(key, (channels, 2))
       radii = jnp.linalg.norm(freqs, axis=1, keepdims=True)
-      return self.bandwidth * freqs / (radii * jnp.exp(jnp.square(radii)) ** 0.25)
+      return freqs / (radii * jnp.exp(jnp.square(radii)) ** 0.25)
 
     key = self.make_rng("params") if self.is_initializing() else None
     freqs = self.variable("buffers", "freqs", lambda: frequencies(key)).value  # [C, 2]
@@ -262,7 +257,7 @@ class Synthesis(nn.Module):
       deformable = r <= cfg.deformable_max_resolution
       for i in range(cfg.blocks[r]):
         if r == 4 and i == 0:
-          first = functools.partial(FourierInput, bandwidth=cfg.fourier_bandwidth) if cfg.fourier_input else ConstantInput
+          first = FourierInput if cfg.fourier_input else ConstantInput
           x = first(cfg.channels(2), name="input")(w).astype(dtype)
           x = layers.ModulatedConv(features, kernels=kernels, deformable=deformable, name="r4_block0_conv")(x, w)
         else:
