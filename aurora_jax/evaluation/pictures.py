@@ -143,45 +143,6 @@ def _check(images, captions, dimensions):
   return images
 
 
-def captioned_grid(images, captions, columns=None, scale=None, text_size=12):
-  """Pictures on cards, each with its caption below.
-
-  Args:
-    images: [n, R, R, 3], float in [-1, 1] or uint8.
-    captions: n strings.
-    columns: int; None takes a number that makes the grid a little wider than high.
-    scale: int, the factor of enlargement; None takes `default_scale`.
-    text_size: int, pixels.
-
-  Returns:
-    A PIL picture.
-  """
-  images = _check(images, captions, 4)
-  scale = scale or default_scale(images.shape[2])
-  columns = min(columns or max(1, int(np.ceil(np.sqrt(len(images) * 1.3)))), len(images))
-  rows = -(-len(images) // columns)
-  height, width = images.shape[1] * scale, images.shape[2] * scale
-  font, line = typeface(text_size), _line_height(text_size)
-  lines = [wrap_caption(caption, font, width + _PADDING) for caption in captions]
-  # A row whose captions all fit on one line is one line lower.
-  row_lines = [max(len(l) for l in lines[row * columns:(row + 1) * columns]) for row in range(rows)]
-  card_width = width + 2 * _PADDING
-  card_heights = [height + 2 * _PADDING + (4 + n * line if n else 0) for n in row_lines]
-  page = Image.new("RGB", (columns * (card_width + _GAP) + _GAP, sum(card_heights) + (rows + 1) * _GAP), _PAGE)
-  draw = ImageDraw.Draw(page)
-  top = _GAP
-  for row, card_height in enumerate(card_heights):
-    for column in range(min(columns, len(images) - row * columns)):
-      index = row * columns + column
-      left = _GAP + column * (card_width + _GAP)
-      page.paste(_card(card_width, card_height), (left, top))
-      page.paste(enlarge(images[index], scale), (left + _PADDING, top + _PADDING))
-      for n, words in enumerate(lines[index]):
-        draw.text((left + card_width / 2, top + _PADDING + height + 4 + n * line), words, INK, font, anchor="ma")
-    top += card_height + _GAP
-  return page
-
-
 def captioned_rows(images, captions, scale=None, text_size=13, columns=1, title=""):
   """One card per prompt: the caption on the left, the pictures of its latents beside it.
 
