@@ -13,9 +13,9 @@ from aurora_jax.evaluation import interpolation
 from aurora_jax.evaluation import sampling
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import generator as generator_lib
-from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import run_folder
 from aurora_jax.training import schedule
+from aurora_jax.training import stored_checkpoint
 
 # CLIP reads at most 77 tokens; a text this long is a mistake (a file's content in place of its name, say).
 LONGEST_PROMPT = 1000

@@ -12,8 +12,8 @@ from it alone, so a resumed run decides as an uninterrupted one. How a distance 
 import dataclasses
 
 from aurora_jax import config as config_lib
-from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import initial
+from aurora_jax.training import stored_checkpoint
 
 # Why a stage began.
 START, BEATEN, CAP = "start", "reference beaten", "cap"

@@ -46,11 +46,6 @@ class RmsState(NamedTuple):
   nu: Any
 
 
-def _keep_new(new, old):
-  del old
-  return new
-
-
 def _decays(path):
   """Attention matrices only (GigaGAN A2), not the feed-forward layers and routers beside them."""
   names = [str(getattr(entry, "key", entry)) for entry in path]
@@ -84,14 +79,13 @@ def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
   def init(params):
     return RmsState(jnp.zeros((len(stages),) if stages else (), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-  def rescale(gradients, state, params=None, keep=_keep_new):
+  def rescale(gradients, state, params=None, *, keep):
     del params
     running = np.asarray([reached <= resolution for reached in stages], np.int32) if stages else np.int32(1)
     count = keep(state.count + running, state.count)
     averaged = lambda gradient, nu: beta2 * nu + (1 - beta2) * jnp.square(gradient)
     nu = jax.tree_util.tree_map_with_path(
-        lambda path, gradient, nu: keep(averaged(gradient, nu), nu) if in_use(path) else nu, gradients,
-        state.nu)
+        lambda path, gradient, nu: keep(averaged(gradient, nu), nu) if in_use(path) else nu, gradients, state.nu)
 
     def divide(path, gradient, nu):
       if not in_use(path):
@@ -119,7 +113,7 @@ def learning_rate_factor(cfg, step, total_steps):
   return warm * (floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
 
 
-def update(cfg, optimizer, gradients, opt_state, params, learning_rate, keep=_keep_new):
+def update(cfg, optimizer, gradients, opt_state, params, learning_rate, keep=lambda new, old: new):
   """One optimiser step; biases at their own fraction of the learning rate.
 
   Args:
