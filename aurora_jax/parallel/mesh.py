@@ -6,7 +6,7 @@ and a layer of 8 experts lies along (expert0, expert1), repeated along expert2.
 
 The batch lies along all axes, so no device idles outside the layers with experts. Experts lie along their run of
 sub-axes, with their optimiser state and average. All other parameters ("dense") are on every device, or with `fsdp` cut
-along `data` where they are stored and gathered where they are used.
+over as many devices as divide them where they are stored, and gathered where they are used.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Rules:
   Attributes:
     batch: samples, and the tokens of samples in their order.
     experts: the leading axis of stacked experts.
-    dense: the largest axis that divides, of an array without experts; () leaves such arrays whole.
+    dense: one axis of an array without experts, see `Layout.parameter`; () leaves such arrays whole.
   """
 
   batch: tuple[str, ...] = (DATA, EXPERT)
@@ -165,6 +165,13 @@ class Layout:
     first, last = longest_run([self.mesh.shape[axis] for axis in axes], count)
     return tuple(axis for axis in axes[first:last] if self.mesh.shape[axis] > 1)
 
+  def dense_axes(self, shape):
+    """The mesh axes along which an array without experts is cut: the most, `data` first, that divide one of its axes."""
+    axes = self.rules.dense
+    fitting = [axes[:last] for last in range(1, len(axes) + 1)
+               if self.size(axes[:last]) > 1 and any(size % self.size(axes[:last]) == 0 for size in shape)]
+    return fitting[-1] if fitting else ()
+
   def parameter(self, path, shape):
     """Where a parameter, or its entry in an optimiser state or an average, is stored.
 
@@ -175,14 +182,13 @@ class Layout:
     Returns:
       NamedSharding.
     """
-    if is_expert(path) and (axes := self.expert_axes(shape[0])):
+    if axes := self._axes_of_experts(path, shape):
       return NamedSharding(self.mesh, dataclasses.replace(self.rules, experts=axes).spec("experts"))
-    pieces = self.size(self.rules.dense)
-    fitting = [size for size in shape if size % pieces == 0]
-    if pieces == 1 or math.prod(shape) < SMALL or not fitting:
+    axes = () if math.prod(shape) < SMALL else self.dense_axes(shape)
+    if not axes:
       return self.replicated
-    axis = shape.index(max(fitting))
-    return NamedSharding(self.mesh, self.rules.spec(*[None] * axis, "dense"))
+    axis = shape.index(max(size for size in shape if size % self.size(axes) == 0))
+    return NamedSharding(self.mesh, dataclasses.replace(self.rules, dense=axes).spec(*[None] * axis, "dense"))
 
   def state(self, tree):
     """The sharding of every leaf of a training state, or of any part of one."""
@@ -200,14 +206,14 @@ class Layout:
     """
     def whole(path, leaf):
       stored = self.parameter(path, leaf.shape)
-      if stored.is_fully_replicated or not self._is_dense(stored):
+      if stored.is_fully_replicated or self._axes_of_experts(path, leaf.shape):
         return leaf
       return _gathered(leaf, stored, self.replicated)
     return jax.tree_util.tree_map_with_path(whole, parameters)
 
-  def _is_dense(self, sharding):
-    axes = {axis for entry in sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-    return axes <= set(self.rules.dense)
+  def _axes_of_experts(self, path, shape):
+    """The mesh axes along which the experts stacked in this parameter lie; () for a dense one."""
+    return self.expert_axes(shape[0]) if is_expert(path) else ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -271,5 +277,4 @@ def build(experiment: config_lib.Experiment, devices: Any = None) -> Layout:
   types = (AxisType.Auto,) * len(sizes)
   mesh = (AbstractMesh(sizes, names, axis_types=types) if abstract
           else jax.make_mesh(sizes, names, axis_types=types, devices=devices))
-  dense = (DATA,) if experiment.mesh.fsdp else ()
-  return Layout(mesh, Rules(batch=names, experts=names[1:], dense=dense))
+  return Layout(mesh, Rules(batch=names, experts=names[1:], dense=names if experiment.mesh.fsdp else ()))

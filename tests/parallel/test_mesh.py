@@ -106,18 +106,30 @@ def test_each_expert_lives_along_its_run_with_its_optimiser_state_and_average(st
   assert found == 3 * 4 * 18  # four arrays in each of 18 layers
 
 
-def test_fsdp_cuts_what_is_large_along_data(state):
+def test_fsdp_cuts_what_is_large_over_as_many_devices_as_divide_it(state):
   whole = mesh.build(experiment(16, 16, batch=256), 256)
   cut = mesh.build(experiment(16, 16, fsdp=True, batch=256), 256)
+  pieces_seen = set()
   for name, leaf, sharding in leaves(cut, (state.generator, state.discriminator, state.discriminator_opt)):
     expert = "feed_forward" in name and "router" not in name
-    if not expert and leaf.size >= mesh.SMALL and any(size % 16 == 0 for size in leaf.shape):
-      assert math.prod(sharding.shard_shape(leaf.shape)) * 16 == leaf.size, name
-      axis = [i for i, entry in enumerate(sharding.spec) if entry == "data"]
-      assert leaf.shape[axis[0]] == max(size for size in leaf.shape if size % 16 == 0)
+    pieces = max((n for n in (1, 16, 64, 128, 256) if any(size % n == 0 for size in leaf.shape)), default=1)
+    if not expert and leaf.size >= mesh.SMALL and pieces > 1:
+      pieces_seen.add(pieces)
+      assert math.prod(sharding.shard_shape(leaf.shape)) * pieces == leaf.size, name
+      axis = [i for i, entry in enumerate(sharding.spec) if entry]
+      assert leaf.shape[axis[0]] == max(size for size in leaf.shape if size % pieces == 0)
     elif not expert:
       assert sharding.is_fully_replicated, name
+  assert 256 in pieces_seen and len(pieces_seen) > 1
   assert all(sharding.is_fully_replicated for _, _, sharding in leaves(whole, state.discriminator))
+
+
+@pytest.mark.parametrize("data, expert", [(1, 16), (4, 16), (16, 16)])
+def test_a_device_keeps_its_share_of_the_state_on_a_pod_of_any_size(state, data, expert):
+  layout = mesh.build(experiment(data, expert, fsdp=True, batch=256), data * expert)
+  share = sum(math.prod(sharding.shard_shape(leaf.shape)) for _, leaf, sharding in leaves(layout, state.discriminator))
+  total = sum(leaf.size for leaf in jax.tree.leaves(state.discriminator))
+  assert 0 < share - total / (data * expert) < 0.0005 * total  # what is small is whole everywhere
 
 
 def test_exchange_is_chosen_by_bytes_and_explained():
