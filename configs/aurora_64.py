@@ -70,7 +70,7 @@ def get_config(variant=""):
 
 def on_pod(name, variant, *, data, expert=16, batch_size=1024):
   """The recipe on `data` x `expert` accelerators: bfloat16 arithmetic, every expert of a 16-expert layer on a device of
-  its own, the other parameters cut along `data` where they are stored.
+  its own, the other parameters cut over all of them where they are stored.
 
   Args:
     name: of the experiment, for its files' names.

@@ -260,7 +260,7 @@ def test_a_training_step_equals_the_single_device_step(case):
 
 
 def test_gathered_parameters_do_not_cross_from_program_to_program():
-  """Cut along `data` or not, what `generate` leaves for `learn` is the same: of parameters nothing."""
+  """Cut over the devices or not, what `generate` leaves for `learn` is the same: of parameters nothing."""
   crossing = {}
   for fsdp in (False, True):
     wanted = experiment(2, 4, fsdp, "tokens")

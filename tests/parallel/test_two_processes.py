@@ -26,7 +26,7 @@ from aurora_jax.training import stored_checkpoint
 from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECORDS, BATCH, STEPS = 12, 4, 3  # one epoch
+RECORDS, BATCH, STEPS = 20, 4, 3  # an epoch is five steps
 LARGEST_FILE = 128  # KiB: more than what a process logs, less than its part of a checkpoint
 CONFIG = """
 from configs import aurora_64
@@ -54,7 +54,7 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """A data set of as many pictures as training will look at, and a CLIP."""
+  """A data set in which two records that the first three steps do not look at have a flipped byte, and a CLIP."""
   home = tmp_path_factory.mktemp("home")
   (home / "small.py").write_text(CONFIG)
   (home / "pictures").mkdir()
@@ -67,7 +67,21 @@ def home(tmp_path_factory):
   assert main.main(["train-clip", "--data", str(home / "data"), "--out", str(home / "clip"), "--steps", "1",
                     "--resolution", "8", "--image-width", "32", "--text-width", "32", "--image-layers", "1",
                     "--text-layers", "1", "--heads", "2", "--embedding-width", "16", "--batch-size", "4"]) == 0
+  damage(home / "data")
   return home
+
+
+def damage(folder):
+  maker = loader.BatchMaker(Dataset.open(folder), 8, BATCH, 0)
+  early = {number for step in range(STEPS) for number in maker(step)["index"]}
+  names = sorted(folder.glob("*.tfrecord"))
+  places = [(path, record) for path in names for record in range(len(tfrecords.load_index(path)))]
+  assert len(places) == RECORDS
+  for number in sorted(set(range(RECORDS)) - early)[:2]:
+    path, record = places[number]
+    data = bytearray(path.read_bytes())
+    data[tfrecords.load_index(path)[record, 0] + 40] ^= 4
+    path.write_bytes(data)
 
 
 def start(home, run, devices, *more, records="records", largest_file=None):
@@ -119,15 +133,15 @@ def lines(path):
 
 
 def losses(run):
-  """{name: value per step}."""
-  rows = [row for row in lines(run / "metrics.jsonl") if row["kind"] == "train"]
+  """{name: value per step}, of the first steps."""
+  rows = [row for row in lines(run / "metrics.jsonl") if row["kind"] == "train"][:STEPS]
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
   names = {name for row in rows for name in row if name.startswith(("loss/", "moe/"))}
   return {name: [row.get(name) for row in rows] for name in names}
 
 
 def records(path):
-  """{step: records}, of the steps that were trained; more were made ahead."""
+  """{step: records}, of the first steps."""
   return {row["step"]: row["index"] for row in lines(path) if row.get("step", STEPS) < STEPS}
 
 
@@ -138,52 +152,69 @@ def abstract_state(home):
 
 
 @pytest.fixture(scope="module")
-def both(home):
-  """One process with four devices, then two with two each. Returns what the two said."""
+def one(home):
+  """One process with four devices takes three steps."""
   [(status, _, error)] = finish([start(home, "one", 4)])
   assert status == 0, error[-4000:]
-  done = finish(start_two(home, "two"))
+  return home / "one"
+
+
+@pytest.fixture(scope="module")
+def two(home):
+  """Two processes with two devices each would train for ever, but the second one is sent a signal after six steps.
+  Returns what the two said."""
+  processes = start_two(home, "two", "--config.train.total_steps=100000")
+  log = home / "two/metrics.jsonl"
+  deadline = time.monotonic() + 400
+  while time.monotonic() < deadline and not (log.is_file() and log.read_text().count('"train"') >= 6):
+    assert processes[1].poll() is None
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  done = finish(processes)
   assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
   return done
 
 
-def test_the_same_losses_as_one_process(home, both):
-  one, two = losses(home / "one"), losses(home / "two")
-  assert one.keys() == two.keys() and "loss/g_adversarial" in one
-  for name, values in one.items():
-    np.testing.assert_allclose(np.array(two[name], float), np.array(values, float), rtol=1e-5, atol=1e-7, err_msg=name)
+def test_the_same_losses_as_one_process(home, one, two):
+  alone, together = losses(one), losses(home / "two")
+  assert alone.keys() == together.keys() and "loss/g_adversarial" in alone
+  for name, values in alone.items():
+    np.testing.assert_allclose(np.array(together[name], float), np.array(values, float), rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_each_record_is_read_once(home, both):
+def test_each_record_is_read_once(home, one, two):
   parts = [records(home / f"two-records-{i}") for i in range(2)]
   assert all(len(part[step]) == BATCH // 2 for part in parts for step in range(STEPS))
   together = [index for part in parts for step in range(STEPS) for index in part[step]]
-  assert sorted(together) == list(range(RECORDS))
+  assert len(set(together)) == len(together) == STEPS * BATCH
   whole = records(home / "records")
   assert {step: parts[0][step] + parts[1][step] for step in range(STEPS)} == whole
 
 
-def test_the_first_process_alone_talks_and_writes(home, both):
-  (_, first, _), (_, second, _) = both
+def test_the_first_process_alone_talks_and_writes(home, one, two):
+  (_, first, _), (_, second, _) = two
   assert second == ""
   for words in ("2 processes (found by flags)", "devices: 4 x cpu (cpu); 2 processes by flags",
-                "mesh: data 2, expert 2; 1 of 4 images per device", "all 3 steps are done", "report:"):
+                "mesh: data 2, expert 2; 1 of 4 images per device", "(SIGTERM); saved in"):
     assert words in first, first
   run = home / "two"
-  assert [row["kind"] for row in lines(run / "metrics.jsonl")] == [
-      "start", "samples"] + ["train"] * STEPS + ["samples", "stop"]
+  kinds = [row["kind"] for row in lines(run / "metrics.jsonl")]
+  assert kinds[:7] == ["start", "samples", "train", "train", "train", "samples", "train"] and kinds[-1] == "stop"
+  assert kinds.count("start") == kinds.count("stop") == 1
   assert len(list((run / "tensorboard").iterdir())) == 1
-  assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000000.png", "step-00000003.png"]
-  assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (home / "one").iterdir())
-  assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "3"]
+  pictures = {path.name for path in (run / "samples").iterdir()}
+  assert len(pictures) == kinds.count("samples") and {"step-00000000.png", "step-00000003.png"} <= pictures
+  assert {path.name for path in run.iterdir()} == {path.name for path in one.iterdir()} - {"report.html"} | {
+      "skipped_records.jsonl"}
+  steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+  assert steps[-1] == lines(run / "metrics.jsonl")[-1]["step"] and all(step % 2 == 0 for step in steps[:-1])
 
 
 @pytest.fixture(scope="module")
-def moved(home, both):
+def moved(home, one):
   """Two processes go on from a checkpoint of one, and the second one's disk takes no file as large as its next checkpoint.
   Returns (exit status, stdout, stderr) of that one and stdout of the first, which waits for it and is ended."""
-  del both
-  shutil.copytree(home / "one", home / "moved", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
+  shutil.copytree(one, home / "moved", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
   job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
   first = start(home, "moved", 2, *job, 0, records="moved-records-0")
   second = start(home, "moved", 2, *job, 1, records="moved-records-1", largest_file=LARGEST_FILE)
@@ -196,7 +227,7 @@ def moved(home, both):
   return *done, said
 
 
-def test_two_processes_go_on_from_a_checkpoint_of_one(home, moved):
+def test_two_processes_go_on_from_a_checkpoint_of_one(home, one, moved):
   """The state that they restore is the one that was saved, bit by bit; the loss of the next step the uninterrupted one's."""
   assert "going on from the checkpoint of step 2, to 3" in moved[-1]
 
@@ -213,11 +244,11 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(home, moved):
       assert hashlib.sha256(piece.tobytes()).hexdigest() == digest, path
   assert not pieces
 
-  one, log = losses(home / "one"), lines(home / "moved/metrics.jsonl")
+  expected, log = losses(one), lines(home / "moved/metrics.jsonl")
   [row] = [row for row in log[1 + max(i for i, row in enumerate(log) if row["kind"] == "resume"):]
            if row["kind"] == "train"]
-  for name in [name for name in one if name.startswith("loss/")]:
-    np.testing.assert_allclose(row[name], one[name][2], rtol=1e-6, err_msg=name)
+  for name in [name for name in expected if name.startswith("loss/")]:
+    np.testing.assert_allclose(row[name], expected[name][2], rtol=1e-6, err_msg=name)
 
 
 def test_a_save_that_fails_in_one_process_ends_it_at_once(home, moved):
@@ -230,45 +261,25 @@ def test_a_save_that_fails_in_one_process_ends_it_at_once(home, moved):
   assert [path.name for path in (home / "moved/checkpoints").iterdir() if path.name.isdigit()] == ["2"]
 
 
-def damaged_data(home):
-  """A copy of the data set in which two records have a flipped byte."""
-  folder = shutil.copytree(home / "data", home / "damaged")
-  for path in sorted(folder.glob("*.tfrecord"))[:2]:
-    data = bytearray(path.read_bytes())
-    data[tfrecords.load_index(path)[1, 0] + 40] ^= 4
-    path.write_bytes(data)
-  return folder
-
-
-def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, both):
-  """On damaged data: the list of what was skipped is that of one uninterrupted process too."""
-  del both  # the programs are compiled
-  data = f"--config.data.path={damaged_data(home)}"
-  processes = start_two(home, "stopped", data, "--config.train.total_steps=100000")
-  log = home / "stopped/metrics.jsonl"
-  deadline = time.monotonic() + 400
-  while time.monotonic() < deadline and not (log.is_file() and '"train"' in log.read_text()):
-    assert processes[1].poll() is None
-    time.sleep(0.1)
-  processes[1].send_signal(signal.SIGTERM)
-  done = finish(processes)
-  assert [status for status, _, _ in done] == [0, 0], done[0][2][-4000:] + done[1][2][-4000:]
-  assert "(SIGTERM); saved in" in done[0][1] and "finishing this step" in done[1][2]
+def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, two):
+  """The list of the records that were skipped is that of one uninterrupted process too."""
+  assert "(SIGTERM); saved in" in two[0][1] and "finishing this step" in two[1][2]
+  log = home / "two/metrics.jsonl"
   stop = lines(log)[-1]
   assert (stop["kind"], stop["reason"]) == ("stop", "terminated")
 
   step = stop["step"]
-  [(status, said, error)] = finish([start(home, "stopped", 4, data, f"--config.train.total_steps={step + 3}")])
+  [(status, said, error)] = finish([start(home, "two", 4, f"--config.train.total_steps={step + 3}")])
   assert status == 0, error[-4000:]
   assert f"going on from the checkpoint of step {step:,}" in said
 
-  last = step + 3  # more than an epoch
-  maker = loader.BatchMaker(Dataset.open(home / "damaged"), 8, BATCH, 0)
+  last = step + 3
+  maker = loader.BatchMaker(Dataset.open(home / "data"), 8, BATCH, 0)
   met = {}
   for number in range(last):
     for skip in maker(number)["skipped"]:
       met.setdefault(skip.number, skip.step)
-  listed = lines(home / "stopped/skipped_records.jsonl")
+  listed = lines(home / "two/skipped_records.jsonl")
   assert len(met) == 2 and {row["number"]: row["step"] for row in listed if row["step"] < last} == met
   assert len({row["number"] for row in listed}) == len(listed)
   for row in lines(log):
