@@ -83,7 +83,7 @@ def get_config(variant=""):
   loss.clip_augment = True
 
   optimizer = config.optimizer
-  optimizer.generator_lr = 0.01
+  optimizer.generator_lr = 0.02
   optimizer.discriminator_lr = 0.01
   optimizer.bias_lr_factor = 0.1
   optimizer.attention_weight_decay = 0.0
@@ -94,7 +94,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 3000
+  train.total_steps = 2000
   train.batch_size = 16
   train.checkpoint_every = 500
   train.log_every = 50
