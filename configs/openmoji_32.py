@@ -1,7 +1,7 @@
 """A small Aurora on OpenMoji at 32x32, for two CPU cores: the quickstart's experiment.
 
 All parts of the system at a small size: Fourier input, adaptive kernels, deformable convolutions, L2 attention, sparse
-experts at 8 pixels, multi-scale discriminator, all four losses.
+experts at 4 and 8 pixels, multi-scale discriminator, all four losses.
 
 Variants:
   progressive  grows from 8 over 16 to 32 pixels, with every level judged; the same networks all at once, to compare with:
@@ -30,7 +30,7 @@ def get_config(variant=""):
   generator.resolution = 32
   generator.z_dim = 64
   generator.w_dim = 128
-  generator.mapping_layers = 2
+  generator.mapping_layers = 1
   generator.mapping_width = 128
   generator.mapping_lr_multiplier = 1.0
   generator.text_feature_dim = 128
@@ -43,8 +43,8 @@ def get_config(variant=""):
   generator.channels_max = 128
   generator.blocks = {4: 1, 8: 1, 16: 1, 32: 1}
   generator.adaptive_kernels = {4: 2, 8: 2, 16: 1, 32: 1}
-  generator.attention_depth = {8: 1}
-  generator.experts = {8: 8}
+  generator.attention_depth = {4: 1, 8: 1}
+  generator.experts = {4: 4, 8: 8}
   generator.moe_backend = "grouped"
   generator.router_balance_weight = 0.01
   generator.heads = 2
@@ -94,7 +94,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 2000
+  train.total_steps = 1800
   train.batch_size = 16
   train.checkpoint_every = 500
   train.log_every = 50
@@ -104,7 +104,7 @@ def get_config(variant=""):
   if variant == "progressive":
     grow(config)
   if variant == "dense":
-    generator.experts = {8: 1}
+    generator.experts = {4: 1, 8: 1}
   if variant == "test":
     train.total_steps = 6
     train.batch_size = 4

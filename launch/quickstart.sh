@@ -20,8 +20,8 @@ say "1/5  data: OpenMoji pictures and their names, as sharded tfrecords"
 [ -f "$out/data/manifest.json" ] || aurora build-data --source openmoji --out "$out/data" --resolution 32 --shards 8
 
 say "2/5  two small CLIPs: one guides the generator, the other one judges it"
-[ -f "$out/clip/config.json" ] || aurora train-clip --data "$out/data" --out "$out/clip" --split train --seed 0 --seconds 180
-[ -f "$out/judge/config.json" ] || aurora train-clip --data "$out/data" --out "$out/judge" --split all --seed 1 --seconds 180
+[ -f "$out/clip/config.json" ] || aurora train-clip --data "$out/data" --out "$out/clip" --split train --seed 0 --seconds 165
+[ -f "$out/judge/config.json" ] || aurora train-clip --data "$out/data" --out "$out/judge" --split all --seed 1 --seconds 165
 
 say "3/5  the generator"
 left=$(awk -v minutes="$minutes" -v used=$(($(date +%s) - begin)) 'BEGIN { left = minutes * 60 - used - 40; print (left > 60 ? left : 60) }')
