@@ -1,6 +1,6 @@
 """The recipe of configs/aurora_64.py on 4 nodes of 8 A100 (80 GB): global batch 1024, 32 images per GPU.
 
-Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost, by arithmetic and not measured: `compile` counts 137
+Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost, by arithmetic and not measured: `compile` counts 138
 TFLOP per GPU and step; at 40 % of the GPU's 312 TFLOP/s that is 1.1 s a step, 17 days and 13,200 GPU-hours for 1,350,000
 steps.
 
