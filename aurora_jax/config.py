@@ -303,7 +303,7 @@ class Mesh:
 
   data: int = 0  # 0: what `expert` leaves
   expert: int = 1  # must divide the numbers of experts, as far as the layers' sub-axes go
-  fsdp: bool = False  # dense parameters, their optimiser state and average are cut over the devices where they are stored
+  fsdp: bool = False  # dense parameters, their optimiser state and average are stored in pieces over all devices
   exchange: str = "auto"  # "tokens" travel to experts or "weights" to tokens; "auto": what moves fewer bytes
   # "tokens": room for this many times the mean from each device to each other one. A layer that needs more somewhere goes
   # the way of "weights" in that step; nothing is dropped.

@@ -35,7 +35,7 @@ class Rules:
   Attributes:
     batch: samples, and the tokens of samples in their order.
     experts: the leading axis of stacked experts.
-    dense: one axis of an array without experts, see `Layout.parameter`; () leaves such arrays whole.
+    dense: of an array without experts, the axis that most of these devices divide; () leaves such arrays whole.
   """
 
   batch: tuple[str, ...] = (DATA, EXPERT)
@@ -165,13 +165,6 @@ class Layout:
     first, last = longest_run([self.mesh.shape[axis] for axis in axes], count)
     return tuple(axis for axis in axes[first:last] if self.mesh.shape[axis] > 1)
 
-  def dense_axes(self, shape):
-    """The mesh axes along which an array without experts is cut: the most, `data` first, that divide one of its axes."""
-    axes = self.rules.dense
-    fitting = [axes[:last] for last in range(1, len(axes) + 1)
-               if self.size(axes[:last]) > 1 and any(size % self.size(axes[:last]) == 0 for size in shape)]
-    return fitting[-1] if fitting else ()
-
   def parameter(self, path, shape):
     """Where a parameter, or its entry in an optimiser state or an average, is stored.
 
@@ -184,7 +177,7 @@ class Layout:
     """
     if axes := self._axes_of_experts(path, shape):
       return NamedSharding(self.mesh, dataclasses.replace(self.rules, experts=axes).spec("experts"))
-    axes = () if math.prod(shape) < SMALL else self.dense_axes(shape)
+    axes = () if math.prod(shape) < SMALL else self._dense_axes(shape)
     if not axes:
       return self.replicated
     axis = shape.index(max(size for size in shape if size % self.size(axes) == 0))
@@ -214,6 +207,13 @@ class Layout:
   def _axes_of_experts(self, path, shape):
     """The mesh axes along which the experts stacked in this parameter lie; () for a dense one."""
     return self.expert_axes(shape[0]) if is_expert(path) else ()
+
+  def _dense_axes(self, shape):
+    """The mesh axes along which an array without experts is cut: the most, `data` first, that divide one of its axes."""
+    axes = self.rules.dense
+    fitting = [axes[:last] for last in range(1, len(axes) + 1)
+               if self.size(axes[:last]) > 1 and any(size % self.size(axes[:last]) == 0 for size in shape)]
+    return fitting[-1] if fitting else ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
