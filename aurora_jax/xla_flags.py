@@ -1,8 +1,11 @@
 """What XLA is told by the environment variable XLA_FLAGS, which it reads once, when the first backend wakes."""
 
+import importlib.metadata
 import os
 
 _SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
+_EMITTERS = "xla_cpu_use_fusion_emitters"
+_LAST_WITH_EMITTERS = (0, 10)  # the newest jaxlib in which that flag was seen; XLA ends a process that names one it lacks
 
 
 def run_in_order():
@@ -15,6 +18,21 @@ def run_in_order():
 
   As `compiler_options` of a single program the flag has no effect (jax 0.10.2).
   """
+  _unset(_SCHEDULER)
+
+
+def compile_quickly():
+  """Has loops on a CPU compiled by XLA's older emitters, in every program of this process, where this jaxlib has them.
+
+  The newer ones, its default, take three times as long to compile a small training step, which then runs as fast
+  (benchmarks/README.md). For pictures of the full generator they are worth their time: those take a seventh less.
+  """
+  if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= _LAST_WITH_EMITTERS:
+    _unset(_EMITTERS)
+
+
+def _unset(flag):
+  """Turns a flag off, unless the user has said something about it."""
   flags = os.environ.get("XLA_FLAGS", "")
-  if _SCHEDULER not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=false".strip()
+  if flag not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --{flag}=false".strip()

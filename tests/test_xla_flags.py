@@ -1,5 +1,6 @@
-"""Operations in order: what the flag is for, seen in a process whose JAX is imported but whose backend is not awake."""
+"""What the flags are for, seen in a process whose JAX is imported but whose backend is not awake."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -36,11 +37,18 @@ def test_in_order_one_layers_filters_are_in_memory_at_a_time():
   assert temporaries(True) < temporaries(False) / 3
 
 
-@pytest.mark.parametrize("given, expected", [
-    ("", "--xla_cpu_enable_concurrency_optimized_scheduler=false"),
-    ("--a=1", "--a=1 --xla_cpu_enable_concurrency_optimized_scheduler=false"),
-    ("--xla_cpu_enable_concurrency_optimized_scheduler=true", "--xla_cpu_enable_concurrency_optimized_scheduler=true")])
-def test_what_the_user_says_stands(monkeypatch, given, expected):
-  monkeypatch.setenv("XLA_FLAGS", given)
-  xla_flags.run_in_order()
-  assert os.environ["XLA_FLAGS"] == expected
+@pytest.mark.parametrize("function, flag", [
+    (xla_flags.run_in_order, "--xla_cpu_enable_concurrency_optimized_scheduler"),
+    (xla_flags.compile_quickly, "--xla_cpu_use_fusion_emitters")])
+def test_what_the_user_says_stands(monkeypatch, function, flag):
+  for given, expected in (("", f"{flag}=false"), ("--a=1", f"--a=1 {flag}=false"), (f"{flag}=true", f"{flag}=true")):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    function()
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_a_jaxlib_that_may_lack_the_flag_is_not_given_it(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
+  xla_flags.compile_quickly()
+  assert os.environ["XLA_FLAGS"] == ""

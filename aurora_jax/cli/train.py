@@ -42,7 +42,7 @@ the state itself is no longer finite.
 import hashlib
 import time
 
-from aurora_jax import config
+from aurora_jax import config, xla_flags
 from aurora_jax.parallel import hosts
 from aurora_jax.training import initial, profiling, run_folder, stored_checkpoint
 from aurora_jax.training.interrupts import Interrupts
@@ -66,6 +66,7 @@ def add_arguments(parser):
 
 def run(args):
   started = time.monotonic()
+  xla_flags.compile_quickly()
   profile_steps = profiling.parse(args.profile_steps) if args.profile_steps else None
   experiment = config.load(args.config_argv)
   job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aurora_jax import xla_flags
 from aurora_jax.data import loader
 from aurora_jax.data.dataset import Dataset, read_manifest
 from aurora_jax.evaluation import judge
@@ -68,6 +69,7 @@ def add_arguments(parser):
 
 
 def run(args):
+  xla_flags.compile_quickly()
   clip_hf.check_writable(args.out, overwrite=args.overwrite)
   splits = _open_splits(args.data)
   dataset = clip.Joined(*splits.values()) if args.split == "all" else splits["train"]

@@ -21,6 +21,7 @@ from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.training import ahead
+from aurora_jax.training import compiling
 from aurora_jax.training import frechet
 from aurora_jax.training import initial
 from aurora_jax.training import placed as placed_lib
@@ -207,7 +208,7 @@ def _sampler(experiment, clip, frozen, placed, stage=""):
   filled = np.minimum(np.arange(-(-rows // layout.devices) * layout.devices), rows - 1)
   tokens, z = hosts.replicate(layout.replicated, (np.asarray(tokens)[filled], np.asarray(z)[filled]))
 
-  @functools.partial(jax.jit, out_shardings=layout.replicated)
+  @functools.partial(jax.jit, out_shardings=layout.replicated, compiler_options=compiling.options())
   def generate(ema, buffers, frozen, tokens, z):
     tokens, z = jax.lax.with_sharding_constraint((tokens, z), layout.batch)
     text = module.apply(frozen.clip, tokens, method="encode_text")

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-         "--xla_llvm_disable_expensive_passes=true --xla_cpu_enable_concurrency_optimized_scheduler=false")
+         "--xla_llvm_disable_expensive_passes=true --xla_cpu_enable_concurrency_optimized_scheduler=false "
+         "--xla_cpu_use_fusion_emitters=false")
 
 
 def test_on_eight_devices():
