@@ -225,15 +225,35 @@ class AttentionBlock(nn.Module):
     cfg = self.cfg
     h = layers.GroupNorm(name="norm")(x)
     h = layers.Dense(cfg.heads * cfg.head_dim, use_bias=False, name="in")(h)
-    loss, routings = jnp.float32(0), []
-    for i in range(cfg.attention_depth[self.resolution]):
-      layer = TransformerLayer(cfg, cfg.experts[self.resolution], self.expert_ffn, name=f"layer_{i}")
-      h, layer_loss, routing = layer(h, w, text)
-      loss = loss + layer_loss
-      routings.append(routing)
+    if cfg.remat and not self.is_initializing():
+      h, loss, routings = self._looped(h, w, text)
+    else:
+      loss, routings = jnp.float32(0), []
+      for i in range(cfg.attention_depth[self.resolution]):
+        h, layer_loss, routing = self._layer(name=f"layer_{i}")(h, w, text)
+        loss = loss + layer_loss
+        routings.append(routing)
     scale = 0.0 if cfg.zero_init_attention else 1.0
     h = layers.Dense(x.shape[-1], use_bias=False, weight_scale=scale, name="out")(h)
     return (x + h) * cfg.attention_residual_gain, loss, routings
+
+  def _layer(self, **flax):
+    return TransformerLayer(self.cfg, self.cfg.experts[self.resolution], self.expert_ffn, **flax)
+
+  def _looped(self, h, w, text):
+    """The layers as a loop, of which a pod's compiler has one body to compile instead of one a layer.
+
+    Its parameters are a stacked copy, which only a rematerialised block does not keep for the backward pass.
+    """
+    layer, count = self._layer(parent=None), self.cfg.attention_depth[self.resolution]
+    params = [self.variables["params"][f"layer_{i}"] for i in range(count)]
+
+    def run(h, params):
+      h, loss, routing = layer.apply({"params": params}, h, w, text)
+      return h, (loss, routing)
+
+    h, (losses, routings) = jax.lax.scan(run, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *params))
+    return h, jnp.sum(losses), [jax.tree.map(lambda leaf: leaf[i], routings) for i in range(count)]
 
 
 class Synthesis(nn.Module):

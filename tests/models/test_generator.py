@@ -75,6 +75,23 @@ def test_every_gradient_matches_the_released_generator(golden):
   assert relative(ours[worst], io[prefix + worst]) < 1e-3, worst
 
 
+def test_rematerialised_blocks_and_their_loops_over_layers_change_nothing(golden):
+  cfg = dataclasses.replace(golden["cfg"], remat=True)
+  assert max(cfg.attention_depth.values()) > 1
+  model, cotangent = generator.Generator(cfg), nhwc(golden["io"]["grad.cotangent_image"])
+
+  def loss(params):
+    out = model.apply({**golden["variables"], "params": params}, *golden["inputs"])
+    return (out.image * cotangent).sum() + out.moe_loss, out
+
+  (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden["variables"]["params"])
+  assert relative(out.image, golden["out"].image) < 1e-5 and relative(out.moe_loss, golden["out"].moe_loss) < 1e-5
+  for name, layer in golden["out"].routing.items():
+    np.testing.assert_array_equal(out.routing[name].expert, layer.expert)
+  for theirs, ours in zip(jax.tree.leaves(golden["gradient"]), jax.tree.leaves(gradient), strict=True):
+    assert relative(ours, theirs) < 1e-4
+
+
 def test_truncated_image_and_sampling_methods(golden):
   io, model, variables = golden["io"], golden["model"], golden["variables"]
   z, text, eot = golden["inputs"]

@@ -197,8 +197,9 @@ def test_the_gradient_of_several_levels_by_clip(system):
                                        scale)[0] for r in levels) / len(levels)
 
   expected = jax.jit(jax.grad(mean_loss))({r: pyramid[r] for r in levels})
-  found = jax.tree.map(jnp.subtract, cotangent(weight), cotangent(0.0))
-  assert not found[4].any()
+  without = cotangent(0.0)
+  found = jax.tree.map(jnp.subtract, cotangent(weight), without)
+  assert np.abs(found[4]).max() < 1e-6 * np.abs(without[4]).max()  # nothing but the rounding of two programs
   for r in levels:
     np.testing.assert_allclose(found[r], weight * expected[r], atol=1e-5 * weight * np.abs(expected[r]).max())
 
