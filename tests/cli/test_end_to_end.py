@@ -1,5 +1,7 @@
 """The user's way, command by command, on a small real data set: data, CLIP, training with a stop, pictures, figures."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -36,11 +38,19 @@ def succeed(*args):
   return done
 
 
+def here(*args):
+  """The same in this process, for commands that end soon: (status, stdout, stderr)."""
+  out, error = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    status = main.main([str(arg) for arg in args])
+  return status, out.getvalue(), error.getvalue()
+
+
 def fail(words, *args):
   """The command ends with status 2 and one line on stderr that holds `words`."""
-  done = command(*args)
-  lines = done.stderr.strip().splitlines()
-  assert (done.returncode, len(lines)) == (2, 1), done.stderr[-3000:]
+  status, _, error = here(*args)
+  lines = error.strip().splitlines()
+  assert (status, len(lines)) == (2, 1), error[-3000:]
   assert words in lines[0]
 
 
@@ -73,7 +83,9 @@ def train_args(home, run, *more):
 
 
 def fingerprint(run):
-  return succeed("inspect", run, "--fingerprint").stdout.strip()
+  status, out, error = here("inspect", run, "--fingerprint")
+  assert status == 0, error
+  return out.strip()
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +158,7 @@ def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
   assert [trained[step]["guard/skipped"] for step in range(1, 7)] == [0, 0, 0, 1, 0, 0]
   assert "loss/g_clip" not in trained[4] and np.isfinite(trained[6]["loss/g_clip"])
   assert fingerprint(home / "one_nan" / "checkpoints" / "2") == fingerprint(run / "checkpoints" / "2")
-  story = succeed("inspect", home / "one_nan").stdout
+  _, story, _ = here("inspect", home / "one_nan")
   assert "skipped    1 step, no record" in story and "the newest, step 3: the batch's pictures are not finite" in story
 
 
@@ -181,7 +193,10 @@ def test_evaluate_measures_and_reports(home, run):
 
 def test_bad_input_is_one_line_and_status_2(home, run, tmp_path):
   out = tmp_path / "x.png"
-  fail("nowhere", *train_args(home, "bad", "--config.data.path=nowhere"))
+  nowhere = train_args(home, "bad", "--config.data.path=nowhere")
+  fail("nowhere", *nowhere)
+  done = command(*nowhere)  # as a process too
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "nowhere" in done.stderr
   fail("trian", *train_args(home, "bad", "--config.trian.total_steps=3"))
   fail("mesh.data=2", *train_args(home, "bad", "--config.mesh.data=2"))
   (tmp_path / "empty").mkdir()
