@@ -232,9 +232,9 @@ def overflowing(peers):
   return found
 
 
-# (data, expert, fsdp, exchange). Each is a minute of compiling, so the default is two: both axes with fsdp and the exchange
-# of tokens, and `data` alone, whose programs the move between meshes needs too. A whole step by the exchange of weights,
-# or without fsdp, runs with ALL_MESHES only; that exchange by itself is tested above.
+# (data, expert, fsdp, exchange). Each is half a minute of compiling, so the default is two: both axes with fsdp and the
+# exchange of tokens, and `data` alone, whose programs the move between meshes needs too. A whole step by the exchange of
+# weights, or without fsdp, runs with ALL_MESHES only; that exchange by itself is tested above.
 CHOSEN = [(2, 4, True, "tokens"), (8, 1, True, "auto")]
 EVERY = [(*mesh, fsdp, mode) for mesh in MESHES for fsdp in (False, True) for mode in ("tokens", "weights")]
 
