@@ -19,4 +19,6 @@ from configs import aurora_64
 
 
 def get_config(variant=""):
-  return aurora_64.on_pod("aurora_64_v5e_256", variant, data=16)
+  config = aurora_64.on_pod("aurora_64_v5e_256", variant, data=16)
+  config.generator.loop_layers = True
+  return config

@@ -40,11 +40,12 @@ def test_the_mesh_divides_and_every_expert_has_a_device_of_its_own(name, devices
 @pytest.mark.parametrize("name", PODS)
 def test_it_is_the_recipe_of_aurora_64(name):
   recipe, pod = flat(load("aurora_64")), flat(load(name))
-  assert {field for field in pod if pod[field] != recipe[field]} == {
+  looped = {"generator.loop_layers"} if "v5e" in name else set()
+  assert {field for field in pod if pod[field] != recipe[field]} == looped | {
       "mesh.data", "mesh.expert", "mesh.fsdp", "data.workers", "generator.compute_dtype", "discriminator.compute_dtype",
       "discriminator.remat"}
   other = flat(load("aurora_64_v5e_256"))
-  assert {field for field in pod if pod[field] != other[field]} <= {"mesh.data"}
+  assert {field for field in pod if pod[field] != other[field]} <= {"mesh.data", "generator.loop_layers"}
 
 
 @pytest.mark.parametrize("name", PODS)

@@ -46,8 +46,8 @@ _MTM_MAX_RESOLUTION = 16  # `mtm=True` there
 _RESOLUTIONS = (8, 16, 32, 64, 128, 256)  # that the released constructor takes
 
 # Ours only: how results are computed, not which. The router's weights act in training alone.
-RUNTIME_FIELDS = frozenset({"moe_backend", "attention_chunk", "remat", "compute_dtype", "router_z_weight",
-                            "router_balance_weight"})
+RUNTIME_FIELDS = frozenset({"moe_backend", "attention_chunk", "remat", "loop_layers", "compute_dtype",
+                            "router_z_weight", "router_balance_weight"})
 
 # No effect on weights or results.
 _IGNORED = {"label_dim", "embedding_bias", "embedding_use_wscale", "embedding_wscale_gain",

@@ -225,7 +225,7 @@ class AttentionBlock(nn.Module):
     cfg = self.cfg
     h = layers.GroupNorm(name="norm")(x)
     h = layers.Dense(cfg.heads * cfg.head_dim, use_bias=False, name="in")(h)
-    if cfg.remat and not self.is_initializing():
+    if cfg.remat and cfg.loop_layers and not self.is_initializing():
       h, loss, routings = self._looped(h, w, text)
     else:
       loss, routings = jnp.float32(0), []

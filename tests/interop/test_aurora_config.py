@@ -29,9 +29,10 @@ def test_there_and_back():
     assert released(cfg) == cfg
   # Of resolutions without attention nothing is said.
   assert released(odd) == dataclasses.replace(odd, experts=per({16: 3}))
-  runtime = dataclasses.replace(tiny, moe_backend="grouped", compute_dtype="bfloat16", remat=True, attention_chunk=7)
+  runtime = dataclasses.replace(tiny, moe_backend="grouped", compute_dtype="bfloat16", remat=True, loop_layers=True,
+                                attention_chunk=7)
   assert released(runtime) == tiny
-  assert {"moe_backend", "compute_dtype", "remat", "attention_chunk"} < aurora_config.RUNTIME_FIELDS
+  assert {"moe_backend", "compute_dtype", "remat", "loop_layers", "attention_chunk"} < aurora_config.RUNTIME_FIELDS
 
 
 def test_deformable_up_to_any_resolution_that_makes_no_difference():

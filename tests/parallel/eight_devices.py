@@ -264,7 +264,7 @@ def test_gathered_parameters_do_not_cross_from_program_to_program():
   crossing = {}
   for fsdp in (False, True):
     wanted = experiment(2, 4, fsdp, "tokens")
-    wanted = dataclasses.replace(wanted, generator=dataclasses.replace(wanted.generator, remat=True))
+    wanted = dataclasses.replace(wanted, generator=dataclasses.replace(wanted.generator, remat=True, loop_layers=True))
     placed = placed_lib.place(wanted, clip_module(), mesh_lib.build(wanted))
     made = placed.programs.generate.eval_shape(*ahead.arguments(placed, ahead.GENERATE, *inputs()))
     crossing[fsdp] = sorted(leaf.shape for leaf in made.residuals.computed)

@@ -15,7 +15,7 @@ def get_config():
   generator.mapping_layers = 1
   generator.deformable_max_resolution = 0
   generator.output_resolutions = (4, 8)
-  generator.remat = True
+  generator.remat = generator.loop_layers = True
   discriminator.blocks = {8: 1, 4: 1}
   discriminator.attention_depth = {}
   discriminator.input_resolutions = (8,)
