@@ -80,7 +80,7 @@ class Generator:
   # Attention over more than this many query positions is computed in chunks of this size with rematerialisation.
   attention_chunk: int = 1024
   remat: bool = False  # recompute each block in the backward pass
-  # With remat: an attention block's layers are a loop. A third less to compile for TPUs; on GPUs it takes more memory.
+  # With remat: an attention block's layers are a loop. Less to compile for TPUs, more memory on GPUs (benchmarks/README.md).
   loop_layers: bool = False
   compute_dtype: str = "float32"
 

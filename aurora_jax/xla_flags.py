@@ -18,7 +18,7 @@ def run_in_order():
 
   As `compiler_options` of a single program the flag has no effect (jax 0.10.2).
   """
-  _unset(_SCHEDULER)
+  _turn_off(_SCHEDULER)
 
 
 def compile_quickly():
@@ -28,11 +28,11 @@ def compile_quickly():
   (benchmarks/README.md). For pictures of the full generator they are worth their time: those take a seventh less.
   """
   if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= _LAST_WITH_EMITTERS:
-    _unset(_EMITTERS)
+    _turn_off(_EMITTERS)
 
 
-def _unset(flag):
-  """Turns a flag off, unless the user has said something about it."""
+def _turn_off(flag):
+  """Sets a flag to false, unless the user has said something about it."""
   flags = os.environ.get("XLA_FLAGS", "")
   if flag not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --{flag}=false".strip()
