@@ -94,11 +94,11 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 1800
-  train.batch_size = 16
-  train.checkpoint_every = 500
-  train.log_every = 50
-  train.sample_every = 500
+  train.total_steps = 3800
+  train.batch_size = 8
+  train.checkpoint_every = 1000
+  train.log_every = 100
+  train.sample_every = 1000
   train.sample_prompts = PROMPTS
   train.sample_latents = 2
   if variant == "progressive":

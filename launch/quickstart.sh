@@ -19,9 +19,20 @@ say() { printf '\n== %s (%d s so far)\n' "$1" $(($(date +%s) - begin)); }
 say "1/5  data: OpenMoji pictures and their names, as sharded tfrecords"
 [ -f "$out/data/manifest.json" ] || aurora build-data --source openmoji --out "$out/data" --resolution 32 --shards 8
 
-say "2/5  two small CLIPs: one guides the generator, the other one judges it"
-[ -f "$out/clip/config.json" ] || aurora train-clip --data "$out/data" --out "$out/clip" --split train --seed 0 --seconds 165
-[ -f "$out/judge/config.json" ] || aurora train-clip --data "$out/data" --out "$out/judge" --split all --seed 1 --seconds 165
+say "2/5  two small CLIPs, side by side: one guides the generator, the other one judges it"
+judge=  # its process; two small trainings side by side are done sooner than one after the other
+if [ ! -f "$out/judge/config.json" ]; then
+  .venv/bin/python -m aurora_jax train-clip --data "$out/data" --out "$out/judge" --split all --seed 1 \
+    --seconds 240 > "$out/judge.log" 2>&1 &
+  judge=$!
+  trap 'kill "$judge" 2> /dev/null || true' EXIT
+fi
+[ -f "$out/clip/config.json" ] || aurora train-clip --data "$out/data" --out "$out/clip" --split train --seed 0 --seconds 240
+if [ -n "$judge" ]; then
+  wait "$judge" || { status=$?; cat "$out/judge.log" >&2; exit "$status"; }
+  trap - EXIT
+  tail -n 3 "$out/judge.log"
+fi
 
 say "3/5  the generator"
 left=$(awk -v minutes="$minutes" -v used=$(($(date +%s) - begin)) 'BEGIN { left = minutes * 60 - used - 40; print (left > 60 ? left : 60) }')

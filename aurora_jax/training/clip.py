@@ -32,7 +32,7 @@ from aurora_jax.training.clip_augment import Augmentation, augment
 
 # With a time limit the speed is measured between these steps; they lie within the warm-up, whose learning rate does not
 # depend on the number of steps that follows from it.
-_MEASURED_STEPS = (6, 18)
+_MEASURED_STEPS = (8, 38)
 _LARGEST_SCALE = 100.0  # of the released models
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 12, 77
 _MEASURED_PICTURES = 512
