@@ -30,9 +30,6 @@ from aurora_jax.training import compiling
 from aurora_jax.training import losses
 from aurora_jax.training.clip_augment import Augmentation, augment
 
-# With a time limit the speed is measured between these steps; they lie within the warm-up, whose learning rate does not
-# depend on the number of steps that follows from it.
-_MEASURED_STEPS = (8, 38)
 _LARGEST_SCALE = 100.0  # of the released models
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 12, 77
 _MEASURED_PICTURES = 512
@@ -288,6 +285,9 @@ def train_clip(
   tokenizer = build_tokenizer(dataset.captions(), settings)
   config = clip_config(settings, tokenizer, measure_colours(dataset, settings.resolution))
   state, step_function = init_state(config, settings), make_step(config, settings)
+  # With a time limit the speed is measured over the last four fifths of the warm-up, whose learning rate does not depend
+  # on the number of steps that follows from it.
+  measured = max(1, settings.warmup_steps // 5), max(2, settings.warmup_steps)
   total, metrics, measured_from = steps, None, 0.0
   with loader.train_batches(
       dataset,
@@ -307,13 +307,13 @@ def train_clip(
       state, metrics = step_function(state, arrays, np.int32(total or np.iinfo(np.int32).max))
       if previous is not None:
         _report(on_step, step, total, previous)
-      if total is None and step + 1 in _MEASURED_STEPS:
+      if total is None and step + 1 in measured:
         jax.block_until_ready(metrics)
         now = time.monotonic()
-        if step + 1 == _MEASURED_STEPS[0]:
+        if step + 1 == measured[0]:
           measured_from = now
         else:
-          speed = (now - measured_from) / (_MEASURED_STEPS[1] - _MEASURED_STEPS[0])
+          speed = (now - measured_from) / (measured[1] - measured[0])
           total = step + 1 + max(0, int((seconds - (now - started)) / speed))
     _report(on_step, total, total, metrics)
   if batches.skipped:

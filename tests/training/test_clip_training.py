@@ -142,7 +142,6 @@ def test_learning_rate():
   assert rates[60] == pytest.approx(1) and rates[110] == pytest.approx(0, abs=1e-6)
   # What a time limit needs: before it is known how many steps there will be, nothing depends on that.
   assert (rates[:10] == [clip.learning_rate(settings, step, 10**9) for step in range(10)]).all()
-  assert clip._MEASURED_STEPS[1] <= clip.ClipTraining().warmup_steps
 
 
 def first_batch(settings, data):
@@ -212,13 +211,13 @@ def test_it_learns_and_the_same_steps_give_the_same_weights(data):
 
 
 def test_seconds_become_steps(data, monkeypatch):
-  """The clock says that a step takes 2 s and compilation 10 s: what is left of 60 s is 22 steps."""
-  dataset, now = Dataset.open(data), iter([100.0, 100 + 10 + 2 * 6, 100 + 10 + 2 * 18])
+  """The clock says that a step takes 2 s and compilation 10 s: what is left of 60 s is 25 steps."""
+  dataset, now = Dataset.open(data), iter([100.0, 100 + 10 + 2 * 4, 100 + 10 + 2 * 20])
   monkeypatch.setattr(clip, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
   totals = []
   bundle, steps = clip.train_clip(dataset, TINY, seconds=60, on_step=lambda step, total, _: totals.append(total))
-  assert steps == 18 + (60 - 10 - 36) // 2
-  assert totals[:17] == [None] * 17 and set(totals[18:]) == {steps}
+  assert steps == TINY.warmup_steps + (60 - 10 - 40) // 2
+  assert totals[:19] == [None] * 19 and set(totals[20:]) == {steps}
   monkeypatch.undo()
   same, _ = clip.train_clip(dataset, TINY, steps=steps)
   jax.tree.map(np.testing.assert_array_equal, bundle.variables, same.variables)
