@@ -16,8 +16,10 @@ Exit status: 0, or 2 for wrong input and for a data set in which --verify finds 
 
 import json
 import math
+import os
 import pathlib
 import re
+import sys
 
 from aurora_jax import config
 from aurora_jax.errors import UserError
@@ -61,8 +63,12 @@ def run(args):
     lines = _sharding_lines(config.load(args.config_argv), args.devices)
   else:
     lines = _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path))
-  for line in lines:
-    print(line)
+  try:
+    for line in lines:
+      print(line)
+    sys.stdout.flush()
+  except BrokenPipeError:  # whoever reads it has seen enough (`| head`)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
 
 
 def _describe_path(path):

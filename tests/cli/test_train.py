@@ -189,6 +189,20 @@ def test_inspect_bad_input(tmp_path, capsys, arguments, words):
   assert error.count("\n") == 1 and words in error
 
 
+def test_inspect_for_a_reader_that_has_seen_enough(tmp_path):
+  """`inspect DATA | head` ends quietly."""
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  Image.new("RGB", (8, 8), "red").save(pictures / "red.png")
+  (pictures / "red.txt").write_text("red dot")
+  build.build(sources.folder(str(pictures)), str(tmp_path / "data"), resolution=8, shards=1, heldout_fraction=0.0)
+  process = subprocess.Popen([sys.executable, "-m", "aurora_jax", "inspect", str(tmp_path / "data")], cwd=_ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process.stdout.close()
+  error = process.stderr.read()
+  assert (process.wait(), error) == (0, "")
+
+
 def test_inspect_says_whether_a_run_is_going_on(tmp_path, capsys):
   toy.run(tmp_path, **{"train.total_steps": 2})
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
