@@ -94,7 +94,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 3800
+  train.total_steps = 4600
   train.batch_size = 8
   train.checkpoint_every = 1000
   train.log_every = 100

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import pytest
 
@@ -18,6 +19,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 xla_flags.compile_quickly()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 FLAGS = os.environ["XLA_FLAGS"]
+
+# A suite started in the background of a script ignores Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
