@@ -305,7 +305,10 @@ class Mesh:
 
   data: int = 0  # 0: what `expert` leaves
   expert: int = 1  # must divide the numbers of experts, as far as the layers' sub-axes go
-  fsdp: bool = False  # dense parameters, their optimiser state and average are stored in pieces over all devices
+  fsdp: bool = False  # dense parameters, their optimiser state and average are stored in pieces over the devices
+  # Which devices: "all", the least memory; or "expert", those along that axis, so that each of `data` blocks has a whole
+  # state: what is gathered and summed comes from a block's own devices, however many blocks there are (benchmarks/README.md).
+  fsdp_over: str = "all"
   exchange: str = "auto"  # "tokens" travel to experts or "weights" to tokens; "auto": what moves fewer bytes
   # "tokens": room for this many times the mean from each device to each other one. A layer that needs more somewhere goes
   # the way of "weights" in that step; nothing is dropped.
@@ -314,6 +317,9 @@ class Mesh:
   def __post_init__(self):
     _require(self.data >= 0, f"mesh.data must be positive, or 0 for what mesh.expert leaves, got {self.data}")
     _require(self.expert > 0, f"mesh.expert must be positive, got {self.expert}")
+    _require(self.fsdp_over in ("all", "expert"), f"mesh.fsdp_over must be 'all' or 'expert', got {self.fsdp_over!r}")
+    _require(self.fsdp_over == "all" or self.expert > 1,
+             f"mesh.fsdp_over='expert' cuts over the devices along the expert axis, mesh.expert is {self.expert}")
     _require(self.exchange in ("auto", "tokens", "weights"),
              f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}")
     _require(self.exchange_capacity >= 1, f"mesh.exchange_capacity must be at least 1, got {self.exchange_capacity}")

@@ -70,7 +70,7 @@ def get_config(variant=""):
 
 def on_pod(name, variant, *, data, expert=16, batch_size=1024):
   """The recipe on `data` x `expert` accelerators: bfloat16 arithmetic, every expert of a 16-expert layer on a device of
-  its own, the other parameters cut over all of them where they are stored.
+  its own, the other parameters cut over the devices of the expert axis where they are stored.
 
   Args:
     name: of the experiment, for its files' names.
@@ -89,6 +89,7 @@ def on_pod(name, variant, *, data, expert=16, batch_size=1024):
   config.data.workers = 8  # of each host
   if not variant:
     config.mesh.data, config.mesh.expert = data, expert
+    config.mesh.fsdp_over = "expert"
     config.train.batch_size = batch_size
   return config
 

@@ -44,6 +44,8 @@ def test_command_line_overrides():
     (["--config.schedule.resolutions=(4, 8, 16)"], "must end with generator.resolution 64"),
     (["--config.schedule.resolutions=(4, 64)", "--config.schedule.max_images[4]=0"], "cap for the stage of 4 pixels, got none"),
     (["--config.discriminator.input_resolutions=(64, 32, 8, 4)"], "the pictures of stage [16] do not enter"),
+    (["--config.mesh.fsdp_over=data"], "mesh.fsdp_over must be 'all' or 'expert', got 'data'"),
+    (["--config.mesh.fsdp_over=expert"], "cuts over the devices along the expert axis, mesh.expert is 1"),
     (["--config.schedule.features=vgg"], "must be 'clip'"),
     (["--config.schedule.factor=0.0"], "schedule.factor must be positive, got 0.0"),
     (["--config.discriminator.resolution=32"], "(64, 32, 16, 8, 4) must be some of (32, 16, 8, 4)"),

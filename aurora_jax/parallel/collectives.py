@@ -3,7 +3,8 @@
 Loop bodies count as often as the loop turns. Of a conditional the usual branch counts: the one that has an all-to-all if
 another has none (the exchange of tokens, beside its fall-back), otherwise the one that moves most; the other branches'
 are kept apart as `fallback`. A TPU's compiler writes a collective that runs beside other work once in each of the
-computations that it runs beside, all with one `chain_id`: it counts once.
+computations that it runs beside, all with one `chain_id`: it counts once. A sum of which each device keeps a piece is, on
+a TPU, a fusion of its own (`all-reduce-scatter`) with the sum and the cut written within: a reduce-scatter.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ _BYTES = {"pred": 1, "bf16": 2, "token": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|async_execution_thread_computation)=\{?([^}\s]+)")
+_REDUCE_SCATTER = re.compile(r"^all-reduce-scatter[\w.\-]*$")  # a TPU's computation
 _CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
@@ -100,7 +102,10 @@ def _collect(name, computations, mesh, done, unknown, chains):
       if chain and chain[1] in chains:
         continue
       chains |= {chain[1]} if chain else set()
-      add({_read(line, match, mesh): 1})
+      item = _read(line, match, mesh)
+      if item.kind == "all-reduce" and _REDUCE_SCATTER.match(name):
+        item = dataclasses.replace(item, kind="reduce-scatter")
+      add({item: 1})
     elif " while(" in line:
       body = inner(_name(line, "body"))
       trips = _trips(line, computations) if body else 1

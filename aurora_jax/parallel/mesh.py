@@ -6,7 +6,8 @@ and a layer of 8 experts lies along (expert0, expert1), repeated along expert2.
 
 The batch lies along all axes, so no device idles outside the layers with experts. Experts lie along their run of
 sub-axes, with their optimiser state and average. All other parameters ("dense") are on every device, or with `fsdp` cut
-over as many devices as divide them where they are stored, and gathered where they are used.
+where they are stored, over as many devices as divide them (of all, or of those along `expert`), and gathered where they
+are used.
 """
 
 import dataclasses
@@ -277,4 +278,5 @@ def build(experiment: config_lib.Experiment, devices: Any = None) -> Layout:
   types = (AxisType.Auto,) * len(sizes)
   mesh = (AbstractMesh(sizes, names, axis_types=types) if abstract
           else jax.make_mesh(sizes, names, axis_types=types, devices=devices))
-  return Layout(mesh, Rules(batch=names, experts=names[1:], dense=names if experiment.mesh.fsdp else ()))
+  dense = {"all": names, "expert": names[1:]}[experiment.mesh.fsdp_over] if experiment.mesh.fsdp else ()
+  return Layout(mesh, Rules(batch=names, experts=names[1:], dense=dense))

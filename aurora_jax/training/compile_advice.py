@@ -60,6 +60,8 @@ def _state_savings(experiment, topology):
   candidates = {}
   if not mesh.fsdp:
     candidates["mesh.fsdp=True"] = dataclasses.replace(mesh, fsdp=True)
+  elif mesh.fsdp_over != "all":
+    candidates["mesh.fsdp_over=all"] = dataclasses.replace(mesh, fsdp_over="all")
   for expert in range(2, devices + 1):
     if devices % expert == 0 and expert != mesh.expert:
       candidates[f"mesh.expert={expert} mesh.data={devices // expert}"] = dataclasses.replace(

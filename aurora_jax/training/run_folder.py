@@ -32,7 +32,7 @@ except ImportError:  # not a Unix: no lock there
 FREE_FIELDS = frozenset({
     "train.total_steps", "train.max_seconds", "train.log_every", "train.sample_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.keep_every", "train.keep_best", "data.workers", "data.max_skipped",
-    "data.tolerate_damage", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.exchange",
+    "data.tolerate_damage", "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.fsdp_over", "mesh.exchange",
     "train.init_from",  # a run that goes on has left its beginning behind
     "mesh.exchange_capacity", "train.max_skipped_in_a_row", "watch.logit_gap", "watch.diversity", "watch.expert_entropy",
 })

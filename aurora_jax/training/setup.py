@@ -159,7 +159,8 @@ def _notes(experiment, dataset, placed):
   if layout.devices == 1:
     return damage
   axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-  stored = "cut over the devices where stored" if experiment.mesh.fsdp else "whole on every device"
+  cut = {"all": "all devices", "expert": "the devices along expert"}[experiment.mesh.fsdp_over]
+  stored = f"cut over {cut} where stored" if experiment.mesh.fsdp else "whole on every device"
   batch = experiment.train.batch_size
   return (*damage, f"mesh: {axes}; {batch // layout.devices} of {batch} images per device; dense parameters {stored}",
           *experts_lib.explain(placed.exchange, experiment.generator, batch))

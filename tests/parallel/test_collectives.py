@@ -48,12 +48,18 @@ _PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %fused = f32[8,4] fusion(%big), kind=kLoop, calls=%add
 }
 
+%all-reduce-scatter.1 (input: bf16[4,8]) -> bf16[1,8] {
+  %ars = bf16[4,8]{1,0} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %cut = bf16[1,8]{1,0} dynamic-slice(%ars, %device, %zero), dynamic_slice_sizes={1,8}
+}
+
 ENTRY %main (p0: f32[4,8]) -> f32[4,8] {
   %p0 = f32[4,8]{1,0} parameter(0)
   %w = (s32[], f32[4,8]) while(%t), condition=%outer_condition, body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
   %c = f32[8,4] conditional(%pred, %t, %t), branch_computations={%gathered, %exchanged}, metadata={op_name="cond"}
   %start = ((bf16[2,16]{1,0}), bf16[16,16]{1,0}) all-gather-start(%p0), replica_groups={}, dimensions={0}
   %done = bf16[16,16]{1,0} all-gather-done(%start)
+  %piece = bf16[1,8]{1,0} fusion(%p0), kind=kCustom, calls=%all-reduce-scatter.1
   %rs = (f32[1,8]{1,0}, f32[2]{0}) reduce-scatter(%a, %b), replica_groups=mesh['a'=2,'b'=4] {'a'}, dimensions={0}
   %permute = (f32[10]{0}, f32[10]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p0), source_target_pairs={{0,4},{4,0}}
   ROOT %out = f32[4,8] copy(%p0)
@@ -78,8 +84,10 @@ def test_kinds_sizes_axes_and_times():
   permuted, times = _by(found, "collective-permute")
   assert (permuted.axes, permuted.size, permuted.received, times) == (("data",), 40, 40, 1)
 
-  scattered, _ = _by(found, "reduce-scatter")
-  assert (scattered.axes, scattered.size, scattered.received) == (("data",), 80, 40)  # results are halves of 64 + 16
+  scattered = {item.axes: (item.size, item.received, times) for item, times in found.items()
+               if item.kind == "reduce-scatter"}
+  assert scattered == {("data",): (80, 40, 1),  # results are halves of 64 + 16
+                       ("expert0", "expert1"): (64, 48, 1)}  # a TPU's fusion: 4 x 8 of two bytes, three quarters of it
 
   gathers = {item.axes: (item.size, item.received, times) for item, times in found.items()
              if item.kind == "all-gather" and not item.fallback}

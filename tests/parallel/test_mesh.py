@@ -17,10 +17,10 @@ from aurora_jax.training import step
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch=64):
+def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch=64, over="all"):
   base = config.load([f"--config={CONFIGS / 'aurora_64.py'}"])
   generator = dataclasses.replace(base.generator, experts=config.PerResolution(counts)) if counts else base.generator
-  return dataclasses.replace(base, generator=generator, mesh=config.Mesh(data, expert, fsdp, exchange),
+  return dataclasses.replace(base, generator=generator, mesh=config.Mesh(data, expert, fsdp, over, exchange),
                              train=dataclasses.replace(base.train, batch_size=batch))
 
 
@@ -130,6 +130,15 @@ def test_a_device_keeps_its_share_of_the_state_on_a_pod_of_any_size(state, data,
   share = sum(math.prod(sharding.shard_shape(leaf.shape)) for _, leaf, sharding in leaves(layout, state.discriminator))
   total = sum(leaf.size for leaf in jax.tree.leaves(state.discriminator))
   assert 0 < share - total / (data * expert) < 0.0005 * total  # what is small is whole everywhere
+
+
+def test_cut_over_the_expert_axis_a_device_keeps_the_same_pieces_on_a_pod_of_any_size(state):
+  pods = [mesh.build(experiment(data, 16, fsdp=True, batch=256, over="expert"), 16 * data) for data in (1, 4, 16)]
+  everywhere = mesh.build(experiment(1, 16, fsdp=True, batch=256), 16)  # of 16 devices along `expert` these are all
+  for layout in pods:
+    for (name, leaf, sharding), (_, _, other) in zip(leaves(layout, state), leaves(everywhere, state)):
+      assert sharding.shard_shape(leaf.shape) == other.shard_shape(leaf.shape), name
+      assert mesh.DATA not in jax.tree.leaves(tuple(sharding.spec)), name
 
 
 def test_exchange_is_chosen_by_bytes_and_explained():

@@ -101,12 +101,14 @@ def test_as_a_user_on_a_cpu_stand_in(tmp_path):
 def test_compiles_for_absent_hardware(tmp_path, name, devices, chip):
   """With the real compilers, of requirements-compilers.txt; without them this fails and says what to install."""
   path = tmp_path / "r.json"
-  done = command("--config", _TINY, "--topology", name, "--report", str(path),
-                 **with_compilers())
+  done = command("--config", _TINY, "--topology", name, "--report", str(path), "--config.mesh.fsdp=True",
+                 "--config.mesh.fsdp_over=expert", **with_compilers())
   assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
   report = json.loads(path.read_text())
   check_tiny(report, devices)
   assert report["chip"] == chip
+  # Of the gradients of what is cut a device gets its own piece alone.
+  assert any(row["kind"] == "reduce-scatter" and row["axes"] == ["expert"] for row in report["collectives"])
   bound = report["step_seconds_bound"]
   assert 0 < bound["arithmetic"] < bound["memory"] and 0 < bound["interconnect"]
   assert bound["bound"] == max(bound["arithmetic"], bound["memory"], bound["interconnect"]) < 0.01
