@@ -1,16 +1,10 @@
-"""Typed configuration: frozen dataclasses, their validation, and the one place where a ConfigDict becomes typed.
+"""Typed configuration: what can be set of an experiment, in frozen dataclasses that check their values.
 
-An experiment is a file in `configs/` that returns an `ml_collections.ConfigDict` of plain values. `load` reads it with
-the command line's overrides, `from_config_dict` turns it into an `Experiment`; nothing below this file sees a
-ConfigDict. Sources of defaults are named beside the values: "released" is the released generator's code, "GigaGAN A2"
-is Table A2 of arXiv 2303.05511, "StyleGAN2" is arXiv 1912.04958.
+`config_files.py` reads and writes them; nothing else sees a ConfigDict. Sources of defaults are named beside the values:
+"released" is the released generator's code, "GigaGAN A2" is Table A2 of arXiv 2303.05511, "StyleGAN2" is arXiv 1912.04958.
 """
 
 import dataclasses
-import difflib
-import json
-import os
-import typing
 from collections.abc import Mapping
 
 from aurora_jax.errors import UserError
@@ -28,7 +22,8 @@ def _per_resolution(**values):
   return dataclasses.field(default_factory=lambda: PerResolution({int(k[1:]): v for k, v in values.items()}))
 
 
-def _require(condition, message):
+def require(condition, message):
+  """Raises a UserError unless the condition holds."""
   if not condition:
     raise UserError(f"config: {message}")
 
@@ -86,30 +81,30 @@ class Generator:
 
   def __post_init__(self):
     resolutions = self.resolutions
-    _require(self.resolution in (4, 8, 16, 32, 64, 128, 256, 512),
-             f"generator.resolution must be a power of two from 4 to 512, got {self.resolution}")
+    require(self.resolution in (4, 8, 16, 32, 64, 128, 256, 512),
+            f"generator.resolution must be a power of two from 4 to 512, got {self.resolution}")
     for name in ("blocks", "adaptive_kernels"):
       missing = [r for r in resolutions if r not in getattr(self, name)]
-      _require(not missing, f"generator.{name} has no value for resolution {missing}")
+      require(not missing, f"generator.{name} has no value for resolution {missing}")
     for r in self.attention_depth:
-      _require(r in resolutions, f"generator.attention_depth names resolution {r}, the generator has {resolutions}")
-      _require(r in self.experts, f"generator.experts has no value for attention resolution {r}")
-      _require(self.channels(r) % 32 == 0, f"generator: {self.channels(r)} channels at {r} pixels; attention needs a "
-               "multiple of 32 (group norm)")
-    _require(set(self.output_resolutions) <= set(resolutions) and self.output_resolutions,
-             f"generator.output_resolutions {self.output_resolutions} must be some of {resolutions}")
-    _require(tuple(sorted(self.output_resolutions)) == tuple(resolutions[:len(self.output_resolutions)]),
-             f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap")
-    _require(self.text_attention in ("uniform", "independent", "scaled"),
-             f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}")
-    _require(self.moe_backend in ("dense", "bucket", "grouped"),
-             f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}")
-    _require(all(count > 0 for count in self.experts.values()),
-             f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}")
-    _require(self.text_dim % self.text_heads == 0,
-             f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
-    _require(self.compute_dtype in ("float32", "bfloat16"),
-             f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
+      require(r in resolutions, f"generator.attention_depth names resolution {r}, the generator has {resolutions}")
+      require(r in self.experts, f"generator.experts has no value for attention resolution {r}")
+      require(self.channels(r) % 32 == 0, f"generator: {self.channels(r)} channels at {r} pixels; attention needs a "
+              "multiple of 32 (group norm)")
+    require(set(self.output_resolutions) <= set(resolutions) and self.output_resolutions,
+            f"generator.output_resolutions {self.output_resolutions} must be some of {resolutions}")
+    require(tuple(sorted(self.output_resolutions)) == tuple(resolutions[:len(self.output_resolutions)]),
+            f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap")
+    require(self.text_attention in ("uniform", "independent", "scaled"),
+            f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}")
+    require(self.moe_backend in ("dense", "bucket", "grouped"),
+            f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}")
+    require(all(count > 0 for count in self.experts.values()),
+            f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}")
+    require(self.text_dim % self.text_heads == 0,
+            f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
+    require(self.compute_dtype in ("float32", "bfloat16"),
+            f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
 
   @property
   def resolutions(self):
@@ -168,15 +163,15 @@ class Discriminator:
   def __post_init__(self):
     resolutions = self.resolutions
     missing = [r for r in resolutions if r not in self.blocks]
-    _require(not missing, f"discriminator.blocks has no value for resolution {missing}")
-    _require(set(self.input_resolutions) <= set(resolutions) and self.resolution in self.input_resolutions,
-             f"discriminator.input_resolutions {self.input_resolutions} must be some of {resolutions} with "
-             f"{self.resolution} among them")
-    _require(set(self.exit_resolutions) <= set(resolutions[1:]) | {1} and 1 in self.exit_resolutions,
-             f"discriminator.exit_resolutions {self.exit_resolutions} must be some of {resolutions[1:] + (1,)} with 1 "
-             "among them")
+    require(not missing, f"discriminator.blocks has no value for resolution {missing}")
+    require(set(self.input_resolutions) <= set(resolutions) and self.resolution in self.input_resolutions,
+            f"discriminator.input_resolutions {self.input_resolutions} must be some of {resolutions} with "
+            f"{self.resolution} among them")
+    require(set(self.exit_resolutions) <= set(resolutions[1:]) | {1} and 1 in self.exit_resolutions,
+            f"discriminator.exit_resolutions {self.exit_resolutions} must be some of {resolutions[1:] + (1,)} with 1 "
+            "among them")
     for r in self.attention_depth:
-      _require(r in resolutions, f"discriminator.attention_depth names resolution {r}, there are {resolutions}")
+      require(r in resolutions, f"discriminator.attention_depth names resolution {r}, there are {resolutions}")
 
   @property
   def resolutions(self):
@@ -253,16 +248,16 @@ class Schedule:
   max_images: Mapping[int, int] = _per_resolution()  # caps, {resolution: images of training}; of all stages but the last
 
   def __post_init__(self):
-    _require(all(b > a for a, b in zip(self.resolutions, self.resolutions[1:])),
-             f"schedule.resolutions must ascend, got {self.resolutions}")
-    _require(self.features == "clip",
-             f"schedule.features must be 'clip' (the image tower of text.clip), got {self.features!r}")
+    require(all(b > a for a, b in zip(self.resolutions, self.resolutions[1:])),
+            f"schedule.resolutions must ascend, got {self.resolutions}")
+    require(self.features == "clip",
+            f"schedule.features must be 'clip' (the image tower of text.clip), got {self.features!r}")
     for name in ("factor", "every_images"):
-      _require(getattr(self, name) > 0, f"schedule.{name} must be positive, got {getattr(self, name)}")
-    _require(self.images > 1, f"schedule.images must be at least 2, got {self.images}")
+      require(getattr(self, name) > 0, f"schedule.{name} must be positive, got {getattr(self, name)}")
+    require(self.images > 1, f"schedule.images must be at least 2, got {self.images}")
     for resolution in self.resolutions[:-1]:
       cap = self.max_images.get(resolution, 0)
-      _require(cap > 0, f"schedule.max_images needs a positive cap for the stage of {resolution} pixels, got {cap or 'none'}")
+      require(cap > 0, f"schedule.max_images needs a positive cap for the stage of {resolution} pixels, got {cap or 'none'}")
 
   def stage(self, resolution):
     """The stage (0, 1, ...) from which on something is used that needs `resolution` pixels."""
@@ -289,7 +284,7 @@ class Data:
   tolerate_damage: bool = False
 
   def __post_init__(self):
-    _require(0 <= self.max_skipped <= 1, f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
+    require(0 <= self.max_skipped <= 1, f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,14 +310,14 @@ class Mesh:
   exchange_capacity: float = 2.0
 
   def __post_init__(self):
-    _require(self.data >= 0, f"mesh.data must be positive, or 0 for what mesh.expert leaves, got {self.data}")
-    _require(self.expert > 0, f"mesh.expert must be positive, got {self.expert}")
-    _require(self.fsdp_over in ("all", "expert"), f"mesh.fsdp_over must be 'all' or 'expert', got {self.fsdp_over!r}")
-    _require(self.fsdp_over == "all" or self.expert > 1,
-             f"mesh.fsdp_over='expert' cuts over the devices along the expert axis, mesh.expert is {self.expert}")
-    _require(self.exchange in ("auto", "tokens", "weights"),
-             f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}")
-    _require(self.exchange_capacity >= 1, f"mesh.exchange_capacity must be at least 1, got {self.exchange_capacity}")
+    require(self.data >= 0, f"mesh.data must be positive, or 0 for what mesh.expert leaves, got {self.data}")
+    require(self.expert > 0, f"mesh.expert must be positive, got {self.expert}")
+    require(self.fsdp_over in ("all", "expert"), f"mesh.fsdp_over must be 'all' or 'expert', got {self.fsdp_over!r}")
+    require(self.fsdp_over == "all" or self.expert > 1,
+            f"mesh.fsdp_over='expert' cuts over the devices along the expert axis, mesh.expert is {self.expert}")
+    require(self.exchange in ("auto", "tokens", "weights"),
+            f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}")
+    require(self.exchange_capacity >= 1, f"mesh.exchange_capacity must be at least 1, got {self.exchange_capacity}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,14 +349,14 @@ class Train:
 
   def __post_init__(self):
     for name in ("total_steps", "batch_size", "checkpoint_every", "log_every", "sample_every", "max_skipped_in_a_row"):
-      _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
+      require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
     for name in ("keep_checkpoints", "keep_every"):
-      _require(getattr(self, name) >= 0, f"train.{name} must be positive, or 0, got {getattr(self, name)}")
-    _require(self.keep_every % self.checkpoint_every == 0,
-             f"train.keep_every {self.keep_every} must be a multiple of train.checkpoint_every {self.checkpoint_every}")
+      require(getattr(self, name) >= 0, f"train.{name} must be positive, or 0, got {getattr(self, name)}")
+    require(self.keep_every % self.checkpoint_every == 0,
+            f"train.keep_every {self.keep_every} must be a multiple of train.checkpoint_every {self.checkpoint_every}")
     order, _, metric = self.keep_best.partition(":")
-    _require(not self.keep_best or order in ("lower", "higher") and metric,
-             f"train.keep_best must be 'lower:NAME' or 'higher:NAME' of a metric, got {self.keep_best!r}")
+    require(not self.keep_best or order in ("lower", "higher") and metric,
+            f"train.keep_best must be 'lower:NAME' or 'higher:NAME' of a metric, got {self.keep_best!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,9 +377,9 @@ class Watch:
   expert_entropy: float = 0.25
 
   def __post_init__(self):
-    _require(self.logit_gap >= 0, f"watch.logit_gap must not be negative, got {self.logit_gap}")
+    require(self.logit_gap >= 0, f"watch.logit_gap must not be negative, got {self.logit_gap}")
     for name in ("diversity", "expert_entropy"):
-      _require(0 <= getattr(self, name) < 1, f"watch.{name} must be from 0 to below 1, got {getattr(self, name)}")
+      require(0 <= getattr(self, name) < 1, f"watch.{name} must be from 0 to below 1, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,14 +399,14 @@ class Experiment:
   watch: Watch = Watch()
 
   def __post_init__(self):
-    _require(self.generator.resolution == self.discriminator.resolution,
-             f"generator.resolution {self.generator.resolution} and discriminator.resolution "
-             f"{self.discriminator.resolution} differ")
+    require(self.generator.resolution == self.discriminator.resolution,
+            f"generator.resolution {self.generator.resolution} and discriminator.resolution "
+            f"{self.discriminator.resolution} differ")
     missing = set(self.discriminator.input_resolutions) - set(self.generator.output_resolutions)
-    _require(not missing, f"discriminator.input_resolutions names {sorted(missing)}, which the generator does not give")
+    require(not missing, f"discriminator.input_resolutions names {sorted(missing)}, which the generator does not give")
     for r in self.loss.r1_levels:
-      _require(r in self.discriminator.input_resolutions,
-               f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}")
+      require(r in self.discriminator.input_resolutions,
+              f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}")
 
 
 def at_stage(experiment, resolution):
@@ -441,117 +436,3 @@ def at_stage(experiment, resolution):
                             attention_depth=depths(discriminator.attention_depth)),
       loss=replace(loss, r1_levels=within(loss.r1_levels),
                    clip_weight=loss.clip_weight if resolution >= loss.clip_min_resolution else 0.0))
-
-
-def _check_whole(experiment):
-  """What holds for a whole experiment and not for one `at_stage`."""
-  stages, cfg = experiment.schedule.resolutions, experiment.discriminator
-  _require(not stages or stages[-1] == experiment.generator.resolution,
-           f"schedule.resolutions {stages} must end with generator.resolution {experiment.generator.resolution}")
-  missing = [r for r in stages if r not in cfg.input_resolutions]
-  _require(not missing, f"schedule.resolutions {stages}: the pictures of stage {missing} do not enter the discriminator, "
-           f"discriminator.input_resolutions are {cfg.input_resolutions}")
-  return experiment
-
-
-def _typed(cls, values, where):
-  """Builds the dataclass `cls` from a mapping, naming what does not fit."""
-  hints = typing.get_type_hints(cls)
-  fields = {field.name for field in dataclasses.fields(cls)}
-  for name in values:
-    if name not in fields:
-      close = difflib.get_close_matches(name, fields, n=1)
-      hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(fields))}"
-      raise UserError(f"config: no field '{where}{name}'{hint}")
-  return cls(**{name: _coerce(hints[name], value, f"{where}{name}") for name, value in values.items()})
-
-
-def _coerce(hint, value, where):
-  if dataclasses.is_dataclass(hint):
-    _require(isinstance(value, Mapping), f"{where} must be a group of fields, got {value!r}")
-    return _typed(hint, value, f"{where}.")
-  origin = typing.get_origin(hint)
-  if origin is Mapping:
-    key_type, value_type = typing.get_args(hint)
-    _require(isinstance(value, Mapping), f"{where} must be a mapping, got {value!r}")
-    return PerResolution({_coerce(key_type, k, where): _coerce(value_type, v, where) for k, v in value.items()})
-  if origin is tuple:
-    _require(isinstance(value, (tuple, list)), f"{where} must be a list, got {value!r}")
-    return tuple(_coerce(typing.get_args(hint)[0], item, where) for item in value)
-  if hint is int and isinstance(value, str) and value.isdigit():
-    return int(value)  # JSON turns the keys of a mapping into strings
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-           f"{where} must be {hint.__name__}, got {value!r}")
-  return value
-
-
-def from_mapping(values):
-  """A nested mapping of plain values (a ConfigDict, parsed JSON) as an `Experiment`.
-
-  Raises:
-    UserError: a field that does not exist, a value of the wrong type, values that do not fit together.
-  """
-  return _check_whole(_typed(Experiment, values, ""))
-
-
-def to_mapping(experiment):
-  """The inverse of `from_mapping`: nested dicts of plain values."""
-  return dataclasses.asdict(experiment)
-
-
-def to_json(experiment):
-  """The text of a run's `config.json`."""
-  return json.dumps(to_mapping(experiment), indent=2) + "\n"
-
-
-def from_json(text):
-  """Reads what `to_json` wrote."""
-  return from_mapping(json.loads(text))
-
-
-def defaults():
-  """A ConfigDict with every field at its default, for the files in `configs/` to start from."""
-  import ml_collections  # pylint: disable=g-import-not-at-top
-
-  return ml_collections.ConfigDict(to_mapping(Experiment()))
-
-
-def load(config_argv):
-  """Reads a config file with the command line's overrides.
-
-  Args:
-    config_argv: list of str: `--config=configs/NAME.py[:VARIANT]` and any `--config.a.b=V`.
-
-  Returns:
-    An `Experiment`.
-
-  Raises:
-    UserError: no such file, no such field, a value of the wrong type.
-  """
-  from absl import flags  # pylint: disable=g-import-not-at-top
-  from ml_collections import config_flags  # pylint: disable=g-import-not-at-top
-
-  paths = [a.removeprefix("--config=").split(":")[0] for a in config_argv if a.startswith("--config=")]
-  if not paths:
-    raise UserError("which config? --config configs/NAME.py[:VARIANT]")
-  if not os.path.isfile(paths[-1]):
-    raise UserError(f"config file not found: {paths[-1]}")
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["aurora_jax", *config_argv])
-  try:
-    values(["aurora_jax", *config_argv])
-    config = values.config.to_dict()
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-    raise UserError(_one_line(error)) from error
-  return from_mapping(config)
-
-
-def _one_line(error):
-  """The line of ml_collections' many that says what is wrong."""
-  text = str(error).replace("\\n", "\n").replace("\\'", "'")  # a KeyError's text is quoted, sometimes twice
-  lines = [line.strip() for line in text.splitlines() if line.strip(" '\"")]
-  if "Traceback" in text:  # the config file itself raised: its exception is the last line
-    return f"config: {lines[-1].partition(': ')[2] or lines[-1]}"
-  return "config: " + "; ".join(line.strip("'\"") for line in lines)

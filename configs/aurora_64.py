@@ -13,13 +13,13 @@ comments in aurora_jax/config.py name the source of every default. Variant `test
 at once; --config.schedule.resolutions="(4, 8, 16)" and the like let it grow.
 """
 
-from aurora_jax import config as config_lib
+from aurora_jax import config_files
 
 
 def get_config(variant=""):
   if variant not in ("", "test"):
     raise ValueError(f"the configs of aurora_64 have no variant {variant!r}, only 'test'")
-  config = config_lib.defaults()
+  config = config_files.defaults()
   config.name = "aurora_64"
 
   # The defaults of `generator` and `discriminator` are the full model. A run from scratch attends as was meant; a

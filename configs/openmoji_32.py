@@ -12,7 +12,7 @@ Variants:
 Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0.
 """
 
-from aurora_jax import config as config_lib
+from aurora_jax import config_files
 
 PROMPTS = (
     "red heart", "green circle", "blue square", "grinning face", "globe showing Americas", "banana", "thumbs up",
@@ -23,7 +23,7 @@ PROMPTS = (
 def get_config(variant=""):
   if variant not in ("", "progressive", "dense", "test"):
     raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'dense' and 'test'")
-  config = config_lib.defaults()
+  config = config_files.defaults()
   config.name = "openmoji_32"
 
   generator = config.generator

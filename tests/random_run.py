@@ -5,7 +5,7 @@ import pathlib
 import jax
 import numpy as np
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import clip as clip_lib
@@ -48,11 +48,11 @@ def make_run(folder, clip, *overrides):
   """A run of configs/aurora_64.py:test with one checkpoint, of step 3."""
   # Weights of size 1 everywhere: text and latents have as much of a say as in a trained generator.
   factors = ("--config.generator.text_lr_multiplier=1.0", "--config.generator.mapping_lr_multiplier=1.0")
-  experiment = config.load(
+  experiment = config_files.load(
       [f"--config={ROOT / 'configs/aurora_64.py'}:test", f"--config.text.clip={clip}", *factors, *overrides])
   abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   folder.mkdir(parents=True)
-  (folder / "config.json").write_text(config.to_json(experiment))
+  (folder / "config.json").write_text(config_files.to_json(experiment))
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-    checkpoints.save(3, jax.device_put(_random(abstract, 1.0)), config.to_mapping(experiment))
+    checkpoints.save(3, jax.device_put(_random(abstract, 1.0)), config_files.to_mapping(experiment))
   return folder

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.errors import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -13,16 +13,16 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("variant", ["", ":test"])
 def test_every_config_loads_and_survives_json(path, variant):
-  experiment = config.load([f"--config={path}{variant}"])
+  experiment = config_files.load([f"--config={path}{variant}"])
   assert experiment.name == path.stem
-  assert config.from_json(config.to_json(experiment)) == experiment
-  assert hash(config.from_json(config.to_json(experiment))) == hash(experiment)
+  assert config_files.from_json(config_files.to_json(experiment)) == experiment
+  assert hash(config_files.from_json(config_files.to_json(experiment))) == hash(experiment)
   if variant:
     assert experiment.train.total_steps <= 10
 
 
 def load(*flags):
-  return config.load([f"--config={CONFIGS[0]}", *flags])
+  return config_files.load([f"--config={CONFIGS[0]}", *flags])
 
 
 def test_command_line_overrides():
@@ -59,18 +59,18 @@ def test_bad_values_are_named_in_one_line(flags, words):
 
 def test_no_config_and_no_such_config():
   with pytest.raises(UserError, match="which config"):
-    config.load([])
+    config_files.load([])
   with pytest.raises(UserError, match="nowhere.py"):
-    config.load(["--config=nowhere.py"])
+    config_files.load(["--config=nowhere.py"])
   with pytest.raises(UserError, match="no variant 'large'"):
-    config.load([f"--config={CONFIGS[0]}:large"])
+    config_files.load([f"--config={CONFIGS[0]}:large"])
 
 
 def test_unknown_field_in_stored_json_is_named():
-  values = config.to_mapping(config.Experiment())
+  values = config_files.to_mapping(config.Experiment())
   values["train"]["sed"] = 1
   with pytest.raises(UserError, match="no field 'train.sed'; did you mean 'seed'"):
-    config.from_mapping(values)
+    config_files.from_mapping(values)
 
 
 def test_the_experiment_at_a_stage_ends_at_its_resolution():
@@ -88,8 +88,8 @@ def test_the_experiment_at_a_stage_ends_at_its_resolution():
 
 
 def test_variants_of_openmoji():
-  growing = config.load(["--config=configs/openmoji_32.py:progressive"])
+  growing = config_files.load(["--config=configs/openmoji_32.py:progressive"])
   assert growing.schedule.resolutions == (8, 16, 32) and growing.name == "openmoji_32_progressive"
-  plain = config.load(["--config=configs/openmoji_32.py:progressive", "--config.schedule.resolutions=()"])
+  plain = config_files.load(["--config=configs/openmoji_32.py:progressive", "--config.schedule.resolutions=()"])
   assert plain.schedule.resolutions == () and plain.discriminator == growing.discriminator
-  assert dict(config.load(["--config=configs/openmoji_32.py:dense"]).generator.experts) == {4: 1, 8: 1}
+  assert dict(config_files.load(["--config=configs/openmoji_32.py:dense"]).generator.experts) == {4: 1, 8: 1}

@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.cli import main, train
 from aurora_jax.parallel import mesh
 
@@ -18,12 +18,12 @@ PODS = {"aurora_64_v5e_256": 256, "aurora_64_a100_32": 32, "aurora_64_a100_256":
 
 
 def load(name, variant=""):
-  return config.load([f"--config={CONFIGS / name}.py{variant}"])
+  return config_files.load([f"--config={CONFIGS / name}.py{variant}"])
 
 
 def flat(experiment):
   """{"group.field": value}."""
-  values = json.loads(config.to_json(experiment))
+  values = json.loads(config_files.to_json(experiment))
   return {f"{group}.{field}": value for group, fields in values.items() if isinstance(fields, dict)
           for field, value in fields.items()}
 
@@ -63,4 +63,4 @@ def test_the_docstring_has_a_target_a_cost_and_a_command_that_parses(name):
   parser = argparse.ArgumentParser()
   train.add_arguments(parser)
   flags = parser.parse_args(rest)
-  assert config.load(config_argv).name == name and flags.require in ("tpu", "gpu")
+  assert config_files.load(config_argv).name == name and flags.require in ("tpu", "gpu")

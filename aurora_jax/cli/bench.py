@@ -11,7 +11,7 @@ the speed of a plain matrix product, measured in the same run.
 in turn, on the same batches.
 """
 
-from aurora_jax import config, xla_flags
+from aurora_jax import config_files, xla_flags
 from aurora_jax.errors import UserError
 
 _REPEATS = {"sample": 5, "guard": 100}
@@ -33,7 +33,7 @@ def run(args):
   for name, value in (("--batch", min(batches)), ("--repeats", repeats)):
     if value < 1:
       raise UserError(f"{name} must be at least 1, got {value}")
-  experiment = config.load(args.config_argv)
+  experiment = config_files.load(args.config_argv)
   (_sample if args.what == "sample" else _guard)(experiment, batches, repeats)
 
 

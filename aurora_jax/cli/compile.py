@@ -29,7 +29,7 @@ import pathlib
 import tempfile
 
 from aurora_jax import files
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import compiler_log, topology
 
@@ -44,7 +44,7 @@ def add_arguments(parser):
 
 
 def run(args):
-  experiment = config.load(args.config_argv)
+  experiment = config_files.load(args.config_argv)
   name = topology.parse(args.topology)
   if args.report:
     folder = os.path.dirname(args.report) or "."

@@ -21,6 +21,7 @@ import json
 import pathlib
 
 from aurora_jax import config as config_lib
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
 
 
@@ -95,7 +96,7 @@ def _experiment(args):
                     "constructor's keyword arguments")
   notes = []
   if args.config_argv:
-    experiment = config_lib.load(args.config_argv)
+    experiment = config_files.load(args.config_argv)
     if args.clip:
       experiment = dataclasses.replace(experiment, text=config_lib.Text(clip=args.clip))
   else:

@@ -21,7 +21,7 @@ import pathlib
 import re
 import sys
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import run_story
 
@@ -60,7 +60,7 @@ def run(args):
       raise UserError("--verify is for a data set's folder")
     lines = _verify_lines(pathlib.Path(args.path))
   elif args.sharding:
-    lines = _sharding_lines(config.load(args.config_argv), args.devices)
+    lines = _sharding_lines(config_files.load(args.config_argv), args.devices)
   else:
     lines = _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path))
   try:
@@ -189,7 +189,7 @@ def _clip_lines(path, stored):
 
 def _describe_config(args):
   """An experiment's networks, from shapes alone."""
-  experiment = config.load(args.config_argv)
+  experiment = config_files.load(args.config_argv)
 
   import jax  # pylint: disable=g-import-not-at-top
   from clu import parameter_overview  # pylint: disable=g-import-not-at-top

@@ -42,7 +42,7 @@ the state itself is no longer finite.
 import hashlib
 import time
 
-from aurora_jax import config, xla_flags
+from aurora_jax import config_files, xla_flags
 from aurora_jax.parallel import hosts
 from aurora_jax.training import initial, profiling, run_folder, stored_checkpoint
 from aurora_jax.training.interrupts import Interrupts
@@ -68,8 +68,8 @@ def run(args):
   started = time.monotonic()
   xla_flags.compile_quickly()
   profile_steps = profiling.parse(args.profile_steps) if args.profile_steps else None
-  experiment = config.load(args.config_argv)
-  job = hosts.join(args, hashlib.sha256(config.to_json(experiment).encode()).hexdigest())
+  experiment = config_files.load(args.config_argv)
+  job = hosts.join(args, hashlib.sha256(config_files.to_json(experiment).encode()).hexdigest())
   with hosts.leaving_at_once("train"), Interrupts(args.stopped_status) as interrupts:
     return _train(args, experiment, job, started, profile_steps, interrupts)
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from aurora_jax import config as config_lib
+from aurora_jax import config_files
 from aurora_jax import files
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
@@ -99,9 +100,9 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
   with stage(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.whole_folder(workdir) as beside:
     folder = run_folder.RunFolder(beside)
-    checkpoint.write_parts(folder.checkpoints, 0, parts, config_lib.to_mapping(experiment),
+    checkpoint.write_parts(folder.checkpoints, 0, parts, config_files.to_mapping(experiment),
                            {"converted_from": str(path), "weights": origin})
-    files.write_text(folder.config, config_lib.to_json(experiment))
+    files.write_text(folder.config, config_files.to_json(experiment))
   values = sum(leaf.size for leaf in jax.tree.leaves(parts["ema"]))
   return Converted(workdir, 0, origin, values, tuple(notes))
 

@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from aurora_jax import config as config_lib
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
 from aurora_jax.interop.aurora_config import RUNTIME_FIELDS
 from aurora_jax.training import stored_checkpoint
@@ -123,7 +123,7 @@ def _why_no_discriminator(folder, step, experiment, abstract_state):
 
 def _stored_experiment(folder, step):
   values = stored_checkpoint.stored_config(folder, step)
-  return None if values is None else config_lib.from_mapping(values)
+  return None if values is None else config_files.from_mapping(values)
 
 
 def _differences(stored, now, free):

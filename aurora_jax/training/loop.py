@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aurora_jax import config, files
+from aurora_jax import config_files, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
@@ -108,7 +108,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
       run_folder.check_writable(run_dir)
       stack.enter_context(run_folder.held(folder.path) if primary else contextlib.nullcontext())
       if primary:
-        files.write_text(folder.config, config.to_json(experiment))
+        files.write_text(folder.config, config_files.to_json(experiment))
       log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
       unread = skipped.follow(folder.skipped_records, getattr(prepared, "dataset", None), experiment.data.max_skipped,
                               resumed=newest is not None)
@@ -370,7 +370,7 @@ class _Trainer:
       self._display.doing("saving", brief=True)
       self._unread.share()
       guard.check_state(step, state)
-      self._checkpoints.save(step, state, config.to_mapping(self._prepared.experiment), {
+      self._checkpoints.save(step, state, config_files.to_mapping(self._prepared.experiment), {
           "clock": self.clock.to_json(), "window": self._window.to_json(), "skips": self._skips.to_json(),
           "watch": self._watch.to_json(), "schedule": self._growing.to_json()})
 

@@ -1,6 +1,6 @@
 """The folder of a run: its files, who may write into it, and which configuration it belongs to.
 
-    config.json       the experiment, as `config.to_json` writes it
+    config.json       the experiment, as `config_files.to_json` writes it
     checkpoints/      one folder per saved step (training/checkpoint.py)
     metrics.jsonl     one JSON object per line (training/metrics.py)
     skipped_records.jsonl   the records that could not be read, if there were any (training/skipped.py)
@@ -18,7 +18,7 @@ import os
 import pathlib
 import time
 
-from aurora_jax import config, files
+from aurora_jax import config, config_files, files
 from aurora_jax.errors import UserError
 from aurora_jax.training import stored_checkpoint
 
@@ -97,7 +97,7 @@ class RunFolder:
       raise UserError(f"run folder not found: {self.path}")
     if not self.config.is_file():
       raise UserError(f"{self.path} is no run: it has no config.json")
-    return config.from_mapping(_read_json(self.config))
+    return config_files.from_mapping(_read_json(self.config))
 
 
 def check_writable(path):
@@ -166,8 +166,8 @@ def config_changes(stored, experiment):
   Returns:
     {dotted field: (stored value, value now)}, JSON values.
   """
-  now = _flatten(json.loads(config.to_json(experiment)))
-  before = _flatten(json.loads(config.to_json(config.Experiment()))) | _flatten(stored)
+  now = _flatten(json.loads(config_files.to_json(experiment)))
+  before = _flatten(json.loads(config_files.to_json(config.Experiment()))) | _flatten(stored)
   return {name: (before.get(name, _NOTHING), now.get(name, _NOTHING))
           for name in sorted(before.keys() | now.keys()) if before.get(name, _NOTHING) != now.get(name, _NOTHING)}
 
@@ -187,7 +187,7 @@ def refuse_changes(folder, experiment, allowed=()):
     UserError: other fields differ (all are named, old -> new), a name in `allowed` does not exist, config.json cannot
       be read, or the newest checkpoint is a converted one, with which no run can go on.
   """
-  fields = _flatten(json.loads(config.to_json(experiment)))
+  fields = _flatten(json.loads(config_files.to_json(experiment)))
   for name in allowed:
     if name not in fields and not any(field.startswith(f"{name}.") for field in fields):
       known = {".".join(parts[:i + 1]) for parts in (field.split(".") for field in fields) for i in range(len(parts))}

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import tfrecords
 from aurora_jax.interop import aurora_torch
@@ -97,7 +97,7 @@ def run(home):
 
 
 def test_a_run_leaves_what_it_promises(run):
-  assert config.from_json((run / "config.json").read_text()).name == "aurora_64"
+  assert config_files.from_json((run / "config.json").read_text()).name == "aurora_64"
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   trained = [line for line in lines if line["kind"] == "train"]
   assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
@@ -257,7 +257,7 @@ AS_RELEASED = ("--config.generator.deformable_max_resolution=16", "--config.gene
 @pytest.fixture(scope="module")
 def converted(home):
   """A released checkpoint with random weights, and the folder that `convert` makes of it."""
-  cfg = config.load(["--config=configs/aurora_64.py:test", AS_RELEASED[0]]).generator
+  cfg = config_files.load(["--config=configs/aurora_64.py:test", AS_RELEASED[0]]).generator
   rng, weights = np.random.default_rng(0), {}
   for entry in aurora_torch.entries(cfg):  # all names of an entry that is not stacked are one tensor
     weights |= dict.fromkeys(entry.names)

@@ -20,10 +20,10 @@ import fork_server  # pylint: disable=wrong-import-position
 
 KILLS, STEPS = 20, 150
 CONFIG = f"""
-from aurora_jax import config as config_lib
+from aurora_jax import config_files
 
 def get_config(variant=""):
-  config = config_lib.defaults()
+  config = config_files.defaults()
   config.train.total_steps, config.train.batch_size = {STEPS}, 8
   config.train.checkpoint_every, config.train.log_every, config.train.sample_every = 2, 3, 5
   config.train.keep_checkpoints, config.train.keep_every = 2, 20

@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
 from aurora_jax.training import fingerprint, run_folder, setup, stored_checkpoint
@@ -19,10 +19,10 @@ sys.path.insert(0, str(_ROOT / "tests/training"))
 import toy  # pylint: disable=wrong-import-position
 
 _CONFIG = """
-from aurora_jax import config as config_lib
+from aurora_jax import config_files
 
 def get_config(variant=""):
-  config = config_lib.defaults()
+  config = config_files.defaults()
   config.name = "small" + variant
   config.train.total_steps = 6
   config.train.checkpoint_every = 2
@@ -174,7 +174,7 @@ def test_inspect_tells_data_sets_and_experiments(tmp_path, experiment, capsys):
 
   assert main.main(["inspect", "--config", str(_ROOT / "configs/openmoji_32.py")]) == 0
   said = capsys.readouterr().out
-  cfg = config.load([f"--config={_ROOT / 'configs/openmoji_32.py'}"])
+  cfg = config_files.load([f"--config={_ROOT / 'configs/openmoji_32.py'}"])
   assert f"{cfg.train.total_steps:,} steps" in said and "experts" in said and "discriminator:" in said
 
 

@@ -20,10 +20,10 @@ import toy  # pylint: disable=wrong-import-position
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
-from aurora_jax import config as config_lib
+from aurora_jax import config_files
 
 def get_config(variant=""):
-  config = config_lib.defaults()
+  config = config_files.defaults()
   config.train.total_steps, config.train.batch_size = 3000, 8
   config.train.checkpoint_every, config.train.log_every, config.train.sample_every = 4, 3, 1_000_000
   return config

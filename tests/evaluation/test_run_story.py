@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.data import damage
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import run_story
@@ -47,9 +47,9 @@ def _run(tmp_path):
   def make(rows, name="run"):
     folder = tmp_path / name
     folder.mkdir()
-    experiment = config.load([f"--config={_ROOT / 'configs/openmoji_32.py'}", "--config.train.total_steps=100",
+    experiment = config_files.load([f"--config={_ROOT / 'configs/openmoji_32.py'}", "--config.train.total_steps=100",
                               "--config.train.batch_size=10"])
-    (folder / "config.json").write_text(config.to_json(experiment))
+    (folder / "config.json").write_text(config_files.to_json(experiment))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
     (folder / "checkpoints/33").mkdir(parents=True)
     (folder / "checkpoints/33/data").write_bytes(bytes(1500))

@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.cli import main, train
 from aurora_jax.parallel import environment, mesh
 
@@ -32,7 +32,7 @@ def train_flags(words):
   config_argv, rest = main.split_config_flags(words)
   parser = argparse.ArgumentParser()
   train.add_arguments(parser)
-  return config.load(config_argv), parser.parse_args(rest)
+  return config_files.load(config_argv), parser.parse_args(rest)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").iterdir()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.interop import aurora_torch
 from aurora_jax.models import generator
 
@@ -114,7 +114,7 @@ def test_released_size_without_allocating_it():
 
 def test_gigagans_base_is_650_9_million():
   """The count of the facts, section 1.9; GigaGAN's Table A2 has 652.5 M, 0.24 % more."""
-  cfg = config.load(["--config=configs/gigagan_64.py"]).generator
+  cfg = config_files.load(["--config=configs/gigagan_64.py"]).generator
   shapes = generator.abstract_variables(cfg)
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
   assert count == 650_935_705

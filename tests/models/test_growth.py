@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.models import discriminator, generator, growth
 
 
@@ -16,7 +16,7 @@ def names(tree, keep=lambda path: True):
     ("--config=configs/openmoji_32.py:progressive",),
 ])
 def test_a_stage_uses_the_parameters_of_the_networks_that_end_there(flags):
-  whole = config.load(list(flags))
+  whole = config_files.load(list(flags))
   parameters = {"generator": lambda cfg: generator.abstract_variables(cfg)["params"],
                 "discriminator": discriminator.abstract_params}
   for network, of in parameters.items():

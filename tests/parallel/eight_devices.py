@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
@@ -44,7 +44,7 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
   attention is left out: its tied queries and keys have a distance of zero to themselves, whose root's gradient in
   float32 is rounding noise, on any number of devices.
   """
-  base, replace = config.load([f"--config={CONFIG}:test"]), dataclasses.replace
+  base, replace = config_files.load([f"--config={CONFIG}:test"]), dataclasses.replace
   return replace(
       base,
       generator=replace(
@@ -291,7 +291,7 @@ def test_a_run_moves_between_meshes(tmp_path):
   pieces = state.discriminator["r8_block0"]["conv1"]["weight"].addressable_shards
   assert len({str(piece.index) for piece in pieces}) == 8  # it is cut indeed
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(3, state, config.to_mapping(wanted))
+    checkpoints.save(3, state, config_files.to_mapping(wanted))
     saved = to_host(state)
     expected = next_step(whole, state)  # the uninterrupted run goes on while the files are written
     checkpoints.wait()

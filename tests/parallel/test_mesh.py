@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.cli import main
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import experts, mesh
@@ -18,7 +18,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch=64, over="all"):
-  base = config.load([f"--config={CONFIGS / 'aurora_64.py'}"])
+  base = config_files.load([f"--config={CONFIGS / 'aurora_64.py'}"])
   generator = dataclasses.replace(base.generator, experts=config.PerResolution(counts)) if counts else base.generator
   return dataclasses.replace(base, generator=generator, mesh=config.Mesh(data, expert, fsdp, over, exchange),
                              train=dataclasses.replace(base.train, batch_size=batch))

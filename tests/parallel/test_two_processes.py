@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import loader, tfrecords
 from aurora_jax.data.dataset import Dataset
@@ -147,7 +147,7 @@ def records(path):
 
 def abstract_state(home):
   """The shapes of the training state, on one device."""
-  experiment = config.load([f"--config={home / 'small.py'}"])
+  experiment = config_files.load([f"--config={home / 'small.py'}"])
   return jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.parallel import collectives, mesh, topology
 from aurora_jax.parallel import compile as parallel_compile
 from aurora_jax.training import compile as training_compile
@@ -89,7 +89,7 @@ def test_as_a_user_on_a_cpu_stand_in(tmp_path):
   assert "It fits with" in done.stdout and "all-to-all" in done.stdout
 
   # The state's bytes by hand: experts are halved by an expert axis of two, all else is whole.
-  state = jax.eval_shape(step_lib.build(config.load([f"--config={_ROOT / _TINY}"]), None).init, jax.random.key(0))
+  state = jax.eval_shape(step_lib.build(config_files.load([f"--config={_ROOT / _TINY}"]), None).init, jax.random.key(0))
   expected = sum(4 * leaf.size // (2 if "feed_forward" in str(path) and leaf.shape[0] == 4 and leaf.ndim > 1
                                    and "router" not in str(path) else 1)
                  for path, leaf in jax.tree_util.tree_flatten_with_path(state.ema)[0])
@@ -230,7 +230,7 @@ def test_filters_of_their_own_stay_with_their_samples(machine):
 
 @pytest.mark.parametrize("width, words", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
 def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, words):
-  experiment = config.load([f"--config={_ROOT / _TINY}"])
+  experiment = config_files.load([f"--config={_ROOT / _TINY}"])
   replace = dataclasses.replace
   experiment = replace(experiment, generator=replace(experiment.generator, text_feature_dim=width))
   sizes, said = training_compile.clip_config(experiment)
@@ -239,7 +239,7 @@ def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, words):
 
 def test_advice_names_fields_and_exact_savings():
   """On eight abstract devices with room for next to nothing."""
-  experiment = config.load([f"--config={_ROOT / _TINY}", "--config.mesh.expert=1", "--config.generator.remat=False"])
+  experiment = config_files.load([f"--config={_ROOT / _TINY}", "--config.mesh.expert=1", "--config.generator.remat=False"])
   machine = topology.Topology(topology.parse("a100-8"), _CHIP, [None] * 8, 8)
   state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   size = lambda **changes: sum(training_compile.state_bytes(mesh.build(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.data import build, sources
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.interop import clip_hf
@@ -37,7 +37,7 @@ def _experiment(tmp_path):
       image=clip_lib.ImageConfig(width=32, layers=1, heads=2, mlp_width=64, size=16, patch=8), embedding_width=16)
   weights = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), clip_lib.abstract_variables(sizes))
   clip_hf.save(tmp_path / "clip", clip_hf.ClipBundle(sizes, weights, tokenizer))
-  return config.load([f"--config={_TINY}", "--config.mesh.expert=1", f"--config.data.path={tmp_path / 'data'}",
+  return config_files.load([f"--config={_TINY}", "--config.mesh.expert=1", f"--config.data.path={tmp_path / 'data'}",
                       f"--config.text.clip={tmp_path / 'clip'}", "--config.loss.clip_bank=3"])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.errors import UserError
 from aurora_jax.interop import aurora_torch, tensor_files
@@ -59,7 +59,7 @@ def test_safetensors_to_ours_and_back(tmp_path, state_dict, capsys):
   run, back = tmp_path / "a" / "run", tmp_path / "back.safetensors"
   assert convert(WEIGHTS, run, "--released-config", KWARGS, "--clip", "some/clip") == 0
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
-  experiment = config.from_json((run / "config.json").read_text())
+  experiment = config_files.from_json((run / "config.json").read_text())
   assert (experiment.text.clip, experiment.generator.text_attention) == ("some/clip", "independent")
   assert stored_checkpoint.only_parts(run / "checkpoints") == ["buffers", "ema", "generator"]
   variables = aurora_torch.import_generator(state_dict, experiment.generator)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.data import build, loader, sources
 from aurora_jax.models import discriminator, growth
 from aurora_jax.ops import frechet
@@ -46,7 +46,7 @@ def experiment(home, total_steps=6):
       "schedule.resolutions": (4, 8, 16), "schedule.factor": 1e-9, "train.total_steps": total_steps,
       "train.checkpoint_every": 2, "train.keep_checkpoints": 0, "train.sample_prompts": (), "data.path": home / "data",
       "text.clip": home / "clip", "optimizer.attention_weight_decay": 0.1}
-  values = config.to_mapping(config.load([f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test"]))
+  values = config_files.to_mapping(config_files.load([f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test"]))
   for name, value in flags.items():
     group, _, field = name.partition(".")
     if field == "experts[16]":
@@ -55,7 +55,7 @@ def experiment(home, total_steps=6):
       values[group][field] = str(value) if isinstance(value, pathlib.Path) else value
   values["generator"]["adaptive_kernels"] = {4: 1, 8: 1, 16: 1}
   values["discriminator"] |= {"attention_depth": {}, "exit_resolutions": (4, 1)}
-  return config.from_mapping(values)
+  return config_files.from_mapping(values)
 
 
 @pytest.fixture(scope="module")

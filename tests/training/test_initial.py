@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
 from aurora_jax.training import checkpoint, initial
 from aurora_jax.training import step as step_lib
@@ -15,7 +15,7 @@ from aurora_jax.training import step as step_lib
 
 @pytest.fixture(scope="module")
 def experiment():
-  return config.load(["--config=configs/aurora_64.py:test"])
+  return config_files.load(["--config=configs/aurora_64.py:test"])
 
 
 def init_of(experiment):
@@ -42,8 +42,8 @@ def run(experiment, start, tmp_path_factory):
   folder = tmp_path_factory.mktemp("source") / "run"
   double = start.replace(ema=jax.tree.map(lambda leaf: 2 * leaf, start.ema))
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-    checkpoints.save(3, double, config.to_mapping(experiment))
-    checkpoints.save(7, start, config.to_mapping(experiment))
+    checkpoints.save(3, double, config_files.to_mapping(experiment))
+    checkpoints.save(7, start, config_files.to_mapping(experiment))
   return folder
 
 
@@ -85,7 +85,7 @@ def test_another_discriminator_is_made_afresh(experiment, start, run):
     same(state.generator, start.generator)
   folder = run.parent / "converted" / "checkpoints"
   parts = {part: jax.tree.map(np.asarray, getattr(start, part)) for part in initial.GENERATOR_PARTS}
-  checkpoint.write_parts(folder, 0, parts, config.to_mapping(experiment))
+  checkpoint.write_parts(folder, 0, parts, config_files.to_mapping(experiment))
   state, words = first_state(beginning_with(experiment, folder.parent))
   assert "discriminator fresh (the checkpoint has none)" in words
   same(state.ema, start.ema)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.training import checkpoint, loop, metrics, schedule, stored_checkpoint
 from aurora_jax.training import fingerprint as fingerprint_lib
 
@@ -103,9 +103,9 @@ class GrowingToy(toy.Toy):
 
 
 def _experiment():
-  values = config.to_mapping(toy.experiment())
+  values = config_files.to_mapping(toy.experiment())
   values["schedule"] |= {"resolutions": (4, 8, 64), "every_images": 16, "max_images": {4: 24, 8: 400}}
-  return config.from_mapping(values)
+  return config_files.from_mapping(values)
 
 
 def _run(folder, distances=None, after_batch=None):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.models import critic, discriminator
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
@@ -29,7 +29,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
 @pytest.fixture(scope="module")
 def system():
   """Programs compiled as `train` does, frozen CLIP, first state and a batch. What a program is given stays usable."""
-  experiment = config.load([f"--config={CONFIG}:test"])
+  experiment = config_files.load([f"--config={CONFIG}:test"])
   clip = clip_lib.Clip(_clip_config())
   keys = jax.random.split(jax.random.key(1), 3)
   tokens = jnp.array([[48, 3 + i, 5, 49, 0, 0, 0, 0] for i in range(4)])

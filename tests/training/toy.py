@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aurora_jax import config
+from aurora_jax import config, config_files
 from aurora_jax.errors import UserError
 from aurora_jax.training import guard as guard_lib
 from aurora_jax.training import loop
@@ -42,7 +42,7 @@ class Samples:
 
 def experiment(**fields):
   """An `Experiment` with some fields set: experiment(**{"train.total_steps": 20})."""
-  values = config.to_mapping(config.Experiment())
+  values = config_files.to_mapping(config.Experiment())
   defaults = {"train.total_steps": 12, "train.checkpoint_every": 4, "train.log_every": 3, "train.sample_every": 6,
               "train.batch_size": 8, "name": "toy"}
   for name, value in (defaults | fields).items():
@@ -51,7 +51,7 @@ def experiment(**fields):
     for part in path:
       group = group[part]
     group[last] = value
-  return config.from_mapping(values)
+  return config_files.from_mapping(values)
 
 
 _OPTIMIZER = optax.adam(1e-2)
