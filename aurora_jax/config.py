@@ -216,8 +216,13 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Adam without a first moment (beta1 = 0): GigaGAN A2 and StyleGAN2 agree on betas (0, 0.99)."""
+  """Adam without a first moment (beta1 = 0): GigaGAN A2 and StyleGAN2 agree on betas (0, 0.99). Or Muon for matrices."""
 
+  # Of the weights: "adam", or "muon" (training/muon.py), whose steps are of the same size but of full rank: no paper of the
+  # field trains a GAN so; on OpenMoji it is worth far more than what it costs (benchmarks/README.md).
+  method: str = "adam"
+  muon_momentum: float = 0.9
+  muon_iterations: int = 3  # of Newton and Schulz; K. Jordan takes 5
   generator_lr: float = 0.0025
   discriminator_lr: float = 0.0025
   # On biases; an equalised bias moves by the full rate while a weight moves by rate / sqrt(fan_in). 1: as StyleGAN2.
@@ -230,6 +235,11 @@ class Optimizer:
   ema_half_life_images: float = 10_000.0  # StyleGAN2 / Hammer default
   ema_ramp_up: float = 0.05  # StyleGAN2-ADA: half-life at most this fraction of the images seen
   w_average_decay: float = 0.998  # Hammer default
+
+  def __post_init__(self):
+    require(self.method in ("adam", "muon"), f"optimizer.method must be 'adam' or 'muon', got {self.method!r}")
+    require(0 <= self.muon_momentum < 1, f"optimizer.muon_momentum must be from 0 to below 1, got {self.muon_momentum}")
+    require(self.muon_iterations >= 1, f"optimizer.muon_iterations must be at least 1, got {self.muon_iterations}")
 
 
 @dataclasses.dataclass(frozen=True)

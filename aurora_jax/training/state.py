@@ -1,4 +1,4 @@
-"""The training state and its optimisers: Adam without a first moment, EMA, the average of w."""
+"""The training state and its optimisers: Adam without a first moment or Muon, EMA, the average of w."""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import optax
 
 from aurora_jax import config as config_lib
 from aurora_jax.models import growth
+from aurora_jax.training import muon
 
 
 @flax.struct.dataclass
@@ -35,7 +36,7 @@ class TrainState:
 
 
 class RmsState(NamedTuple):
-  """What `adam` remembers.
+  """What Adam remembers.
 
   Attributes:
     count: int32, updates so far; with stages [stages], those since each began.
@@ -53,28 +54,40 @@ def _decays(path):
           and not {"norm", "feed_forward", "mlp_in", "mlp_out"} & set(names))
 
 
-def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
-  """Adam with a first moment of zero, which is not stored; decoupled weight decay on attention matrices.
+def optimizer(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
+  """The optimiser of a network: Adam, or Muon for its matrices (`cfg.method`); decoupled weight decay on attention matrices.
 
   The learning rate is applied by the caller (`update`), so that the state holds no schedule.
 
-  With stages, what a stage does not use stays as it is, its weights and its second moment, and each stage's layers have
-  the bias correction of their own age: by that of the whole run, the first steps of new layers would be
-  1 / sqrt(1 - beta2) times too long. The second moments of layers trained before go on.
-
   Args:
     cfg: `config.Optimizer`.
-    beta2: decay of the second moment.
-    schedule: `config.Schedule`.
+    beta2: decay of Adam's second moment.
+    schedule: `config.Schedule`. What a stage does not use stays as it is, its weights and what is remembered of them.
     resolution: of the present stage; without stages it is not looked at.
 
   Returns:
     `optax.GradientTransformationExtraArgs` whose updates are the direction of ascent; `keep` is as of `update`.
   """
-  stages = schedule.resolutions
-
   def in_use(path):
-    return not stages or growth.lowest_resolution(path) <= resolution
+    return not schedule.resolutions or growth.lowest_resolution(path) <= resolution
+
+  first = _adam(cfg, beta2, schedule, resolution, in_use)
+  if cfg.method == "muon":
+    first = muon.for_matrices(cfg, in_use, others=first)
+  parts = [first]
+  if cfg.attention_weight_decay:
+    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _decays(path) and in_use(path), params)
+    parts.append(optax.add_decayed_weights(cfg.attention_weight_decay, mask))
+  return optax.chain(*parts)
+
+
+def _adam(cfg, beta2, schedule, resolution, in_use):
+  """Adam with a first moment of zero, which is not stored.
+
+  With stages, each stage's layers have the bias correction of their own age: by that of the whole run, the first steps of
+  new layers would be 1 / sqrt(1 - beta2) times too long. The second moments of layers trained before go on.
+  """
+  stages = schedule.resolutions
 
   def init(params):
     return RmsState(jnp.zeros((len(stages),) if stages else (), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -95,11 +108,7 @@ def adam(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
 
     return jax.tree_util.tree_map_with_path(divide, gradients, nu), RmsState(count, nu)
 
-  parts = [optax.GradientTransformationExtraArgs(init, rescale)]
-  if cfg.attention_weight_decay:
-    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _decays(path) and in_use(path), params)
-    parts.append(optax.add_decayed_weights(cfg.attention_weight_decay, mask))
-  return optax.chain(*parts)
+  return optax.GradientTransformationExtraArgs(init, rescale)
 
 
 def learning_rate_factor(cfg, step, total_steps):
@@ -118,7 +127,7 @@ def update(cfg, optimizer, gradients, opt_state, params, learning_rate, keep=lam
 
   Args:
     cfg: `config.Optimizer`.
-    optimizer: of `adam`.
+    optimizer: of `optimizer`.
     gradients, opt_state, params: trees.
     learning_rate: scalar.
     keep: (new array, old array) -> the one to have, the same choice for all. Each array is chosen where it is made and

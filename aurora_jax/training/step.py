@@ -137,8 +137,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
   # StyleGAN2, appendix B: with an extra regularisation step every k, rate and decay shrink by k / (k + 1).
   lazy = loss_cfg.r1_interval / (loss_cfg.r1_interval + 1) if loss_cfg.r1_gamma else 1.0
   stage = experiment.schedule, cfg.resolution
-  g_adam = state_lib.adam(opt_cfg, opt_cfg.beta2, *stage)
-  d_adam = state_lib.adam(opt_cfg, opt_cfg.beta2**lazy, *stage)
+  g_optimizer = state_lib.optimizer(opt_cfg, opt_cfg.beta2, *stage)
+  d_optimizer = state_lib.optimizer(opt_cfg, opt_cfg.beta2**lazy, *stage)
   guard = guard_lib.of(train)
   clip_levels = [r for r in cfg.output_resolutions if r >= loss_cfg.clip_min_resolution]
 
@@ -153,7 +153,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     return state_lib.TrainState(
         step=jnp.int32(0), generator=variables["params"], buffers=variables["buffers"],
         ema=jax.tree.map(jnp.copy, variables["params"]), discriminator=d_params,
-        generator_opt=g_adam.init(variables["params"]), discriminator_opt=d_adam.init(d_params))
+        generator_opt=g_optimizer.init(variables["params"]), discriminator_opt=d_optimizer.init(d_params))
 
   def judge(params, pyramid, text_feature):
     def run(module):
@@ -258,7 +258,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text)
     metrics |= guard.norms("grad_norm/d", gradient) | guard.pictures(image, pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
-    params, opt = state_lib.update(opt_cfg, d_adam, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step),
+    params, opt = state_lib.update(opt_cfg, d_optimizer, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step),
                                    guard.keeper(healthy))
     return params, opt, healthy, metrics
 
@@ -279,7 +279,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     healthy &= guard.healthy(metrics)
     metrics |= guard.verdict(guard_lib.SKIPPED, healthy)
     keep = guard.keeper(healthy)
-    params, opt = state_lib.update(opt_cfg, g_adam, gradient, opt, params, rate, keep)
+    params, opt = state_lib.update(opt_cfg, g_optimizer, gradient, opt, params, rate, keep)
     decay = state_lib.ema_decay(opt_cfg, step, batch_size)
     nearer = lambda average, value, decay: keep(average + (1 - decay) * (value - average), average)
     ema = jax.tree.map(lambda average, value: nearer(average, value, decay), ema, params)
@@ -307,7 +307,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)
     metrics = {"loss/r1": penalty} | guard.norms("grad_norm/r1", gradient)
     healthy = guard.healthy(metrics)
-    params, opt = state_lib.update(opt_cfg, d_adam, gradient, state.discriminator_opt, state.discriminator,
+    params, opt = state_lib.update(opt_cfg, d_optimizer, gradient, state.discriminator_opt, state.discriminator,
                                    opt_cfg.discriminator_lr * lazy * rate_factor(state.step), guard.keeper(healthy))
     metrics |= guard.verdict(guard_lib.SKIPPED_R1, healthy)
     return state.replace(discriminator=params, discriminator_opt=opt), metrics

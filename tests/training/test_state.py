@@ -16,7 +16,7 @@ from aurora_jax.training import state
 def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
   cfg = config.Optimizer(attention_weight_decay=0.0)
   params = {"a": {"weight": jnp.array([1.0, -2.0, 3.0])}}
-  optimizer = state.adam(cfg, 0.99)
+  optimizer = state.optimizer(cfg, 0.99)
   opt_state = optimizer.init(params)
   assert len([leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape == (3,)]) == 1  # no first moment is stored
   theirs = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
@@ -32,7 +32,7 @@ def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
 
 def test_an_update_that_may_be_left_out_is_bitwise_nothing_then_and_needs_no_memory():
   cfg = config.Optimizer()
-  optimizer = state.adam(cfg, 0.99)
+  optimizer = state.optimizer(cfg, 0.99)
   params = {name: {"weight": jnp.full(4096, value)} for name, value in (("a", 0.3), ("r8_block0_attention", -0.7))}
 
   def step(params, opt_state, gradients, ok):
@@ -52,7 +52,7 @@ def test_weight_decay_reaches_attention_matrices_only():
   cfg = config.Optimizer(attention_weight_decay=0.1)
   params = {"r8_block0_attention": {"in": {"weight": jnp.ones(2)}, "norm": {"norm": {"bias": jnp.ones(2)}}},
             "r8_block0_conv": {"weight": jnp.ones(2)}}
-  optimizer = state.adam(cfg, 0.99)
+  optimizer = state.optimizer(cfg, 0.99)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updated, _ = state.update(cfg, optimizer, zeros, optimizer.init(params), params, 0.5)
   assert updated["r8_block0_attention"]["in"]["weight"].tolist() == pytest.approx([0.95, 0.95])
@@ -65,7 +65,7 @@ def test_weight_decay_leaves_feed_forward_layers_alone():
   names = [("r8_block0_attention", "layer_0", part, "weight") for part in ("self_attention", "cross_attention", "feed_forward")]
   names += [("r8_attention0", part, "weight") for part in ("qk", "out", "mlp_in", "mlp_out")]
   params = flax.traverse_util.unflatten_dict({name: jnp.ones(1) for name in names})
-  optimizer = state.adam(cfg, 0.99)
+  optimizer = state.optimizer(cfg, 0.99)
   updated, _ = state.update(cfg, optimizer, jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, 0.5)
   decayed = {name for name, value in flax.traverse_util.flatten_dict(updated).items() if value[0] != 1}
   assert decayed == {name for name in names if name[-2] not in ("feed_forward", "mlp_in", "mlp_out")}
@@ -81,12 +81,12 @@ def test_adam_leaves_alone_what_a_stage_does_not_use_and_begins_it_as_if_new():
   from_stage = {"r8_block0_attention": 1, "r16_block0_conv": 2, "r4_conditional": 1}
   first = {name: {"weight": jnp.asarray(rng.normal(size=3), jnp.float32)} for name in names}
   params, steps = first, {0: 5, 1: 3, 2: 4}
-  opt_state = state.adam(cfg, 0.9, SCHEDULE, 4).init(params)
+  opt_state = state.optimizer(cfg, 0.9, SCHEDULE, 4).init(params)
   alone = {name: {name: value} for name, value in first.items()}  # each in a training of its own, from its own stage on
-  plain = state.adam(cfg, 0.9)
+  plain = state.optimizer(cfg, 0.9)
   alone_states = {name: plain.init(tree) for name, tree in alone.items()}
   for stage, count in steps.items():
-    optimizer = state.adam(cfg, 0.9, SCHEDULE, SCHEDULE.resolutions[stage])
+    optimizer = state.optimizer(cfg, 0.9, SCHEDULE, SCHEDULE.resolutions[stage])
     for _ in range(count):
       gradients = {name: {"weight": jnp.asarray(rng.normal(size=3), jnp.float32)} for name in names}
       if stage == 0:  # whatever the gradient of an unused layer is
@@ -123,7 +123,7 @@ def test_ema_decay_has_its_half_life_and_ramps_up():
 def test_biases_move_at_their_own_rate():
   cfg = config.Optimizer(bias_lr_factor=0.1, attention_weight_decay=0.0)
   params = {"a": {"weight": jnp.zeros(1), "bias": jnp.zeros(1)}}
-  optimizer = state.adam(cfg, 0.99)
+  optimizer = state.optimizer(cfg, 0.99)
   moved, _ = state.update(cfg, optimizer, jax.tree.map(jnp.ones_like, params), optimizer.init(params), params, 0.5)
   assert float(moved["a"]["weight"][0]) == pytest.approx(-0.5, rel=1e-4)
   assert float(moved["a"]["bias"][0]) == pytest.approx(-0.05, rel=1e-4)

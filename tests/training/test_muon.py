@@ -1,0 +1,78 @@
+"""Muon for the networks' weights: against torch's, on stacks, and what it leaves alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from aurora_jax import config
+from aurora_jax.training import state
+
+CFG = config.Optimizer(method="muon", attention_weight_decay=0.0, muon_iterations=5)
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def steps(optimizer, params, gradients, rate=1.0):
+  opt_state = optimizer.init(params)
+  for gradient in gradients:
+    params, opt_state = state.update(CFG, optimizer, gradient, opt_state, params, rate)
+  return params
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (16, 64), (3, 3, 8, 24)])
+def test_a_step_is_that_of_torch(shape):
+  gradient = draw(*shape)
+  params = {"weight": jnp.zeros(shape)}
+  moved = steps(state.optimizer(CFG, 0.99), params, [{"weight": gradient}])["weight"]
+  matrix = torch.tensor(np.asarray(gradient)).reshape(-1, shape[-1])
+  theirs = torch.nn.Parameter(torch.zeros_like(matrix))
+  muon = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, momentum=CFG.muon_momentum, ns_steps=5,
+                          adjust_lr_fn="match_rms_adamw")
+  theirs.grad = matrix
+  muon.step()
+  expected = theirs.detach().numpy() / 0.2  # theirs is of a fifth of the size; it iterates in bfloat16
+  difference = np.asarray(moved).reshape(expected.shape) - expected
+  assert np.linalg.norm(difference) < 0.02 * np.linalg.norm(expected)
+  assert np.sqrt(np.mean(np.square(expected))) == pytest.approx(0.85, abs=0.2)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 8, 16), (4, 8, 16)])
+def test_each_kernel_and_each_expert_is_a_matrix_of_its_own(shape):
+  gradients = [{"weight": draw(*shape, seed=seed)} for seed in range(3)]
+  optimizer = state.optimizer(CFG, 0.99)
+  stacked = steps(optimizer, {"weight": jnp.zeros(shape)}, gradients)["weight"]
+  for i in range(shape[0]):
+    alone = steps(optimizer, {"weight": jnp.zeros(shape[1:]).reshape(-1, shape[-1])},
+                  [{"weight": g["weight"][i].reshape(-1, shape[-1])} for g in gradients])["weight"]
+    np.testing.assert_allclose(stacked[i].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_and_norms_are_adams():
+  params = {"a": {"weight": draw(8, 8), "bias": draw(8)}, "norm": {"scale": draw(8)}}
+  gradients = [jax.tree.map(lambda x: draw(*x.shape, seed=seed), params) for seed in range(4)]  # pylint: disable=cell-var-from-loop
+  ours = steps(state.optimizer(CFG, 0.99), params, gradients, 0.01)
+  adam = steps(state.optimizer(config.Optimizer(attention_weight_decay=0.0), 0.99), params, gradients, 0.01)
+  np.testing.assert_array_equal(ours["a"]["bias"], adam["a"]["bias"])
+  np.testing.assert_array_equal(ours["norm"]["scale"], adam["norm"]["scale"])
+  assert np.abs(ours["a"]["weight"] - adam["a"]["weight"]).max() > 1e-3
+
+
+def test_what_a_stage_does_not_use_and_what_is_left_out_stay_as_they_are():
+  schedule = config.Schedule(resolutions=(4, 8), max_images=config.PerResolution({4: 1}))
+  optimizer = state.optimizer(CFG, 0.99, schedule, 4)
+  params = {name: {"weight": draw(4, 4), "bias": draw(4)} for name in ("mapping_0", "r4_block0_conv", "r8_block0_conv")}
+  gradient = jax.tree.map(jnp.ones_like, params)
+  gradient["r8_block0_conv"] = jax.tree.map(lambda x: x * jnp.nan, gradient["r8_block0_conv"])
+  begin = params, optimizer.init(params)
+  first = state.update(CFG, optimizer, gradient, begin[1], params, 0.1)
+  jax.tree.map(np.testing.assert_array_equal, first[0]["r8_block0_conv"], params["r8_block0_conv"])
+  assert (first[0]["r4_block0_conv"]["weight"] != params["r4_block0_conv"]["weight"]).all()
+  spoilt = jax.tree.map(lambda x: x * jnp.nan, gradient)
+  left_out = state.update(CFG, optimizer, spoilt, first[1], first[0], 0.1, functools.partial(jnp.where, False))
+  jax.tree.map(np.testing.assert_array_equal, left_out, first)
