@@ -1,7 +1,8 @@
 """A small Aurora on OpenMoji at 32x32, for two CPU cores: the quickstart's experiment.
 
 All parts of the system at a small size: Fourier input, adaptive kernels, deformable convolutions, L2 attention, sparse
-experts at 4 and 8 pixels, multi-scale discriminator, all four losses.
+experts at 4 and 8 pixels, multi-scale discriminator, all four losses. Matrices are trained by Muon, not by the paper's
+Adam: in a quarter of an hour every step counts (benchmarks/README.md).
 
 Variants:
   progressive  grows from 8 over 16 to 32 pixels, with every level judged; the same networks all at once, to compare with:
@@ -83,7 +84,8 @@ def get_config(variant=""):
   loss.clip_augment = True
 
   optimizer = config.optimizer
-  optimizer.generator_lr = 0.02
+  optimizer.method = "muon"
+  optimizer.generator_lr = 0.012
   optimizer.discriminator_lr = 0.01
   optimizer.bias_lr_factor = 0.1
   optimizer.attention_weight_decay = 0.0
@@ -94,7 +96,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 4600
+  train.total_steps = 4000
   train.batch_size = 8
   train.checkpoint_every = 1000
   train.log_every = 100
