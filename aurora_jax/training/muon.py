@@ -50,9 +50,10 @@ def for_matrices(cfg, in_use, others):
     del params
     used = jax.tree_util.tree_map_with_path(lambda path, g: g if in_use(path) else jnp.zeros_like(g), gradients)
     mean = lambda momentum, gradient: beta * momentum + (1 - beta) * gradient
-    momentum = jax.tree.map(lambda old, gradient: keep(mean(old, gradient), old), state.momentum, used)
-    # Nesterov's: the gradient counts once more.
-    return orthogonalize(jax.tree.map(mean, momentum, used), cfg.muon_iterations), MomentumState(momentum)
+    momentum = jax.tree.map(mean, state.momentum, used)
+    # Nesterov's: the gradient counts once more. What is kept is not waited for: that depends on every gradient.
+    updates = orthogonalize(jax.tree.map(mean, momentum, used), cfg.muon_iterations)
+    return updates, MomentumState(jax.tree.map(keep, momentum, state.momentum))
 
   def labels(params):
     return jax.tree_util.tree_map_with_path(
