@@ -9,9 +9,10 @@ cd "$(dirname "$0")/.."
 requirements=requirements.txt
 accelerator=
 compilers=
+oracles=
 case "${1:-}" in
   "") ;;
-  --dev) requirements="requirements-dev.txt"; compilers="requirements-compilers.txt" ;;
+  --dev) requirements="requirements-dev.txt"; compilers="requirements-compilers.txt"; oracles="requirements-oracles.txt" ;;
   --tpu) accelerator=tpu ;;
   --cuda) accelerator=cuda12 ;;
   *) echo "launch/setup.sh: unknown argument '$1' (only --dev, --tpu, --cuda)" >&2; exit 2 ;;
@@ -24,12 +25,14 @@ fi
 # The same version of JAX, with what the accelerator needs.
 jax=$(sed -n "s/^jax\([<>=].*\)/jax[$accelerator]\1/p" requirements.txt)
 stamp=.venv/installed-$requirements$accelerator
-if [ -f "$stamp" ] && cat requirements.txt "$requirements" $compilers | cmp -s - "$stamp"; then
+if [ -f "$stamp" ] && cat requirements.txt "$requirements" $compilers $oracles | cmp -s - "$stamp"; then
   exit 0
 fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 echo "Installing $requirements into .venv (a few minutes at the first time) ..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ${accelerator:+"$jax"} 2> >(grep -v "^WARNING: Location" >&2)
+[ -z "$oracles" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+  -r "$oracles" 2> >(grep -v "^WARNING: Location" >&2)
 [ -z "$compilers" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
   --target .venv/compilers -r "$compilers" 2> >(grep -v "^WARNING: Location" >&2)
-cat requirements.txt "$requirements" $compilers > "$stamp"
+cat requirements.txt "$requirements" $compilers $oracles > "$stamp"
