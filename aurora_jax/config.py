@@ -251,7 +251,9 @@ class Schedule:
   """
 
   resolutions: tuple[int, ...] = ()  # one per stage, the last is generator.resolution; (): no stages
-  features: str = "clip"  # what the distance is of: "clip", embeddings by the image tower of text.clip
+  # What the distance is of: "clip", embeddings by the image tower of text.clip; "inception", as FIDs are published.
+  features: str = "clip"
+  inception: str = ""  # for the latter: pt_inception-2015-12-05-6726825d.pth (of pytorch-fid or torch-fidelity), or as .safetensors
   factor: float = 1.0  # the paper: better than the reference
   images: int = 10_000  # in each set; the paper's table has "FID 10K". At most half the training split
   every_images: int = 1_000_000  # images of training from one measurement to the next
@@ -260,8 +262,11 @@ class Schedule:
   def __post_init__(self):
     require(all(b > a for a, b in zip(self.resolutions, self.resolutions[1:])),
             f"schedule.resolutions must ascend, got {self.resolutions}")
-    require(self.features == "clip",
-            f"schedule.features must be 'clip' (the image tower of text.clip), got {self.features!r}")
+    require(self.features in ("clip", "inception"),
+            f"schedule.features must be 'clip' (the image tower of text.clip) or 'inception', got {self.features!r}")
+    require(self.features == "clip" or self.inception,
+            "schedule.features='inception' needs schedule.inception, the path of the weights "
+            "(pt_inception-2015-12-05-6726825d.pth)")
     for name in ("factor", "every_images"):
       require(getattr(self, name) > 0, f"schedule.{name} must be positive, got {getattr(self, name)}")
     require(self.images > 1, f"schedule.images must be at least 2, got {self.images}")

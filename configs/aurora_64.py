@@ -41,6 +41,8 @@ def get_config(variant=""):
   # The paper: the generator's FID is to be better than the reference. Of two real sets that is as good as can be, and 1.0
   # would leave the decision to the caps.
   schedule.factor = 1.5
+  # The paper's FIDs are Inception's: with its weights at hand, --config.schedule.features=inception
+  # --config.schedule.inception=pt_inception-2015-12-05-6726825d.pth.
   schedule.images = 10_000  # the size in the paper's table, "FID 10K (train set)"
   schedule.every_images = 1_000_000  # a hundredth of the pictures are drawn to be measured
   # 240 M of the 1,382 M images at most; small pictures are soon learnt, and cost a fraction of the large ones.

@@ -10,6 +10,8 @@ Features come from the devices whole, and every process adds up the moments of t
 import concurrent.futures
 import functools
 import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +29,24 @@ from aurora_jax.parallel import hosts
 _PURPOSE = "frechet"
 
 
+class Extractor(NamedTuple):
+  """What makes the features of pictures.
+
+  Attributes:
+    name: short, for names of metrics: "clip".
+    words: in full, written beside every number.
+    width: D.
+    variables: whole on every device.
+    apply: (variables, [B, R, R, 3] in [-1, 1]) -> [B, D]
+  """
+
+  name: str
+  words: str
+  width: int
+  variables: Any
+  apply: Callable
+
+
 class Distances:
   """Takes the distances of a run.
 
@@ -37,15 +57,16 @@ class Distances:
     words: all of that for a person.
   """
 
-  def __init__(self, experiment, dataset, clip, frozen, placed):
+  def __init__(self, experiment, dataset, clip, frozen, placed, extractor):
     """Chooses the pictures; reads none and compiles nothing.
 
     Args:
       experiment: the whole `config.Experiment`.
       dataset: the training split.
-      clip: `clip_hf.ClipBundle`.
+      clip: `clip_hf.ClipBundle`, which reads the captions.
       frozen: `step.Frozen`.
       placed: `placed.Placed`.
+      extractor: `Extractor`.
 
     Raises:
       UserError: the split is too small.
@@ -54,11 +75,10 @@ class Distances:
     self.count = min(cfg.images, len(dataset) // 2)
     if self.count < 2:
       raise UserError(f"data set {dataset.path} has {len(dataset)} pictures; schedule needs two sets of at least 2")
-    self.name, self.features = f"frechet_{cfg.features}", f"CLIP {experiment.text.clip}"
+    self.name, self.features = f"frechet_{extractor.name}", extractor.words
     self.words = f"features by {self.features}, {self.count:,} pictures"
     self._experiment, self._dataset, self._tokenizer = experiment, dataset, clip.tokenizer
-    self._frozen, self._placed, self._module = frozen, placed, clip.module()
-    self._width = clip.config.embedding_width
+    self._frozen, self._placed, self._module, self._extractor = frozen, placed, clip.module(), extractor
     # The batch of training, which the devices are known to hold.
     self._batch, self._rows = train.batch_size, hosts.own_rows(placed.layout.batch, train.batch_size)
     seed = int(order.fold(train.seed, zlib.crc32(_PURPOSE.encode()))[0] >> np.uint64(1))
@@ -70,8 +90,9 @@ class Distances:
 
   def reference(self, resolution, keep_on):
     """The distance between the two sets of real pictures at a resolution; None where `keep_on()` became False."""
-    first = self._of_real(resolution, 0, keep_on)
-    second = first and self._of_real(resolution, self.count, keep_on)
+    extract = self._real_program(resolution)
+    first = self._of_real(extract, 0, keep_on)
+    second = first and self._of_real(extract, self.count, keep_on)
     if not second:
       return None
     self._real = {resolution: first}
@@ -80,29 +101,29 @@ class Distances:
   def generated(self, resolution, state, keep_on):
     """The distance of a state's pictures (of its averaged weights) from set A; None where `keep_on()` became False."""
     if resolution not in self._real:  # a resumed run
-      first = self._of_real(resolution, 0, keep_on)
+      first = self._of_real(self._real_program(resolution), 0, keep_on)
       if first is None:
         return None
       self._real = {resolution: first}
     if resolution not in self._generator:
       self._generator = {resolution: self._generator_program(resolution)}
-    layout, extract = self._placed.layout, self._generator[resolution]
+    layout, extract, extractor = self._placed.layout, self._generator[resolution], self._extractor.variables
 
     def features(number, places):
       captions = [captions[0] for _, captions in self._examples(places, pixels=False)]
       batch = jax.make_array_from_process_local_data(layout.batch, np.asarray(self._tokenizer(captions), np.int32))
-      return extract(state.ema, state.buffers, self._frozen, batch, np.uint32(number), self._key)
+      return extract(state.ema, state.buffers, self._frozen.clip, extractor, batch, np.uint32(number), self._key)
 
     moments = self._moments(self.count, features, keep_on)
     return None if moments is None else hosts.float_from_first(frechet.distance(self._real[resolution], moments))
 
-  def _of_real(self, resolution, first, keep_on):
-    layout, extract = self._placed.layout, self._real_program(resolution)
+  def _of_real(self, extract, first, keep_on):
+    layout = self._placed.layout
 
     def features(number, places):
       del number
       images = np.stack([loader.to_float(pixels) for pixels, _ in self._examples(places)])
-      return extract(self._frozen, jax.make_array_from_process_local_data(layout.batch, images))
+      return extract(self._extractor.variables, jax.make_array_from_process_local_data(layout.batch, images))
 
     return self._moments(first, features, keep_on)
 
@@ -114,7 +135,7 @@ class Distances:
       features: (number of the batch, this process's places) -> [batch, D] on every device.
       keep_on: as of `Growing.advance`.
     """
-    moments, waiting = frechet.Moments(self._width), None
+    moments, waiting = frechet.Moments(self._extractor.width), None
     for number in range(-(-self.count // self._batch)):
       if not keep_on():
         return None
@@ -145,9 +166,8 @@ class Distances:
 
   def _real_program(self, resolution):
     @functools.partial(jax.jit, out_shardings=self._placed.layout.replicated)
-    def extract(frozen, images):
-      image = discriminator_lib.image_pyramid(images, (resolution,))[resolution]
-      return self._module.apply(frozen.clip, image, method="encode_image")
+    def extract(extractor, images):
+      return self._extractor.apply(extractor, discriminator_lib.image_pyramid(images, (resolution,))[resolution])
 
     return extract
 
@@ -157,11 +177,11 @@ class Distances:
     generator = generator_lib.Generator(cfg, self._placed.expert_ffn)
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
-    def extract(ema, buffers, frozen, tokens, number, key):
+    def extract(ema, buffers, clip, extractor, tokens, number, key):
       key = jax.random.fold_in(jax.random.wrap_key_data(key), number)
       z = jax.lax.with_sharding_constraint(jax.random.normal(key, (len(tokens), cfg.z_dim)), layout.batch)
-      text = module.apply(frozen.clip, tokens, method="encode_text")
+      text = module.apply(clip, tokens, method="encode_text")
       out = generator.apply({"params": layout.gather(ema), "buffers": buffers}, z, text.features, text.eot)
-      return module.apply(frozen.clip, out.image, method="encode_image")
+      return self._extractor.apply(extractor, out.image)
 
     return extract

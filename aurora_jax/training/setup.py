@@ -15,7 +15,9 @@ from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
+from aurora_jax.interop import inception_torch
 from aurora_jax.models import generator as generator_lib
+from aurora_jax.models import inception as inception_lib
 from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
@@ -75,18 +77,20 @@ class Prepared:
 
 
 def prepare(experiment: config_lib.Experiment) -> Prepared:
-  """Reads data set and CLIP, builds the programs; compiles nothing yet.
+  """Reads data set, CLIP and what else `schedule` wants, builds the programs; compiles nothing yet.
 
   Raises:
-    UserError: data or CLIP missing, or sizes that do not fit together.
+    UserError: data, CLIP or Inception missing or damaged, or sizes that do not fit together.
   """
   layout = mesh_lib.build(experiment)
   if not experiment.data.path:
     raise UserError("no data set: --config.data.path DIR (see build-data)")
   if not experiment.text.clip:
     raise UserError("no CLIP: --config.text.clip DIR, a run of train-clip or a Hugging Face CLIP folder")
-  with hosts.together("reading data and CLIP"):
+  with hosts.together("reading data and weights"):
     dataset, clip = _read(experiment)
+    wanted = experiment.schedule.resolutions and experiment.schedule.features == "inception"
+    inception = inception_torch.load(experiment.schedule.inception) if wanted else None
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
 
@@ -107,7 +111,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
 
   distances = None
   if experiment.schedule.resolutions:
-    distances = frechet.Distances(experiment, dataset, clip, frozen, placed)
+    extractor = _extractor(experiment, clip, frozen, inception, layout)
+    distances = frechet.Distances(experiment, dataset, clip, frozen, placed, extractor)
   begin, step = _stepper(experiment, clip, placed, frozen)
   whole = Prepared(
       experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
@@ -193,6 +198,16 @@ def _freeze(experiment, dataset, clip, layout):
     bank = encode(variables, np.asarray(clip.tokenizer(captions)))
   bank, ids = hosts.replicate(layout.replicated, (bank, np.asarray(numbers, np.int32)))
   return step_lib.Frozen(variables, bank, ids)
+
+
+def _extractor(experiment, clip, frozen, inception, layout):
+  """What Frechet distances are of: Inception, where its variables are given, else the CLIP that is there anyway."""
+  if inception is None:
+    encode = functools.partial(clip.module().apply, method="encode_image")
+    return frechet.Extractor("clip", f"CLIP {experiment.text.clip}", clip.config.embedding_width, frozen.clip, encode)
+  words = f"Inception 2015-12-05 {experiment.schedule.inception}"
+  return frechet.Extractor("inception", words, inception_lib.WIDTH, hosts.replicate(layout.replicated, inception),
+                           inception_lib.Inception().apply)
 
 
 def _sampler(experiment, clip, frozen, placed, stage=""):

@@ -8,11 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from aurora_jax import config_files
 from aurora_jax.data import build, loader, sources
-from aurora_jax.models import discriminator, growth
+from aurora_jax.errors import UserError
+from aurora_jax.interop import inception_torch
+from aurora_jax.models import discriminator, growth, inception
 from aurora_jax.ops import frechet
 from aurora_jax.training import loop, setup, stored_checkpoint
 from aurora_jax.training import fingerprint as fingerprint_lib
@@ -150,6 +153,54 @@ def test_a_generator_that_drew_the_second_set_would_have_the_references_distance
   features = np.asarray(run.clip.module().apply(run.clip.variables, small, method="encode_image"))
   tokens = run.clip.tokenizer([run.dataset[int(number)].captions[0] for number in numbers])
   own = {row.tobytes(): feature for row, feature in zip(np.asarray(tokens, np.int32), features)}
-  drawn = lambda ema, buffers, frozen, tokens, number, key: np.stack([own[row.tobytes()] for row in np.asarray(tokens)])
+  drawn = lambda ema, buffers, clip, extractor, tokens, number, key: np.stack([own[row.tobytes()] for row in np.asarray(tokens)])
   monkeypatch.setattr(run.distances, "_generator", {8: drawn})
   assert run.distances.generated(8, run.init(), lambda: True) == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def inception_file(home):
+  """Weights with random convolutions, as a safetensors file."""
+  rng = np.random.default_rng(0)
+  kernels = {name: leaves["kernel"].shape for name, leaves in inception.abstract_variables()["params"].items()}
+  constant = {"bn.weight": 1, "bn.bias": 0, "bn.running_mean": 0, "bn.running_var": 1}
+  state = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
+  for name, (rows, columns, given, width) in kernels.items():
+    state[f"{name}.conv.weight"] = rng.standard_normal((width, given, rows, columns), np.float32) * np.float32(
+        (2 / (given * rows * columns)) ** 0.5)
+    state |= {f"{name}.{part}": np.full(width, value, np.float32) for part, value in constant.items()}
+  safetensors.numpy.save_file(state, home / "inception.safetensors")
+  return home / "inception.safetensors"
+
+
+def by_inception(home, path):
+  given = experiment(home)
+  return dataclasses.replace(given, schedule=dataclasses.replace(given.schedule, features="inception", inception=str(path)))
+
+
+def test_distances_by_inception(home, whole, inception_file, monkeypatch):
+  """Both sets' and the generator's moments are those of Inception's features, and the number says so."""
+  run, state = setup.prepare(by_inception(home, inception_file)), whole[1].init()
+  distances = run.distances
+  assert (distances.name, distances.features) == ("frechet_inception", f"Inception 2015-12-05 {inception_file}")
+  seen = []
+  monkeypatch.setattr(frechet, "distance", lambda *moments: seen.append(moments) or 1.5)  # seconds in this width
+  assert distances.reference(8, lambda: True) == distances.generated(8, state, lambda: True) == 1.5
+  (first, second), (again, generated) = seen
+  assert again is first and generated.count == first.count == second.count == SET
+  variables = inception_torch.load(inception_file)
+  features = jax.jit(lambda images: inception.Inception().apply(variables, images))
+  numbers = distances._places(np.arange(2 * SET))
+  pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
+  expected = np.asarray(features(discriminator.image_pyramid(pictures, (8,))[8]))
+  for moments, part in zip((first, second), (expected[:SET], expected[SET:])):
+    np.testing.assert_allclose(moments.mean, part.mean(0), atol=1e-4 * expected.max())
+  assert np.abs(generated.mean - first.mean).max() > 1e-2 * expected.max()
+
+
+def test_inception_is_read_when_a_run_is_prepared(home):
+  with pytest.raises(UserError, match="nowhere.pth cannot be read"):
+    setup.prepare(by_inception(home, home / "nowhere.pth"))
+  without = by_inception(home, home / "nowhere.pth")
+  without = dataclasses.replace(without, schedule=dataclasses.replace(without.schedule, resolutions=()))
+  assert setup.prepare(without).distances is None  # and not if nothing grows
