@@ -1,13 +1,11 @@
 """Files of named arrays: PyTorch's (.pth, .pt, .bin) and safetensors, read one array at a time and written likewise.
 
-Nothing in a file is ever run. PyTorch's zip files are read by `torch_zip`, with or without PyTorch: it reads the same
-either way, and `torch.load(mmap=True)` would count the mapped file as memory beside the model. PyTorch's format before
-1.6 is left to `torch.load(weights_only=True)`.
+Nothing in a file is ever run. PyTorch's zip files are read by `torch_zip`, its format before 1.6 by `torch_old`, with or
+without PyTorch: `torch.load(mmap=True)` would count the mapped file as memory beside the model.
 """
 
 import json
 import pathlib
-import warnings
 import zipfile
 from collections.abc import Mapping
 
@@ -16,7 +14,7 @@ import numpy as np
 import safetensors
 
 from aurora_jax.errors import UserError
-from aurora_jax.interop import torch_zip
+from aurora_jax.interop import torch_old, torch_zip
 from aurora_jax.interop.stored_array import StoredArray
 
 _SAFETENSORS_DTYPES = {
@@ -35,8 +33,7 @@ def read(path):
     path: .pth, .pt, .bin (PyTorch) or .safetensors.
 
   Returns:
-    A mapping, possibly nested, whose arrays are `StoredArray` (or, of PyTorch's format before 1.6, `TorchArray`),
-    besides whatever plain values the file has.
+    A mapping, possibly nested, whose arrays are `StoredArray`, besides whatever plain values the file has.
 
   Raises:
     UserError: no such file, of another kind, cut off, or with code in it: one line that names it.
@@ -47,7 +44,7 @@ def read(path):
   _refuse_other_kinds(path)
   if path.suffix == ".safetensors":
     return _read_safetensors(path)
-  content = torch_zip.read(path) if zipfile.is_zipfile(path) else _read_old_torch(path)
+  content = torch_zip.read(path) if zipfile.is_zipfile(path) else torch_old.read(path)
   if not isinstance(content, Mapping):
     raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
   return content
@@ -55,27 +52,7 @@ def read(path):
 
 def is_array(value):
   """Whether a value of `read`'s mapping is an array."""
-  return isinstance(value, (StoredArray, TorchArray))
-
-
-class TorchArray:
-  """A tensor that PyTorch has loaded, with the interface of `StoredArray`."""
-
-  def __init__(self, tensor):
-    self._tensor = tensor.detach()
-    self.shape = tuple(tensor.shape)
-
-  def read(self):
-    """The tensor as a numpy array."""
-    import torch  # pylint: disable=g-import-not-at-top
-
-    if self._tensor.dtype == torch.bfloat16:  # numpy has none of its own
-      return self._tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return self._tensor.numpy()
-
-  def __array__(self, dtype=None, copy=None):
-    array = self.read()
-    return np.array(array, dtype=dtype) if copy else np.asarray(array, dtype=dtype)
+  return isinstance(value, StoredArray)
 
 
 def _refuse_other_kinds(path):
@@ -115,30 +92,6 @@ def _read_safetensors(path):
   return {name: StoredArray(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]),
                             np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]))
           for name, entry in header.items()}
-
-
-def _read_old_torch(path):
-  """PyTorch's format before 1.6, which only PyTorch reads."""
-  try:
-    import torch  # pylint: disable=g-import-not-at-top
-  except ImportError as error:
-    raise UserError(f"{path} is no zip file: PyTorch's format before 1.6 needs PyTorch to be read (install torch, or "
-                    "use a safetensors file), and any other is no weights") from error
-  try:
-    with warnings.catch_warnings(action="ignore"):  # about pickles that are none
-      # weights_only: the file is a pickle, and nothing in it may run.
-      content = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # a damaged pickle can raise anything
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = next((line for line in lines if "error:" in line), lines[0])
-    raise UserError(f"{path} cannot be read by PyTorch as weights: {reason}") from error
-
-  def wrap(value):
-    if isinstance(value, torch.Tensor):
-      return TorchArray(value)
-    return {name: wrap(entry) for name, entry in value.items()} if isinstance(value, Mapping) else value
-
-  return wrap(content)
 
 
 def check_target(path, overwrite=False):

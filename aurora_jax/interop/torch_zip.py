@@ -67,10 +67,11 @@ def read(path):
       if order != b"little":
         raise UserError(f"{path} was written in byte order {order.decode(errors='replace')}; only little-endian files "
                         "can be read")
-      storages = {name.removeprefix(f"{root}data/"): info for name, info in entries.items()
-                  if name.startswith(f"{root}data/")}
+      storages = {name.removeprefix(f"{root}data/"): (_data_offset(path, info), info.file_size)
+                  for name, info in entries.items()
+                  if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED}
       with archive.open(pickles[0]) as stream:
-        return _Unpickler(stream, path, storages).load()
+        return Unpickler(stream, path, storages).load()
   except UserError:
     raise
   except zipfile.BadZipFile as error:
@@ -86,7 +87,7 @@ def refuse_code(path):
   with open(path, "rb") as stream:
     try:
       while True:  # PyTorch's files before 1.6 are several pickles in a row
-        _Scanner(stream, path, {}).load()
+        Scanner(stream, path, {}).load()
     except Forbidden:
       raise
     except Exception:  # pylint: disable=broad-except
@@ -102,10 +103,11 @@ class _Token(int):
   __slots__ = ()
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
   """Rebuilds tensors, refuses all else."""
 
   def __init__(self, stream, path, storages):
+    """Args: storages: {key: (offset in the file, bytes)}."""
     super().__init__(stream, encoding="utf-8")
     self._path, self._storages = path, storages
     self._things = []  # by token: a dtype, a storage as (offset, bytes, dtype), or a StoredArray
@@ -137,16 +139,25 @@ class _Unpickler(pickle.Unpickler):
     raise Forbidden(self._path, f"{module}.{name}")
 
   def persistent_load(self, pid):
-    """("storage", its type, its key, where it was, number of elements): a token of it."""
-    kind, dtype, key, _, count = pid
-    dtype = self._thing(dtype, np.dtype)
-    info = self._storages.get(key)
-    if kind != "storage" or info is None:
-      raise ValueError(f"the {kind} {key} is missing")
+    """A token of a storage."""
+    kind, key, count, dtype = self.storage(pid)
+    offset, available = self._storages.get(key, (0, None))
+    if kind != "storage" or available is None:
+      raise ValueError(f"the {kind} {key} is missing or compressed")
     size = count * dtype.itemsize
-    if info.compress_type != zipfile.ZIP_STORED or not 0 <= size <= info.file_size:
-      raise ValueError(f"the storage {key} has {info.file_size} bytes, {size} are wanted")
-    return self._token((_data_offset(self._path, info), size, dtype))
+    if not 0 <= size <= available:
+      raise ValueError(f"the storage {key} has {available} bytes, {size} are wanted")
+    return self._token((offset, size, dtype))
+
+  def storage(self, pid):
+    """("storage", its type, its key, where it was, number of elements): kind, key, elements, dtype.
+
+    Before 1.6 there is a sixth, None unless the storage is a part of another one, which PyTorch 0.1 had.
+    """
+    kind, dtype, key, _, count, *part = pid
+    if part not in ([], [None]) or count < 0:
+      raise ValueError(f"the {kind} {key} of {count} elements, {part}")
+    return kind, key, count, self._thing(dtype, np.dtype)
 
   def _tensor(self, storage, offset, size, stride, dtype=None):
     begin, available, stored_as = self._thing(storage, tuple)
@@ -185,7 +196,7 @@ class _Unpickler(pickle.Unpickler):
     return done[id(value)]
 
 
-class _Scanner(_Unpickler):
+class Scanner(Unpickler):
   """Only looks at the globals that a pickle names."""
 
   def load(self):

@@ -115,10 +115,11 @@ def test_pictures_count_as_their_bytes(monkeypatch):
     ("x.safetensors", safetensors.torch.save_file),
     ("x.pth", functools.partial(torch.save, _use_new_zipfile_serialization=False)),
 ])
-def test_other_ways_to_write_the_file(oracle, variables, tmp_path, name, write):
-  """Also without the counts of batches, which older files do not have."""
+def test_other_ways_to_write_the_file(oracle, variables, tmp_path, monkeypatch, name, write):
+  """And without the counts of batches, which older files do not have; read without PyTorch."""
   state = {key: value for key, value in oracle.state_dict().items() if not key.endswith("num_batches_tracked")}
   write(state, tmp_path / name)
+  monkeypatch.setitem(sys.modules, "torch", None)
   jax.tree.map(np.testing.assert_array_equal, inception_torch.load(tmp_path / name), variables)
 
 

@@ -86,16 +86,35 @@ def test_only_what_is_read_is_read(tmp_path):
   np.testing.assert_array_equal(rows.read(), np.arange(4000.0, 4200.0).reshape(2, 100))
 
 
-def test_the_format_before_1_6_needs_torch(tmp_path, monkeypatch):
+def test_the_format_before_1_6(tmp_path, monkeypatch):
   made, path = tensors(), tmp_path / "x.bin"
   del made["uint16"]  # PyTorch itself cannot write it so
-  torch.save({"deep": {"weights": made}}, path, _use_new_zipfile_serialization=False)
-  weights = tensor_files.read(path)["deep"]["weights"]
-  for name, tensor in made.items():
-    assert tensor_files.is_array(weights[name])
-    np.testing.assert_array_equal(bits(weights[name].read()), bits(as_numpy(tensor)), err_msg=name)
+  expected = {name: as_numpy(tensor) for name, tensor in made.items()}
+  torch.save({"deep": {"weights": made}, "iter": 7}, path, _use_new_zipfile_serialization=False)
   monkeypatch.setitem(sys.modules, "torch", None)
-  assert "needs PyTorch" in one_line(path)
+  content = tensor_files.read(path)
+  weights = content["deep"]["weights"]
+  assert content["iter"] == 7 and list(weights) == list(expected)
+  for name, array in expected.items():
+    read = weights[name].read()
+    assert tensor_files.is_array(weights[name]) and (weights[name].shape, read.dtype) == (array.shape, array.dtype), name
+    np.testing.assert_array_equal(bits(read), bits(array), err_msg=name)
+
+
+def test_damaged_files_of_the_format_before_1_6(tmp_path):
+  whole, path = tmp_path / "whole.pth", tmp_path / "bad.pth"
+  torch.save({"w": torch.zeros(1000)}, whole, _use_new_zipfile_serialization=False)
+  data = whole.read_bytes()
+  for length in (3, 20, 200, len(data) - 4000, len(data) - 1):
+    path.write_bytes(data[:length])
+    assert "cut off" in one_line(path) or length < 10
+  before, after = data.split(b"little_endian")
+  count = data.rindex((1000).to_bytes(8, "little"))
+  for bad, words in ((data[:count] + (999).to_bytes(8, "little") + data[count + 8:], "another size than 1000"),
+                     (before + b"little_endian" + after.replace(b"\x88", b"\x89", 1), "only little-endian"),
+                     (pickle.dumps({"w": 1}), "no file of PyTorch's")):
+    path.write_bytes(bad)
+    assert words in one_line(path)
 
 
 class Evil:
