@@ -12,8 +12,8 @@ import safetensors.numpy
 from PIL import Image
 
 from aurora_jax import config_files
+from aurora_jax.cli import main
 from aurora_jax.data import build, loader, sources
-from aurora_jax.errors import UserError
 from aurora_jax.interop import inception_torch
 from aurora_jax.models import discriminator, growth, inception
 from aurora_jax.ops import frechet
@@ -198,9 +198,13 @@ def test_distances_by_inception(home, whole, inception_file, monkeypatch):
   assert np.abs(generated.mean - first.mean).max() > 1e-2 * expected.max()
 
 
-def test_inception_is_read_when_a_run_is_prepared(home):
-  with pytest.raises(UserError, match="nowhere.pth cannot be read"):
-    setup.prepare(by_inception(home, home / "nowhere.pth"))
-  without = by_inception(home, home / "nowhere.pth")
-  without = dataclasses.replace(without, schedule=dataclasses.replace(without.schedule, resolutions=()))
-  assert setup.prepare(without).distances is None  # and not if nothing grows
+def test_inception_is_read_when_a_run_is_prepared(home, capsys):
+  fields = {"schedule.features": "inception", "schedule.inception": home / "nowhere.pth", "data.path": home / "data",
+            "text.clip": home / "clip"}
+  flags = [f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test",
+           *(f"--config.{name}={value}" for name, value in fields.items())]
+  assert main.main(["train", *flags, "--config.schedule.resolutions=(4, 8, 16)", f"--workdir={home / 'none'}"]) == 2
+  error = capsys.readouterr().err
+  assert error == f"aurora_jax train: {home / 'nowhere.pth'} cannot be read: No such file or directory\n"
+  assert not (home / "none").exists()
+  assert setup.prepare(config_files.load(flags)).distances is None  # nothing grows, nothing is read
