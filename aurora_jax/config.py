@@ -221,8 +221,8 @@ class Optimizer:
   # Of the weights: "adam", or "muon" (training/muon.py), whose steps are of the same size but of full rank. That is no
   # recipe of a paper on GANs; for what it is worth on OpenMoji see benchmarks/README.md.
   method: str = "adam"
-  muon_momentum: float = 0.9  # 0.95 diverged there
-  muon_iterations: int = 5  # of Newton and Schulz, as K. Jordan's; with 3 most of the gain is gone
+  muon_momentum: float = 0.9  # 0.95 diverged there, at a rate of 0.02
+  muon_iterations: int = 5  # of Newton and Schulz, as K. Jordan's; with 3 the gain in retrieval was gone
   generator_lr: float = 0.0025
   discriminator_lr: float = 0.0025
   # On biases; an equalised bias moves by the full rate while a weight moves by rate / sqrt(fan_in). 1: as StyleGAN2.
