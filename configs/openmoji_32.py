@@ -96,7 +96,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 3600
+  train.total_steps = 4000
   train.batch_size = 8
   train.checkpoint_every = 1000
   train.log_every = 100
