@@ -21,6 +21,7 @@ import optax
 
 _MATRIX, _OTHER = "matrix", "other"
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's: singular values to between 0.7 and 1.2, in few iterations
+_SMALLEST = 1e-7  # as torch.optim.Muon
 _SIDE = 16  # sides are filled up with zeros to multiples of it, so that there are few sizes
 
 
@@ -98,8 +99,10 @@ def _as_stack(weight):
 
 
 def _unit_norm(stack):
+  """A matrix smaller than `_SMALLEST` stays below a norm of 1: what is left of the momentum of an expert that nothing is
+  sent to any more fades away, and where squares are zero in float32 nothing is divided by their sum."""
   norm = jnp.sqrt(jnp.sum(jnp.square(stack), axis=(1, 2), keepdims=True))
-  return stack / jnp.maximum(norm, 1e-30)
+  return stack / jnp.maximum(norm, _SMALLEST)
 
 
 def _product(left, right):

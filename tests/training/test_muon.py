@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aurora_jax import config
+from aurora_jax.training import muon
 from aurora_jax.training import state
 
 CFG = config.Optimizer(method="muon", attention_weight_decay=0.0, muon_iterations=5)
@@ -51,6 +52,33 @@ def test_each_kernel_and_each_expert_is_a_matrix_of_its_own(shape):
     alone = steps(optimizer, {"weight": jnp.zeros(shape[1:]).reshape(-1, shape[-1])},
                   [{"weight": g["weight"][i].reshape(-1, shape[-1])} for g in gradients])["weight"]
     np.testing.assert_allclose(stacked[i].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-36, 1e-28, 1e-22, 1e-16, 1e-4, 1e15, 1e30])
+def test_an_update_is_finite_whatever_the_size_of_the_gradient(size):
+  """Squares of less than 1e-38 are zero in float32, those of more than 3e38 infinite."""
+  update = muon.orthogonalize({"weight": draw(4, 16, 32) * jnp.float32(size)}, 5)["weight"]
+  rms = jnp.sqrt(jnp.mean(jnp.square(update)))
+  assert rms == (pytest.approx(0.85, abs=0.2) if 1e-7 < size < 1e19 else pytest.approx(0, abs=1e-2))
+
+
+def test_the_momentum_of_an_expert_without_tokens_fades_away():
+  """Its gradient is zero from then on; its weights must come to rest, not walk on."""
+  gradient = draw(2, 16, 16)
+  optimizer = state.optimizer(CFG, 0.99)
+  params = {"weight": jnp.zeros((2, 16, 16))}
+  begun = params, optimizer.init(params)
+
+  @jax.jit
+  def run(params, opt_state, gradients):
+    step = lambda carried, g: (state.update(CFG, optimizer, {"weight": g}, carried[1], carried[0], 0.01), carried[0])
+    return jax.lax.scan(step, (params, opt_state), gradients)[1]["weight"]
+
+  silent = jnp.concatenate([jnp.broadcast_to(gradient, (3, 2, 16, 16)), jnp.zeros((1000, 2, 16, 16))])
+  weights = np.asarray(run(*begun, silent))
+  assert np.isfinite(weights).all()
+  np.testing.assert_allclose(weights[-1], weights[400], atol=1e-6)
+  assert np.abs(weights[3]).max() > 0.01
 
 
 def test_biases_and_norms_are_adams():
