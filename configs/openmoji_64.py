@@ -1,9 +1,12 @@
-"""OpenMoji at 64x64 on two CPU cores, for an hour: the quickstart's experiment one resolution up.
+"""OpenMoji at 64x64 on two CPU cores, an hour with its CLIPs: the quickstart's experiment one resolution up.
 
   python -m aurora_jax build-data --source openmoji --out datasets/openmoji_64 --resolution 64
-  python -m aurora_jax train-clip --data datasets/openmoji_64 --out clips/openmoji_64 --resolution 32 --seconds 240
-  python -m aurora_jax train --config configs/openmoji_64.py --workdir runs/openmoji_64 \\
-      --config.data.path=datasets/openmoji_64 --config.text.clip=clips/openmoji_64
+  python -m aurora_jax train-clip --data datasets/openmoji_64 --out clips/openmoji_64 --resolution 32 --steps 2000 &
+  python -m aurora_jax train-clip --data datasets/openmoji_64 --out clips/judge --split all --seed 1 --resolution 32 \\
+      --steps 2000
+  wait
+  python -m aurora_jax train --config configs/openmoji_64.py --workdir runs/openmoji_64
+  python -m aurora_jax evaluate --workdir runs/openmoji_64 --judge clips/judge
 
 Variant `test`: the same at a few steps.
 """
@@ -27,6 +30,6 @@ def get_config(variant=""):
   config.data.path = "datasets/openmoji_64"
   config.text.clip = "clips/openmoji_64"
   if not variant:
-    config.train.total_steps = 20_000
+    config.train.total_steps = 10_000
     config.train.sample_every = 1_000
   return config
