@@ -2,7 +2,7 @@
 
 Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost, by arithmetic and not measured: `compile` counts 18
 TFLOP per chip and step; at 40 % of the chip's 197 TFLOP/s that is 0.23 s a step, 3.6 days and 22,000 chip-hours for
-1,350,000 steps. 9.6 of a chip's 16 GiB are needed (as compiled for 16 chips, each of which holds the same share).
+1,350,000 steps. 9.3 of a chip's 16 GiB are needed.
 
   ZONE=us-west4-a SHARED=10.0.0.2:/share CONFIG=configs/aurora_64_v5e_256.py DATA=DATA CLIP=CLIP_VIT_L_14_FOLDER \\
       bash launch/tpu_slice.sh up
