@@ -1,8 +1,8 @@
 """A small Aurora on OpenMoji at 32x32, for two CPU cores: the quickstart's experiment.
 
 All parts of the system at a small size: Fourier input, adaptive kernels, deformable convolutions, L2 attention, sparse
-experts at 4 and 8 pixels, multi-scale discriminator, all four losses. Matrices are trained by Muon, not by
-the recipe's Adam: in a quarter of an hour every step counts (benchmarks/README.md).
+experts at 4 and 8 pixels, multi-scale discriminator, all four losses. Matrices are trained by Muon, not by the recipe's
+Adam: in a quarter of an hour every step counts (benchmarks/README.md).
 
 Variants:
   progressive  grows from 8 over 16 to 32 pixels, with every level judged; the same networks all at once, to compare with:

@@ -99,8 +99,8 @@ def _as_stack(weight):
 
 
 def _unit_norm(stack):
-  """A matrix smaller than `_SMALLEST` stays below a norm of 1: what is left of the momentum of an expert that nothing is
-  sent to any more fades away, and where squares are zero in float32 nothing is divided by their sum."""
+  """A matrix smaller than `_SMALLEST` stays below a norm of 1: what is left of the momentum of an expert or a kernel that
+  nothing chooses any more fades away, and where squares are zero in float32 nothing is divided by their sum."""
   norm = jnp.sqrt(jnp.sum(jnp.square(stack), axis=(1, 2), keepdims=True))
   return stack / jnp.maximum(norm, _SMALLEST)
 
