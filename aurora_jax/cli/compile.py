@@ -75,6 +75,7 @@ def _kept_in(folder):
   """Has JAX leave what it compiles in a folder, or nowhere (None).
 
   Nothing is taken from there, nor from the user's own cache: the compiler is to do its work, and to say what it says.
+  Programs that are done are kept when the next one fails or the user has waited enough.
   """
   if folder is None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -86,6 +87,8 @@ def _kept_in(folder):
   with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
     os.environ |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": new,
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-    yield
-    for entry in pathlib.Path(new).glob("*-cache"):
-      entry.rename(folder / entry.name)
+    try:
+      yield
+    finally:
+      for entry in pathlib.Path(new).glob("*-cache"):
+        entry.rename(folder / entry.name)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from aurora_jax import config, config_files
+from aurora_jax.cli import compile as compile_command
 from aurora_jax.parallel import collectives, mesh, topology
 from aurora_jax.parallel import compile as parallel_compile
 from aurora_jax.training import compile as training_compile
@@ -95,6 +96,14 @@ def test_as_a_user_on_a_cpu_stand_in(tmp_path):
                  for path, leaf in jax.tree_util.tree_flatten_with_path(state.ema)[0])
   assert report["bytes_per_device"]["ema"] == expected
   assert report["bytes_per_device"]["batch"] == 2 * (4 * 8 * 8 * 3 + 4 + 4 * 77)
+
+
+def test_an_interrupted_compile_keeps_the_programs_that_are_done(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "environ", dict(os.environ))
+  with pytest.raises(KeyboardInterrupt), compile_command._kept_in(str(tmp_path)):
+    (pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "jit_generate-0-cache").write_bytes(b"a program")
+    raise KeyboardInterrupt
+  assert [entry.name for entry in tmp_path.iterdir()] == ["jit_generate-0-cache"]
 
 
 @pytest.mark.parametrize("name, devices, chip", [("v5e:2x2", 4, "TPU v5e"), ("a100-8", 8, "A100 SXM4 80 GB")])
