@@ -57,14 +57,14 @@ def get_config(variant=""):
 
   discriminator = config.discriminator
   discriminator.resolution = 32
-  discriminator.channels_base = 512
+  discriminator.channels_base = 256
   discriminator.channels_max = 96
   discriminator.blocks = {32: 1, 16: 1, 8: 1, 4: 1}
   discriminator.attention_depth = {}
   discriminator.heads = 2
   discriminator.head_dim = 32
   discriminator.input_resolutions = (32, 8)
-  discriminator.exit_resolutions = (8, 1)
+  discriminator.exit_resolutions = (16, 8, 1)
   discriminator.head_layers = 1
   discriminator.text_feature_dim = 128
   discriminator.text_dim = 128
@@ -74,6 +74,8 @@ def get_config(variant=""):
 
   loss = config.loss
   loss.level_weights = {32: 0.7, 8: 0.3}
+  loss.early_exit_adversarial = 1.0
+  loss.early_exit_matching = 1.0
   loss.matching_weight = 0.5
   loss.r1_gamma = 1.0
   loss.r1_interval = 16
@@ -96,7 +98,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 4000
+  train.total_steps = 5500
   train.batch_size = 8
   train.checkpoint_every = 1000
   train.log_every = 100
@@ -123,7 +125,6 @@ def grow(config):
   """From 8 over 16 to 32 pixels; at most a sixth of the images for each stage before the last."""
   config.name = "openmoji_32_progressive"
   config.discriminator.input_resolutions = (32, 16, 8)
-  config.discriminator.exit_resolutions = (8, 1)
   config.loss.level_weights = {32: 0.7, 16: 0.3, 8: 0.3}
   schedule = config.schedule
   schedule.resolutions = (8, 16, 32)

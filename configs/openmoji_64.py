@@ -21,11 +21,12 @@ def get_config(variant=""):
   generator.resolution = discriminator.resolution = 64
   generator.blocks = {4: 1, 8: 1, 16: 1, 32: 1, 64: 1}
   generator.adaptive_kernels = {4: 2, 8: 2, 16: 1, 32: 1, 64: 1}
-  generator.channels_base = discriminator.channels_base = 1024
+  generator.channels_base = 1024
+  discriminator.channels_base = 512
   generator.output_resolutions = (4, 8, 16, 32, 64)
   discriminator.blocks = {64: 1, 32: 1, 16: 1, 8: 1, 4: 1}
   discriminator.input_resolutions = (64, 16)
-  discriminator.exit_resolutions = (16, 1)
+  discriminator.exit_resolutions = (32, 16, 8, 1)
   config.loss.level_weights = {64: 0.7, 16: 0.3}
   config.data.path = "datasets/openmoji_64"
   config.text.clip = "clips/openmoji_64"
