@@ -28,8 +28,8 @@ import os
 import pathlib
 import tempfile
 
-from aurora_jax import files
 from aurora_jax import config_files
+from aurora_jax import files
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import compiler_log, topology
 
