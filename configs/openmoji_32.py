@@ -98,7 +98,7 @@ def get_config(variant=""):
   config.text.clip = "runs/openmoji_32_clip"
 
   train = config.train
-  train.total_steps = 5500
+  train.total_steps = 5000
   train.batch_size = 8
   train.checkpoint_every = 1000
   train.log_every = 100
