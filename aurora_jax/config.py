@@ -378,14 +378,14 @@ class Train:
 class Watch:
   """When training warns that it goes astray (training/watch.py); nothing but words depends on it. 0 turns a warning off.
 
-  The two quickstart runs of configs/openmoji_32.py that these limits were checked against are sound to the end.
+  The quickstart's run of configs/openmoji_32.py that these limits were checked against is sound to the end.
   """
 
   # Mean logit of real pictures minus that of generated ones, over a window. The losses of a healthy GigaGAN lie between
-  # 0 and 10 (README of gigagan-pytorch), which is a logit of 10 on either side. Quickstart: at most 5.0.
+  # 0 and 10 (README of gigagan-pytorch), which is a logit of 10 on either side. Quickstart: at most 9.8.
   logit_gap: float = 20.0
   # Mean distance between the sample pictures of one prompt, or of different prompts, against the largest that this run
-  # has had since its first step. Quickstart: never below 0.77 for one prompt, 0.94 for several.
+  # has had since its first step. Quickstart: never below 0.56 for one prompt, 0.98 for several.
   diversity: float = 0.1
   # Entropy of the load of a layer's experts over a window, 1: even, 0: one has it all. At 0.25 sixteen experts do the
   # work of two. Quickstart: at least 0.82.
