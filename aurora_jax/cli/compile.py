@@ -51,13 +51,18 @@ def run(args):
     if not os.path.isdir(folder):
       raise UserError(f"--report {args.report}: no folder {folder}")
   topology.prepare_environment(name)
-  with _kept_in(args.cache), compiler_log.captured():  # the compilers talk, when they are imported already
+  with _kept_in(args.cache) as keep, compiler_log.captured():  # the compilers talk, when they are imported already
     from aurora_jax.parallel import compile as compile_lib  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile as training_compile  # pylint: disable=g-import-not-at-top
     from aurora_jax.training import compile_advice  # pylint: disable=g-import-not-at-top
 
     machine = topology.load(name)
-    report = training_compile.report(experiment, machine, progress=lambda words: print(words, flush=True))
+
+    def progress(words):  # between two programs: what is done is written
+      keep()
+      print(words, flush=True)
+
+    report = training_compile.report(experiment, machine, progress)
   if args.report:
     files.write_text(args.report, json.dumps(report, indent=1) + "\n")
   print()
@@ -75,11 +80,13 @@ def _kept_in(folder):
   """Has JAX leave what it compiles in a folder, or nowhere (None).
 
   Nothing is taken from there, nor from the user's own cache: the compiler is to do its work, and to say what it says.
-  Programs that are done are kept when the next one fails or the user has waited enough.
+
+  Yields a function that puts there what is finished, so that it is kept if the next program fails or the user has waited
+  enough. JAX's entries are not whole while they are written.
   """
   if folder is None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    yield
+    yield lambda: None
     return
   files.check_folder(folder, f"--cache {folder}")
   folder = pathlib.Path(folder)
@@ -87,8 +94,10 @@ def _kept_in(folder):
   with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
     os.environ |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": new,
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-    try:
-      yield
-    finally:
+
+    def keep():
       for entry in pathlib.Path(new).glob("*-cache"):
         entry.rename(folder / entry.name)
+
+    yield keep
+    keep()

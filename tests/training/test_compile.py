@@ -100,8 +100,11 @@ def test_as_a_user_on_a_cpu_stand_in(tmp_path):
 
 def test_an_interrupted_compile_keeps_the_programs_that_are_done(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "environ", dict(os.environ))
-  with pytest.raises(KeyboardInterrupt), compile_command._kept_in(str(tmp_path)):
-    (pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "jit_generate-0-cache").write_bytes(b"a program")
+  with pytest.raises(KeyboardInterrupt), compile_command._kept_in(str(tmp_path)) as keep:
+    new = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    (new / "jit_generate-0-cache").write_bytes(b"a program")
+    keep()
+    (new / "jit_learn-0-cache").write_bytes(b"half a")
     raise KeyboardInterrupt
   assert [entry.name for entry in tmp_path.iterdir()] == ["jit_generate-0-cache"]
 
