@@ -34,8 +34,9 @@ def add_arguments(parser):
                       help="side of the stored pictures in pixels (default 64)")
   parser.add_argument("--shards", type=int, default=8, metavar="N", help="number of training files (default 8)")
   parser.add_argument("--path", metavar="DIR", help="source folder: the folder with your pictures")
-  parser.add_argument("--skin-tones", action="store_true",
-                      help="source openmoji: also the variants in skin tones, about 3,950 pictures in all")
+  parser.add_argument("--skin-tones", choices=(sources.NAMED, sources.UNNAMED),
+                      help="source openmoji: also the variants in skin tones, named (thumbs up dark skin tone; about 3,950 "
+                           "pictures in all) or as further pictures of the same caption (thumbs up; about 3,570)")
   parser.add_argument("--no-aliases", dest="aliases", action="store_false",
                       help="source openmoji: only the main caption of each picture, no alias names")
   parser.add_argument("--heldout", type=float, default=0.08, metavar="FRACTION",
@@ -66,7 +67,7 @@ def _source(args):
   if args.path is None:
     raise UserError("--source folder needs --path DIR, the folder with your pictures")
   if args.skin_tones or not args.aliases:
-    raise UserError(f"{'--skin-tones' if args.skin_tones else '--no-aliases'} is for --source openmoji")
+    raise UserError(f"{f'--skin-tones {args.skin_tones}' if args.skin_tones else '--no-aliases'} is for --source openmoji")
   return sources.folder(args.path)
 
 

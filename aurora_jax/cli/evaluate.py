@@ -71,3 +71,6 @@ def _print(result, step, seconds):
   if "judge/heldout_diversity_within" in figures:
     console.print(f"diversity: pictures of one caption differ by {figures['judge/heldout_diversity_within']:.2f} RMS, of "
                   f"different captions by {figures['judge/heldout_diversity_between']:.2f} (range 2)")
+  if "judge/several_diversity_within" in figures:
+    console.print(f"where a caption has several real pictures: {figures['judge/several_diversity_within']:.2f} RMS "
+                  f"(real {figures['judge/several_real_diversity_within']:.2f})")

@@ -181,21 +181,16 @@ class Dataset:
     return self._captions
 
   def first_captions(self, count):
-    """Primary captions of the first `count` examples that can be read (fewer where there are no more).
-
-    Returns:
-      (numbers of the examples, list of str).
-    """
-    numbers, captions = [], []
+    """The first `count` distinct primary captions of the examples that can be read (fewer where there are no more)."""
+    captions = {}
     for number in range(len(self)):
-      if len(numbers) == count:
+      if len(captions) == count:
         break
       try:
-        captions.append(self[number].captions[0])
+        captions[self[number].captions[0]] = None
       except tfrecords.RecordError:  # It will be told of when training meets it.
         continue
-      numbers.append(number)
-    return numbers, captions
+    return list(captions)
 
   def _locate(self, number):
     if not -len(self) <= number < len(self):

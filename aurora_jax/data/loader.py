@@ -25,6 +25,7 @@ from aurora_jax.data import augment as augmentation
 from aurora_jax.data import damage
 from aurora_jax.data import images
 from aurora_jax.data import order
+from aurora_jax.data import schema
 from aurora_jax.data import tfrecords
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
@@ -157,6 +158,7 @@ class BatchMaker:
         "image": to_float(np.stack(pixels)),
         "caption": captions,
         "index": np.array(numbers, np.int64),
+        "caption_id": np.array([schema.caption_id(captions[0]) for _, captions in examples], np.int32),
         "skipped": list(skipped.values()),
     }
     if self.tokenizer is not None:
@@ -263,8 +265,8 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
 
   Returns:
     `Batches`, an iterator over dicts, b slots: `image` float32 [b, resolution, resolution, 3] in
-    [-1, 1], `caption` list of b str, `index` int64 [b] (numbers of the examples), and with a tokenizer `tokens`
-    int32 [b, N].
+    [-1, 1], `caption` list of b str, `index` int64 [b] (numbers of the examples), `caption_id` int32 [b] (of their
+    primary captions, whichever was chosen; see `schema.caption_id`), and with a tokenizer `tokens` int32 [b, N].
 
   Raises:
     UserError: `resolution` is more than the data set's, or a slot not one of the batch.

@@ -15,6 +15,7 @@ message twice in one pool, and TensorFlow may be loaded as well).
 """
 
 import dataclasses
+import zlib
 
 from google.protobuf import descriptor_pb2
 from google.protobuf import descriptor_pool
@@ -53,6 +54,11 @@ class Example:
   height: int
   key: str
   features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def caption_id(caption):
+  """An int32 that stands for a caption where only numbers can go; one in 2**32 pairs of captions share theirs."""
+  return zlib.crc32(caption.encode()) - 2**31
 
 
 def _example_class():

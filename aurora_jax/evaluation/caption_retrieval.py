@@ -3,8 +3,9 @@
 Every training caption and every held-out caption is sampled (EMA weights, random latents, no truncation); the judge, a
 CLIP that the generator and its losses never saw, ranks all captions of the data set for each picture. The same figures
 of the real pictures say what is within reach. The Frechet distance of the judge's embeddings compares the generated
-pictures of the training captions with the real ones; that between two halves of the real ones stands beside it. Five
-prompts that name a colour are compared with their real pictures by hue.
+pictures of the training captions with the real ones, one for each real picture; that between two halves of the real ones
+stands beside it. Where a caption has several real pictures, two generated ones should differ as much as two real ones do.
+Five prompts that name a colour are compared with their real pictures by hue.
 """
 
 import dataclasses
@@ -34,12 +35,21 @@ class Result:
 
 
 class _Split:
-  """Pictures and primary captions of one split of a data set; empty if there is no such split."""
+  """Pictures of one split of a data set; empty if there is no such split.
+
+  Attributes:
+    captions: the primary caption of each picture.
+    first: the number of the first picture of each distinct caption.
+    pairs: [P, 2] numbers: the first two pictures of each caption that has several.
+  """
 
   def __init__(self, path, name, resolution):
     names = Dataset.open(path, "train").manifest["splits"]
     self.dataset = Dataset.open(path, name) if name in names else None
     self.captions = [captions[0] for captions in self.dataset.captions()] if self.dataset else []
+    self.first, group = judge_lib.merge_captions(self.captions)
+    members = [np.flatnonzero(group == number) for number in range(len(self.first))]
+    self.pairs = np.array([numbers[:2] for numbers in members if len(numbers) > 1], np.int64).reshape(-1, 2)
     self.resolution = resolution
 
   def pictures(self, numbers=None):
@@ -75,20 +85,22 @@ def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, s
                         on_batch=lambda done, total: on_progress(words, done, total))
 
   figures = {}
-  images = sample("training captions", train.captions, 1).images
-  figures |= judge_lib.judge_figures(judge, images, np.arange(len(train.captions)), captions)
-  real = train.pictures()[:, None]
-  figures |= judge_lib.judge_figures(judge, real, np.arange(len(train.captions)), captions, "judge/real_")
+  images, real = sample("training captions", train.captions, 1).images, train.pictures()[:, None]
+  for prefix, pictures in (("judge/", images), ("judge/real_", real)):
+    figures |= judge_lib.judge_figures(judge, pictures[train.first], train.first, captions, prefix)
   figures |= judge_lib.frechet_figures(judge, images[:, 0], real[:, 0])
+  if len(train.pairs):
+    figures |= judge_lib.diversity_figures(images[train.pairs, 0], "judge/several_")
+    figures |= judge_lib.diversity_figures(real[train.pairs, 0], "judge/several_real_")
   examples = ()
   if heldout.captions:
-    numbers = np.arange(len(heldout.captions)) + len(train.captions)
-    images = sample("held-out captions", heldout.captions, HELD_OUT_LATENTS).images
+    distinct, numbers = [heldout.captions[i] for i in heldout.first], heldout.first + len(train.captions)
+    images = sample("held-out captions", distinct, HELD_OUT_LATENTS).images
     figures |= judge_lib.judge_figures(judge, images, numbers, captions, "judge/heldout_")
-    real = heldout.pictures()
+    real = heldout.pictures(heldout.first)
     figures |= judge_lib.judge_figures(judge, real[:, None], numbers, captions, "judge/heldout_real_")
-    shown = np.linspace(0, len(heldout.captions) - 1, min(HELD_OUT_SHOWN, len(heldout.captions))).astype(int)
-    examples = tuple(report.HeldOutExample(heldout.captions[i], real[i], images[i]) for i in shown)
+    shown = np.linspace(0, len(distinct) - 1, min(HELD_OUT_SHOWN, len(distinct))).astype(int)
+    examples = tuple(report.HeldOutExample(distinct[i], real[i], images[i]) for i in shown)
 
   colours = _colours(sample, train)
   if colours:
@@ -96,7 +108,7 @@ def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, s
   panels = report.Panels(
       figures=figures, heldout=examples, colours=colours, expert_examples=_experts(model, sample, train.captions),
       notes=(f"EMA weights at step {model.step:,}, random latents, no truncation; "
-             f"{len(train.captions):,} training and {len(heldout.captions):,} held-out captions compete.",))
+             f"{len(train.first):,} training and {len(heldout.first):,} held-out captions compete.",))
   return Result(figures, tuple(example.check for example in colours), panels)
 
 

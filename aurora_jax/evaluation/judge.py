@@ -320,11 +320,16 @@ def judge_figures(judge, images, caption_indices, captions, prefix="judge/"):
       f"top1_of_{result.few}": result.top1_of_few, "top1_of_all": result.top1_of_all,
       f"chance_of_{result.few}": result.chance_of_few, "chance_of_all": result.chance_of_all,
       "captions": result.captions, "images": result.images}
+  figures = _finite({prefix + name: float(value) for name, value in figures.items()})
   if images.shape[1] > 1 and images.shape[0] > 1:
-    spread = diversity(images)
-    figures |= {"diversity_within": spread.within, "diversity_between": spread.between,
-                "diversity_ratio": spread.ratio}
-  return _finite({prefix + name: float(value) for name, value in figures.items()})
+    figures |= diversity_figures(images, prefix)
+  return figures
+
+
+def diversity_figures(images, prefix="judge/"):
+  """How much pictures [P, L, R, R, 3] of a caption differ (training/diversity.py), as named scalars for metrics.jsonl."""
+  spread = dataclasses.asdict(diversity(images))
+  return _finite({f"{prefix}diversity_{name}": value for name, value in spread.items()})
 
 
 def frechet_figures(judge, generated, real):

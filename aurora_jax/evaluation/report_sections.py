@@ -159,7 +159,8 @@ def warnings(log):
 # ---- the judge's figures -----------------------------------------------------------------------------------------
 
 _WHOSE = {"": "Training captions", "heldout_": "Held-out captions", "real_": "Real pictures",
-          "heldout_real_": "Real held-out pictures"}
+          "heldout_real_": "Real held-out pictures", "several_": "Captions with several pictures",
+          "several_real_": "Real pictures of these"}
 
 
 def _whose(prefix):

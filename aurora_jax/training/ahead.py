@@ -16,6 +16,7 @@ from aurora_jax.training import placed as placed_lib
 GENERATE, DISCRIMINATE, JUDGE, LEARN, R1 = "generate", "discriminate", "judge", "learn", "r1_step"
 STEP = (GENERATE, DISCRIMINATE, JUDGE, LEARN)
 SNAPSHOT, MOVED = "snapshot", "moved"
+INPUTS = ("image", "tokens", "caption_id")  # what they read of a batch
 
 
 def programs(experiment: config_lib.Experiment) -> dict[str, float]:
@@ -29,11 +30,11 @@ def programs(experiment: config_lib.Experiment) -> dict[str, float]:
 
 
 def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, layout: mesh_lib.Layout):
-  """A global batch as shapes, as the loop puts it on the devices."""
+  """The `INPUTS` of a global batch as shapes, as the loop puts them on the devices."""
   size, side = experiment.train.batch_size, experiment.generator.resolution
   shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
-  return {"image": shape((size, side, side, 3), jnp.float32), "index": shape((size,), jnp.int32),
-          "tokens": shape((size, clip.text.context_length), jnp.int32)}
+  return {"image": shape((size, side, side, 3), jnp.float32), "tokens": shape((size, clip.text.context_length), jnp.int32),
+          "caption_id": shape((size,), jnp.int32)}
 
 
 def generated(placed: placed_lib.Placed, frozen, batch, generate=None):
@@ -76,7 +77,7 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, made=None):
             made.moe_loss, made.residuals, healthy)
   if name == DISCRIMINATE:
     return (state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
-  return state.discriminator, state.step, frozen, made.pyramid, made.text, batch["index"], healthy
+  return state.discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy
 
 
 def trace(placed: placed_lib.Placed, name: str, frozen, batch, made=None) -> jax.stages.Traced:

@@ -166,7 +166,7 @@ def make_step(config: ClipConfig, settings: ClipTraining):
 
   Returns:
     (state, batch, total_steps) -> (state, metrics): batch has `image` float32 [B, R, R, 3], `tokens` int32 [B, N] and
-    `index` int32 [B] (which picture it is), total_steps is an int32 scalar; metrics are float32 scalars `loss`,
+    `caption_id` int32 [B] (of their primary captions), total_steps is an int32 scalar; metrics are float32 scalars `loss`,
     `accuracy`, `scale` and `learning_rate`. The state is donated.
   """
   clip = Clip(config)
@@ -182,8 +182,8 @@ def make_step(config: ClipConfig, settings: ClipTraining):
 
   def step(state, batch, total_steps):
     images = augment(jax.random.fold_in(state.key, state.step), batch["image"], settings.augmentation)
-    tokens, index = batch["tokens"], batch["index"]
-    same = (index[:, None] == index[None]) | jnp.all(tokens[:, None] == tokens[None], axis=-1)
+    tokens, ids = batch["tokens"], batch["caption_id"]
+    same = (ids[:, None] == ids[None]) | jnp.all(tokens[:, None] == tokens[None], axis=-1)
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     (loss, (accuracy, scale)), gradients = gradient(state.params, images, tokens, same)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
@@ -302,7 +302,7 @@ def train_clip(
       if total is not None and step >= total:
         break
       batch = next(batches)
-      arrays = {"image": batch["image"], "tokens": batch["tokens"], "index": batch["index"].astype(np.int32)}
+      arrays = {name: batch[name] for name in ("image", "tokens", "caption_id")}
       previous = metrics
       state, metrics = step_function(state, arrays, np.int32(total or np.iinfo(np.int32).max))
       if previous is not None:

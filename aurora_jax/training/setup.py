@@ -11,6 +11,7 @@ import numpy as np
 
 from aurora_jax import config as config_lib
 from aurora_jax.data import loader
+from aurora_jax.data import schema
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
@@ -52,7 +53,7 @@ class Prepared:
     init: () -> TrainState, fresh or with the networks of `train.init_from`.
     abstract_state: its shapes, dtypes and shardings.
     batch_sharding: of every entry of a batch.
-    batches: start step -> iterator over {"image", "tokens", "index"}, numpy.
+    batches: start step -> iterator over {"image", "tokens", "caption_id"}, numpy.
     begin: () -> None, begins to compile the step's programs while other things are done; `step` would too.
     step: (step number, state, device batch) -> (state, metrics), R1 included where it is due.
     sample: state -> SampleSet.
@@ -135,6 +136,7 @@ def _stepper(experiment, clip, placed, frozen):
   def step(number, state, batch):
     programs = begin()()
     measure = train.guard and (number + 1) % train.log_every == 0
+    batch = {name: batch[name] for name in ahead.INPUTS}
     state, metrics = step_lib.run_step(programs, state, frozen, batch, measure)
     if interval and number % interval == 0:
       state, more = programs.r1_step(state, frozen, batch)
@@ -185,8 +187,9 @@ def _freeze(experiment, dataset, clip, layout):
   """CLIP's variables and the bank of caption embeddings, on every device."""
   module = clip.module()
   variables = hosts.replicate(layout.replicated, clip.variables)
-  numbers, captions = dataset.first_captions(experiment.loss.clip_bank)
-  digest = zlib.crc32(np.asarray(numbers, np.int64).tobytes()) >> 1  # an int32
+  captions = dataset.first_captions(experiment.loss.clip_bank)
+  ids = np.array([schema.caption_id(caption) for caption in captions], np.int32)
+  digest = zlib.crc32(ids.tobytes()) >> 1  # an int32
   first = hosts.from_first(digest)
   with hosts.together("reading captions"):
     if first != digest:
@@ -196,7 +199,7 @@ def _freeze(experiment, dataset, clip, layout):
     encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),
                      out_shardings=layout.replicated)
     bank = encode(variables, np.asarray(clip.tokenizer(captions)))
-  bank, ids = hosts.replicate(layout.replicated, (bank, np.asarray(numbers, np.int32)))
+  bank, ids = hosts.replicate(layout.replicated, (bank, ids))
   return step_lib.Frozen(variables, bank, ids)
 
 

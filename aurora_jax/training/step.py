@@ -35,12 +35,12 @@ class Frozen(NamedTuple):
   Attributes:
     clip: variables of the CLIP.
     bank: [M, D] caption embeddings on the unit sphere, further negatives of the CLIP loss; M may be 0.
-    bank_index: [M] int32, the example each caption of the bank belongs to.
+    bank_id: [M] int32, what each caption of the bank is (`schema.caption_id`).
   """
 
   clip: Any
   bank: jax.Array
-  bank_index: jax.Array
+  bank_id: jax.Array
 
 
 @flax.struct.dataclass
@@ -72,7 +72,7 @@ class Programs(NamedTuple):
     generate: (generator, buffers, step, clip, tokens) -> Generated.
     discriminate: (discriminator, discriminator_opt, step, pyramid, text, image) -> (discriminator, discriminator_opt,
       healthy, metrics); healthy: bool scalar, whether all losses and gradients so far are finite.
-    judge: (discriminator, step, frozen, pyramid, text, index, healthy) -> (gradient of the pyramid, healthy, metrics).
+    judge: (discriminator, step, frozen, pyramid, text, caption_id, healthy) -> (gradient of the pyramid, healthy, metrics).
     learn: (generator, generator_opt, ema, buffers, step, gradient of the pyramid, w_mean, moe_loss, residuals, healthy) ->
       (generator, generator_opt, ema, buffers, step, metrics).
     snapshot: (generator, discriminator) -> copies of both.
@@ -97,7 +97,8 @@ def run_step(programs, state, frozen, batch, measure=False):
     programs: `Programs`, jitted, compiled or neither.
     state: `TrainState`; donated, where the programs do that.
     frozen: `Frozen`.
-    batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `index` [B] int32.
+    batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `caption_id` [B] int32 (of the pictures'
+      primary captions: those that share one are no negatives of each other).
     measure: whether to measure the updates too (`moved`); takes a copy of both networks for the time.
   """
   snapshot = programs.snapshot(state.generator, state.discriminator) if measure else None
@@ -105,7 +106,7 @@ def run_step(programs, state, frozen, batch, measure=False):
   discriminator, discriminator_opt, healthy, d_metrics = programs.discriminate(
       state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
   cotangent, healthy, j_metrics = programs.judge(
-      discriminator, state.step, frozen, made.pyramid, made.text, batch["index"], healthy)
+      discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy)
   generator, generator_opt, ema, buffers, step, g_metrics = programs.learn(
       state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, made.w_mean, made.moe_loss,
       made.residuals, healthy)
@@ -191,7 +192,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     }
     return adversarial + loss_cfg.matching_weight * matching, metrics
 
-  def clip_guidance(frozen, key, pyramid, text, index):
+  def clip_guidance(frozen, key, pyramid, text, caption_id):
     """The mean over pyramid levels of the symmetric InfoNCE, and its gradient.
 
     One level after the other, each forward and back: what the image tower leaves for the way back is most of a large
@@ -201,8 +202,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       (gradient of the pyramid's levels with respect to clip_weight times the loss, metrics).
     """
     scale = loss_cfg.clip_logit_scale or clip.apply(frozen.clip, method="logit_scale")
-    same = index[:, None] == index
-    bank = dict(bank=frozen.bank, same_as_bank=index[:, None] == frozen.bank_index) if loss_cfg.clip_bank else {}
+    same = caption_id[:, None] == caption_id
+    bank = dict(bank=frozen.bank, same_as_bank=caption_id[:, None] == frozen.bank_id) if loss_cfg.clip_bank else {}
 
     def as_seen(pyramid):
       if loss_cfg.clip_augment:
@@ -262,10 +263,10 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
                                    guard.keeper(healthy))
     return params, opt, healthy, metrics
 
-  def judge_images(d_params, step, frozen, pyramid, text, index, healthy):
+  def judge_images(d_params, step, frozen, pyramid, text, caption_id, healthy):
     cotangent, metrics = jax.grad(adversarial_loss, has_aux=True)(pyramid, d_params, text)
     if loss_cfg.clip_weight:
-      guidance, more = clip_guidance(frozen, step_keys(step)[1], pyramid, text, index)
+      guidance, more = clip_guidance(frozen, step_keys(step)[1], pyramid, text, caption_id)
       cotangent |= {r: cotangent[r] + guidance[r] for r in guidance}
       metrics |= more
     return cotangent, healthy & guard.healthy(metrics), metrics

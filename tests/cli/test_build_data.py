@@ -120,7 +120,7 @@ def test_out_is_there_already(pictures, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (("--source", "folder"), "--source folder needs --path DIR"),
     (("--source", "folder", "--path", "nowhere"), "picture folder nowhere does not exist"),
-    (("--source", "folder", "--path", "pictures", "--skin-tones"), "--skin-tones is for --source openmoji"),
+    (("--source", "folder", "--path", "pictures", "--skin-tones", "named"), "--skin-tones named is for --source openmoji"),
     (("--source", "folder", "--path", "pictures", "--no-aliases"), "--no-aliases is for --source openmoji"),
     (("--source", "folder", "--path", "pictures", "--resolution", "0"), "not 0"),
     (("--source", "folder", "--path", "pictures", "--shards", "-3"), "not -3"),

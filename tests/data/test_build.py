@@ -46,7 +46,7 @@ def assert_compositional(items, held):
 # ------------------------------------------------------------------------------------------- the held-out choice
 
 
-@pytest.mark.parametrize("skin_tones", [False, True])
+@pytest.mark.parametrize("skin_tones", [None, sources.UNNAMED, sources.NAMED])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_heldout_of_openmoji(skin_tones, seed):
   items = sources.openmoji(skin_tones).items

@@ -195,8 +195,9 @@ def test_what_can_be_had_of_damaged_shards(copy, data_folder):
     else:
       with pytest.raises(tfrecords.RecordError):
         dataset[number]
-  assert dataset.first_captions(2) == ([0, starts[2]], [expected[0].captions[0], expected[starts[2]].captions[0]])
-  assert dataset.first_captions(9)[0] == sorted(good)
+  captions = [expected[number].captions[0] for number in sorted(good)]
+  assert len(set(captions)) == 3
+  assert dataset.first_captions(2) == captions[:2] and dataset.first_captions(9) == captions
   assert not tfrecords.index_path(path).exists()  # none is made of what is damaged
   with pytest.raises(UserError, match="record 1 at byte .* is cut off"):
     dataset.captions()

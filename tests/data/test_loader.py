@@ -57,9 +57,9 @@ def damage(folder, shard, record):
 
 def test_what_a_batch_is(dataset):
   batch, = first(dataset, 1, resolution=16)
-  assert batch.keys() == {"image", "caption", "index"}
+  assert batch.keys() == {"image", "caption", "index", "caption_id"}
   assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.float32
-  assert batch["index"].dtype == np.int64
+  assert batch["index"].dtype == np.int64 and batch["caption_id"].dtype == np.int32
   for image, caption, number in zip(batch["image"], batch["caption"], batch["index"]):
     example = dataset[int(number)]
     assert caption == example.captions[0]
@@ -111,11 +111,8 @@ def test_hosts_share_one_global_batch(dataset, augment):
   for hosts in (2, 4):
     parts = [first(dataset, 5, slots=slots, **options) for slots in np.split(np.arange(8), hosts)]
     assert all(len(part[0]["index"]) == 8 // hosts for part in parts)
-    joined = [{
-        "image": np.concatenate([batch["image"] for batch in batches]),
-        "caption": [caption for batch in batches for caption in batch["caption"]],
-        "index": np.concatenate([batch["index"] for batch in batches]),
-    } for batches in zip(*parts)]
+    joined = [{name: np.concatenate([batch[name] for batch in batches]) for name in whole[0] if name != "caption"}
+              | {"caption": [caption for batch in batches for caption in batch["caption"]]} for batches in zip(*parts)]
     assert_same(joined, whole)
 
 
@@ -156,6 +153,16 @@ def test_processes_change_nothing(data_folder, tmp_path):
     assert_same(list(itertools.islice(batches, 9)), expected)
     assert list(batches.skipped) == [damaged]  # it came back from the other process
     assert batches.skipped[damaged].shard == "shapes-train-00001-of-00003.tfrecord"
+
+
+def test_pictures_of_one_caption_are_known_by_it(dataset):
+  """The number that stands for the primary caption is the same whichever caption was chosen, and no other's."""
+  ids = {}
+  for batch in first(dataset, 40, batch_size=16, primary_caption_probability=0.3):
+    for number, found in zip(batch["index"], batch["caption_id"]):
+      ids.setdefault(dataset[int(number)].captions[0], set()).add(int(found))
+  assert all(len(found) == 1 for found in ids.values())
+  assert len(set.union(*ids.values())) == len(ids) == len(dataset)
 
 
 def test_which_caption(dataset):

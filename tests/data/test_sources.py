@@ -1,5 +1,6 @@
 """Sources: what they list and how they render it."""
 
+import collections
 import io
 import os
 import sys
@@ -29,14 +30,25 @@ def test_openmoji_has_its_pictures(openmoji):
   assert "OpenMoji" in openmoji.description and "CC BY-SA" in openmoji.licence
 
 
-def test_openmoji_skin_tones(openmoji):
-  toned = sources.openmoji(skin_tones=True)
+def test_openmoji_named_skin_tones(openmoji):
+  toned = sources.openmoji(skin_tones=sources.NAMED)
   assert 3800 < len(toned.items) < 4200
   assert {item.key for item in openmoji.items} < {item.key for item in toned.items}
   groups = {item.group for item in toned.items if item.captions[0].startswith("waving hand")}
   assert len(groups) == 1
   assert sum(item.group in groups for item in toned.items) == 6
   assert not any("skin tone" in item.captions[0] for item in openmoji.items)
+
+
+def test_openmoji_unnamed_skin_tones(openmoji):
+  toned = sources.openmoji(skin_tones=sources.UNNAMED)
+  assert 3400 < len(toned.items) < 3800
+  assert {item.key for item in openmoji.items} < {item.key for item in toned.items}
+  counts = collections.Counter(item.captions for item in toned.items)
+  assert counts.keys() == {item.captions for item in openmoji.items}  # the same captions, aliases included
+  assert set(counts.values()) == {1, 6}
+  assert counts[by_caption(openmoji)["thumbs up"].captions] == 6
+  assert len({item.group for item in toned.items if item.captions[0] == "thumbs up"}) == 1
 
 
 def test_openmoji_captions_are_plain_words(openmoji):

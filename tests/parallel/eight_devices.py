@@ -81,7 +81,7 @@ def inputs():
   bank = jax.random.normal(keys[2], (3, 16))
   frozen = step_lib.Frozen(clip_module().init(keys[1], tokens, image),
                            bank / jnp.linalg.norm(bank, axis=1, keepdims=True), jnp.array([0, 4, 20]))
-  return to_host(frozen), {"image": np.asarray(image), "tokens": tokens, "index": np.arange(BATCH) // 2}
+  return to_host(frozen), {"image": np.asarray(image), "tokens": tokens, "caption_id": np.arange(BATCH, dtype=np.int32) // 2}
 
 
 @functools.cache

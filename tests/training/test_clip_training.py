@@ -150,7 +150,7 @@ def first_batch(settings, data):
   config = clip.clip_config(settings, tokenizer, clip.measure_colours(dataset, settings.resolution))
   with loader.train_batches(dataset, resolution=16, batch_size=12, seed=0, tokenizer=tokenizer) as batches:
     batch = next(batches)
-  return config, {"image": batch["image"], "tokens": batch["tokens"], "index": batch["index"].astype(np.int32)}
+  return config, {name: batch[name] for name in ("image", "tokens", "caption_id")}
 
 
 def test_step(data):
@@ -177,10 +177,10 @@ def test_the_temperature_is_limited(data):
 
 
 def test_same_captions_are_no_negatives(data):
-  """A batch of one caption, of one picture under two names, has nothing to tell apart: no loss, no gradient."""
+  """A batch of one caption, of one picture under several names, has nothing to tell apart: no loss, no gradient."""
   config, batch = first_batch(TINY, data)
   step = clip.make_step(config, TINY)
-  for change in ({"tokens": np.repeat(batch["tokens"][:1], 12, axis=0)}, {"index": np.zeros(12, np.int32)}):
+  for change in ({"tokens": np.repeat(batch["tokens"][:1], 12, axis=0)}, {"caption_id": np.zeros(12, np.int32)}):
     _, metrics = step(clip.init_state(config, TINY), batch | change, np.int32(50))
     assert metrics["loss"] == pytest.approx(0, abs=1e-5)
   _, metrics = step(clip.init_state(config, TINY), batch, np.int32(50))

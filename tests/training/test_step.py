@@ -38,7 +38,7 @@ def system():
   layout = mesh.build(experiment, jax.devices()[:1])
   placed = placed_lib.place(experiment, clip, layout)
   frozen = jax.device_put(step_lib.Frozen(variables, jnp.zeros((0, 16)), jnp.zeros(0, jnp.int32)), layout.replicated)
-  batch = jax.device_put({"image": image, "tokens": tokens, "index": jnp.arange(4)}, layout.batch)
+  batch = jax.device_put({"image": image, "tokens": tokens, "caption_id": jnp.arange(4)}, layout.batch)
   programs = ahead.start(placed, ahead.programs(experiment), frozen, batch)()
   shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
   first = jax.jit(programs.init, out_shardings=shardings)(jax.random.key(0))
@@ -189,7 +189,7 @@ def test_the_gradient_of_several_levels_by_clip(system):
                                clip_bank=0)
     programs = step_lib.build(dataclasses.replace(system.experiment, loss=loss), clip)
     return jax.jit(programs.judge)(system.first.discriminator, system.first.step, system.frozen, pyramid, text,
-                                   system.batch["index"], True)[0]
+                                   system.batch["caption_id"], True)[0]
 
   def mean_loss(images):
     scale = system.experiment.loss.clip_logit_scale or clip.apply(system.frozen.clip, method="logit_scale")
@@ -279,7 +279,7 @@ def test_generator_descends_on_its_own_loss(system):
   for _ in range(40):
     made = programs.generate(state.generator, state.buffers, state.step, system.frozen.clip, batch["tokens"])
     cotangent, _, metrics = programs.judge(state.discriminator, state.step, system.frozen, made.pyramid, made.text,
-                                           batch["index"], healthy)
+                                           batch["caption_id"], healthy)
     generator, opt, ema, buffers, step, _ = programs.learn(
         state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, made.w_mean, made.moe_loss,
         made.residuals, healthy)
