@@ -218,7 +218,7 @@ class Loss:
   # of 2) counts. 0: no pairs.
   diversity_weight: float = 0.0
   diversity_pairs: int = 1
-  diversity_distance: float = 0.15
+  diversity_distance: float = 0.12
 
   def __post_init__(self):
     require(self.diversity_distance > 0, f"loss.diversity_distance must be positive, got {self.diversity_distance}")
