@@ -10,8 +10,8 @@ Variants:
   dense        a feed-forward layer of one expert's size in place of the experts: as many active parameters, no router
   test         a few steps
 
-Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0; --config.loss.diversity_weight=0 draws each
-caption better and hardly heeds the latents.
+Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0. Latents change little here, as nearly every
+caption has one picture; --config.loss.diversity_weight=1 makes them, at a price (benchmarks/README.md).
 """
 
 from aurora_jax import config_files
@@ -85,7 +85,6 @@ def get_config(variant=""):
   loss.clip_logit_scale = 30.0
   loss.clip_bank = 2000
   loss.clip_augment = True
-  loss.diversity_weight = 1.0
 
   optimizer = config.optimizer
   optimizer.method = "muon"

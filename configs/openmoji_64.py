@@ -28,7 +28,6 @@ def get_config(variant=""):
   discriminator.input_resolutions = (64, 16)
   discriminator.exit_resolutions = (32, 16, 8, 1)
   config.loss.level_weights = {64: 0.7, 16: 0.3}
-  config.loss.diversity_weight = 0.0  # what is known of the hour was measured without
   config.watch.logit_gap = 40.0  # 24 after 200 steps, below 9 from step 400 on
   config.data.path = "datasets/openmoji_64"
   config.text.clip = "clips/openmoji_64"
