@@ -48,8 +48,9 @@ class _Split:
     self.dataset = Dataset.open(path, name) if name in names else None
     self.captions = [captions[0] for captions in self.dataset.captions()] if self.dataset else []
     self.first, group = judge_lib.merge_captions(self.captions)
-    members = [np.flatnonzero(group == number) for number in range(len(self.first))]
-    self.pairs = np.array([numbers[:2] for numbers in members if len(numbers) > 1], np.int64).reshape(-1, 2)
+    by_caption, counts = np.argsort(group, kind="stable"), np.bincount(group, minlength=len(self.first))
+    begin = (np.cumsum(counts) - counts)[counts > 1]
+    self.pairs = by_caption[begin[:, None] + np.arange(2)]
     self.resolution = resolution
 
   def pictures(self, numbers=None):

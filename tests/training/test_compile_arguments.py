@@ -59,8 +59,7 @@ def test_the_arguments_are_those_of_train(experiment, monkeypatch):
             for name, value in next(prepared.batches(0)).items() if isinstance(value, np.ndarray)}
   ours = ahead.abstract_batch(experiment, sizes, layout)
   assert _described(ours) == _described({name: theirs[name] for name in ours})
-  # What else a batch has the programs do not read.
-  assert set(theirs) == set(ours)
+  assert set(ours) == set(ahead.INPUTS)  # what else a batch has, no program reads
   again = placed.place(experiment, clip_lib.Clip(sizes), layout)
   assert _described(again.abstract_state) == _described(prepared.abstract_state)
 
