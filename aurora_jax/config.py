@@ -215,7 +215,8 @@ class Loss:
   # Keeps latents from being ignored where pictures of a caption are few (diversity-sensitive term, arXiv 1901.09024, eq. 3;
   # not in the paper): `diversity_pairs` of a step's generated pictures are second ones, of other latents, for captions of
   # the step, and a pair that differs by less than `diversity_distance` (RMS of pictures averaged down to 8 pixels, of a range
-  # of 2) counts. 0: no pairs. On a mesh with all tokens at one expert its gradients were up to 2e-3 apart from one device's.
+  # of 2) counts. 0: no pairs. On a mesh with all tokens at one expert, moments of gradients were up to 2e-3 apart from those
+  # on one device.
   diversity_weight: float = 0.0
   diversity_pairs: int = 1
   diversity_distance: float = 0.12
