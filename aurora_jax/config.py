@@ -212,18 +212,6 @@ class Loss:
   clip_bank: int = 0  # further negatives: this many training captions beside the batch's own (0: batch only)
   clip_augment: bool = False  # shift, noise and colour shift before the image tower
   moe_weight: float = 1.0  # on the sum over layers that the generator returns
-  # Keeps latents from being ignored where pictures of a caption are few (diversity-sensitive term, arXiv 1901.09024, eq. 3;
-  # not in the paper): `diversity_pairs` of a step's generated pictures are second ones, of other latents, for captions of
-  # the step, and a pair that differs by less than `diversity_distance` (RMS of pictures averaged down to 8 pixels, of a range
-  # of 2) counts. 0: no pairs. On a mesh with all tokens at one expert, moments of gradients were up to 2e-3 apart from those
-  # on one device.
-  diversity_weight: float = 0.0
-  diversity_pairs: int = 1
-  diversity_distance: float = 0.12
-
-  def __post_init__(self):
-    require(self.diversity_distance > 0, f"loss.diversity_distance must be positive, got {self.diversity_distance}")
-    require(self.diversity_pairs > 0, f"loss.diversity_pairs must be positive, got {self.diversity_pairs}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,8 +422,6 @@ class Experiment:
     for r in self.loss.r1_levels:
       require(r in self.discriminator.input_resolutions,
               f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}")
-    require(not self.loss.diversity_weight or 2 * self.loss.diversity_pairs <= self.train.batch_size,
-            f"loss.diversity_pairs {self.loss.diversity_pairs} are more than half of train.batch_size {self.train.batch_size}")
 
 
 def at_stage(experiment, resolution):

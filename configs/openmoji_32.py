@@ -10,8 +10,7 @@ Variants:
   dense        a feed-forward layer of one expert's size in place of the experts: as many active parameters, no router
   test         a few steps
 
-Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0. Latents change little here, as nearly every
-caption has one picture; --config.loss.diversity_weight=1 makes them, at a price (benchmarks/README.md).
+Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0.
 """
 
 from aurora_jax import config_files

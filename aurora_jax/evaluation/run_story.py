@@ -24,8 +24,7 @@ _ENDINGS = {"done": "all steps are done", "time": "train.max_seconds were over; 
 # Shown in this order, where the run has them, and what they are called: what a person looks at first.
 _NUMBERS = {
     "loss/d_adversarial": "D adversarial", "loss/g_adversarial": "G adversarial", "loss/d_matching": "D matching",
-    "loss/g_matching": "G matching", "loss/g_clip": "G CLIP", "loss/g_diversity": "G diversity", "loss/r1": "R1",
-    "loss/moe": "MoE losses",
+    "loss/g_matching": "G matching", "loss/g_clip": "G CLIP", "loss/r1": "R1", "loss/moe": "MoE losses",
     "d/logit_real": "logit real", "d/logit_fake": "logit fake", "d/logit_mismatched": "logit mismatched",
     "clip/accuracy": "CLIP accuracy", "grad_norm/d": "gradient of D", "grad_norm/g": "gradient of G", "g/w_std": "w std",
     "samples/diversity_within": "diversity, prompt", "samples/diversity_between": "diversity, all",

@@ -7,15 +7,11 @@ batch given; under a sharded batch that is the global batch.
   B batch, D embedding width, M bank size
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from aurora_jax.models.clip import normalize
 from aurora_jax.ops import warp
-
-_COARSE = 8  # pixels along a side: what one sees from afar
 
 
 def _weight(logit, cfg, early_exit):
@@ -102,26 +98,6 @@ def contrastive_loss(image_embedding, text_embedding, scale, same=None, bank=Non
   by_image = jnp.mean(jax.nn.logsumexp(logits, axis=1) - right)
   accuracy = jnp.mean((jnp.argmax(logits, axis=1) == jnp.arange(len(logits))).astype(jnp.float32))
   return (by_image + by_text) / 2, accuracy
-
-
-def diversity_sensitive(first, second, distance):
-  """How far pictures of the same captions and other latents fall short of differing (arXiv 1901.09024, eq. 3).
-
-  The paper divides by the distance of the latents, which in many dimensions is nearly the same for all pairs; and it has
-  no say in how they differ: averaged down, texture alone does not count.
-
-  Args:
-    first, second: [P, R, R, 3] in [-1, 1].
-    distance: root mean square of a pair from which on it costs nothing.
-
-  Returns:
-    float32 scalar in [0, 1]: 0 if all pairs are that far apart, 1 if they are the same.
-  """
-  pairs, side = first.shape[:2]
-  coarse = math.gcd(side, _COARSE)
-  apart = (first - second).reshape(pairs, coarse, side // coarse, coarse, side // coarse, 3).mean(axis=(2, 4))
-  apart = jnp.sqrt(jnp.mean(jnp.square(apart), axis=(1, 2, 3)) + 1e-8)  # of a finite slope where two are the same
-  return jnp.mean(jax.nn.relu(1 - apart / distance))
 
 
 def roughen(key, images):

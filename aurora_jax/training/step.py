@@ -10,7 +10,6 @@ discriminator's leaves out both updates, the generator's its own.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import flax
@@ -50,7 +49,7 @@ class Generated:
 
   Attributes:
     text: CLIP's `TextOutput` of the captions.
-    pyramid: {r: [B, r, r, 3]}, of the captions that `_drawn` says.
+    pyramid: {r: [B, r, r, 3]}.
     w_mean: [W], over the batch.
     moe_loss: scalar.
     residuals: for the backward pass.
@@ -143,7 +142,6 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
   d_optimizer = state_lib.optimizer(opt_cfg, opt_cfg.beta2**lazy, *stage)
   guard = guard_lib.of(train)
   clip_levels = [r for r in cfg.output_resolutions if r >= loss_cfg.clip_min_resolution]
-  drawn = functools.partial(_drawn, pairs=loss_cfg.diversity_pairs if loss_cfg.diversity_weight else 0)
 
   def init(key):
     g_key, d_key = jax.random.split(key)
@@ -171,11 +169,10 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
 
     def run(module):
       feature = module.encode_text(text.features, text.eot)
-      join = lambda parts: layers.join(parts, len(feature))
-      own = [feature, drawn(feature)]
-      other = [jnp.roll(part, 1, axis=0) for part in own]
-      trunk = module.features({r: join([real[r], fake[r]]) for r in inputs}, kinds=2)
-      return module.judge(trunk, join(own)), module.judge(trunk, join(other))
+      other = jnp.roll(feature, 1, axis=0)
+      both = {r: layers.join([real[r], fake[r]], len(feature)) for r in inputs}
+      trunk = module.features(both, kinds=2)
+      return module.judge(trunk, jnp.repeat(feature, 2, axis=0)), module.judge(trunk, jnp.repeat(other, 2, axis=0))
 
     def halves(logits):
       parts = [layers.unjoin(logit.value, 2) for logit in logits]
@@ -205,7 +202,6 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       (gradient of the pyramid's levels with respect to clip_weight times the loss, metrics).
     """
     scale = loss_cfg.clip_logit_scale or clip.apply(frozen.clip, method="logit_scale")
-    caption_id, wanted = drawn(caption_id), drawn(text.embedding)
     same = caption_id[:, None] == caption_id
     bank = dict(bank=frozen.bank, same_as_bank=caption_id[:, None] == frozen.bank_id) if loss_cfg.clip_bank else {}
 
@@ -216,7 +212,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
 
     def loss(images):
       embedding = clip.apply(frozen.clip, images, method="encode_image")
-      return losses.contrastive_loss(embedding, wanted, scale, same, **bank)
+      return losses.contrastive_loss(embedding, text.embedding, scale, same, **bank)
 
     images, pull_back = jax.vjp(as_seen, {r: pyramid[r] for r in clip_levels})
     (values, accuracies), gradients = jax.lax.map(jax.value_and_grad(loss, has_aux=True), images)
@@ -226,7 +222,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
   def adversarial_loss(pyramid, d_params, text):
     """The generator's loss by the discriminator, as a function of its images."""
     d_params = gather(d_params)
-    feature = drawn(jax.lax.stop_gradient(encode(d_params, text)))
+    feature = jax.lax.stop_gradient(encode(d_params, text))
     fake_logits = judge(d_params, {r: pyramid[r] for r in inputs}, feature)
     adversarial = losses.generator_adversarial(fake_logits, loss_cfg)
     metrics, total = {"loss/g_adversarial": adversarial}, adversarial
@@ -235,11 +231,6 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
       matching = losses.weighted_mean(other, loss_cfg, loss_cfg.early_exit_matching, lambda x: jax.nn.softplus(-x))
       metrics["loss/g_matching"] = matching
       total = total + loss_cfg.generator_matching_weight * matching
-    if loss_cfg.diversity_weight:
-      images = pyramid[max(pyramid)]
-      pairs = images[:loss_cfg.diversity_pairs], images[_second(images, loss_cfg.diversity_pairs)]
-      metrics["loss/g_diversity"] = losses.diversity_sensitive(*pairs, loss_cfg.diversity_distance)
-      total = total + loss_cfg.diversity_weight * metrics["loss/g_diversity"]
     return total, metrics
 
   def step_keys(step):
@@ -254,7 +245,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     z = jax.random.normal(step_keys(step)[0], (len(tokens), cfg.z_dim))
 
     def synthesize(used):
-      out = generator.apply({"params": used, "buffers": buffers}, z, drawn(text.features), drawn(text.eot))
+      out = generator.apply({"params": used, "buffers": buffers}, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
     used = gather(params)  # `learn` gathers them again: whole ones among the residuals would be most of its memory
@@ -323,16 +314,6 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 
   return Programs(init, generate, discriminate, judge_images, learn, snapshot, moved, r1_step)
-
-
-def _second(rows, pairs):
-  """Where the second ones of the pairs are: from the middle on, so that no neighbour has its own caption as another."""
-  return slice(len(rows) // 2, len(rows) // 2 + pairs)
-
-
-def _drawn(rows, pairs):
-  """What belongs to the batch's captions [B, ...], as it belongs to those that are drawn: the first few twice."""
-  return rows.at[_second(rows, pairs)].set(rows[:pairs]) if pairs else rows
 
 
 def _last_exit(logits):

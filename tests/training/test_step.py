@@ -178,28 +178,6 @@ def test_averages_follow_their_formulas(system):
                                 system.first.buffers["synthesis"]["input"]["freqs"])
 
 
-def test_second_pictures_of_captions_are_told_to_differ(system):
-  """What the diversity-sensitive term adds to the images' gradient is its own; and whose captions the pictures have."""
-  clip, weight = clip_lib.Clip(_clip_config()), 0.7
-  pyramid = {r: 0.01 * jax.random.normal(jax.random.key(r), (4, r, r, 3)) for r in (4, 8, 16)}
-  text = clip.apply(system.frozen.clip, system.batch["tokens"], method="encode_text")
-  twice = jax.tree.map(lambda rows: rows[np.array([0, 1, 0, 3])], text)
-
-  def cotangent(diversity_weight, text):
-    loss = dataclasses.replace(system.experiment.loss, clip_weight=0.0, diversity_weight=diversity_weight, diversity_pairs=1)
-    programs = step_lib.build(dataclasses.replace(system.experiment, loss=loss), clip)
-    return jax.jit(programs.judge)(system.first.discriminator, system.first.step, system.frozen, pyramid, text,
-                                   system.batch["caption_id"], True)[0]
-
-  found, without = cotangent(weight, text), cotangent(0.0, twice)
-  expected = jax.grad(lambda images: weight * losses.diversity_sensitive(
-      images[:1], images[2:3], system.experiment.loss.diversity_distance))(pyramid[16])
-  assert np.abs(expected).max() > 0
-  np.testing.assert_allclose(found[16] - without[16], expected, rtol=1e-3, atol=1e-6)
-  for r in (4, 8):
-    np.testing.assert_allclose(found[r], without[r], rtol=1e-5, atol=1e-8)
-
-
 def test_the_gradient_of_several_levels_by_clip(system):
   """What CLIP adds to the images' gradient, level by level in one loop, is that of the mean loss over the levels."""
   clip, levels, weight = clip_lib.Clip(_clip_config()), (8, 16), 0.7
