@@ -156,6 +156,9 @@ class Discriminator:
   text_lr_multiplier: float = 0.01
   residual_gain: float = 0.7071067811865476  # StyleGAN2's residual discriminator: 1/sqrt(2)
   minibatch_std: int = 0  # group size of the minibatch standard deviation; 0 turns it off (GigaGAN A2, T2I-64)
+  # The last exit sees how a picture differs from another one of its caption in the batch (PacGAN, arXiv 1712.04086; not in
+  # the paper), see `data.pairs`.
+  compare_pairs: bool = False
   remat: bool = False
   attention_chunk: int = 1024
   compute_dtype: str = "float32"
@@ -286,6 +289,11 @@ class Data:
   path: str = ""
   split: str = "train"
   primary_caption_probability: float = 1.0  # else one of the picture's other captions
+  # What an epoch has once: "pictures", or "captions" (primary ones), each with any one of its pictures.
+  visit: str = "pictures"
+  # So many slots of a batch show another picture of a caption that is in it, where there is one that has several. With
+  # this or visits of captions all captions are read at the start.
+  pairs: int = 0
   shift: float = 0.0  # augmentation: up to this fraction of the width
   scale: float = 0.0  # up to this fraction larger or smaller
   rotate: float = 0.0  # degrees
@@ -300,6 +308,8 @@ class Data:
 
   def __post_init__(self):
     require(0 <= self.max_skipped <= 1, f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
+    require(self.visit in ("pictures", "captions"), f"data.visit must be 'pictures' or 'captions', got {self.visit!r}")
+    require(self.pairs >= 0, f"data.pairs must be positive, or 0 for none, got {self.pairs}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,6 +432,8 @@ class Experiment:
     for r in self.loss.r1_levels:
       require(r in self.discriminator.input_resolutions,
               f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}")
+    require(2 * self.data.pairs <= self.train.batch_size,
+            f"data.pairs {self.data.pairs} are more than half of train.batch_size {self.train.batch_size}")
 
 
 def at_stage(experiment, resolution):

@@ -88,6 +88,13 @@ def test_the_experiment_at_a_stage_ends_at_its_resolution():
   assert config.at_stage(whole, 4).discriminator.exit_resolutions == (1,)
 
 
+def test_pairs_need_room_in_the_batch():
+  with pytest.raises(UserError, match="data.pairs 5 are more than half of train.batch_size 8"):
+    config_files.load(["--config=configs/openmoji_32.py", "--config.data.pairs=5"])
+  with pytest.raises(UserError, match="data.visit must be 'pictures' or 'captions', got 'words'"):
+    config_files.load(["--config=configs/openmoji_32.py", "--config.data.visit=words"])
+
+
 def test_variants_of_openmoji():
   growing = config_files.load(["--config=configs/openmoji_32.py:progressive"])
   assert growing.schedule.resolutions == (8, 16, 32) and growing.name == "openmoji_32_progressive"

@@ -180,16 +180,22 @@ class Dataset:
         raise UserError(str(error)) from None
     return self._captions
 
+  def readable(self):
+    """Yields (number, `Example`) of the examples that can be read, in order; pictures are not decoded."""
+    for number in range(len(self)):
+      try:
+        example = self[number]
+      except tfrecords.RecordError:  # It will be told of when training meets it.
+        continue
+      yield number, example
+
   def first_captions(self, count):
     """The first `count` distinct primary captions of the examples that can be read (fewer where there are no more)."""
     captions = {}
-    for number in range(len(self)):
+    for _, example in self.readable() if count else ():
+      captions[example.captions[0]] = None
       if len(captions) == count:
         break
-      try:
-        captions[self[number].captions[0]] = None
-      except tfrecords.RecordError:  # It will be told of when training meets it.
-        continue
     return list(captions)
 
   def _locate(self, number):

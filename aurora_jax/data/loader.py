@@ -29,6 +29,7 @@ from aurora_jax.data import schema
 from aurora_jax.data import tfrecords
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
+from aurora_jax.data.visits import Visits
 from aurora_jax.errors import UserError
 
 CACHE_BYTES = 512 * 2**20
@@ -112,6 +113,7 @@ class BatchMaker:
   augment: Augment = Augment()
   tokenizer: Callable | None = None
   primary_caption_probability: float = 1.0
+  visits: Visits | None = None
   slots: np.ndarray | None = None
   cached: bool = False
 
@@ -120,6 +122,8 @@ class BatchMaker:
     if self.slots is None:
       self.slots = np.arange(self.batch_size)
     self.slots = np.asarray(self.slots, np.int64)
+    if self.visits is None:
+      self.visits = Visits(self.dataset, self.seed, self.batch_size)
 
   @property
   def side(self):
@@ -136,8 +140,7 @@ class BatchMaker:
     slots = self.slots
     skipped = {}
     numbers, examples = [], []
-    indices = order.example_index(self.seed, len(self.dataset), self.batch_size, step, slots)
-    for slot, number in zip(slots, indices):
+    for slot, number in zip(slots, self.visits(step, slots)):
       number, example = self._readable(step, slot, int(number), skipped)
       if example is None:
         last = list(skipped.values())[-1]
@@ -245,7 +248,7 @@ class Batches:
 
 
 def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augment=Augment(), tokenizer=None,
-                  primary_caption_probability=1.0, slots=None, workers=2, prefetch=4, cache_bytes=CACHE_BYTES):
+                  primary_caption_probability=1.0, visits=None, slots=None, workers=2, prefetch=4, cache_bytes=CACHE_BYTES):
   """Endless training batches, shuffled anew each epoch.
 
   Args:
@@ -257,6 +260,7 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     augment: an `Augment`; differs at each step.
     tokenizer: list of str -> int32 [b, N], or None. With processes it is sent to them.
     primary_caption_probability: of an example's first caption; else one of its others, evenly.
+    visits: `Visits` of the data set, seed and batch size; None: every picture once an epoch.
     slots: of the global batch, those that this host makes, [b]; None: all.
     workers: threads where the decoded split fits into `cache_bytes` (then every picture is decoded once and kept), else
       processes (0: one thread).
@@ -280,7 +284,7 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     raise UserError(f"slot {outside[0]} is none of a batch of {batch_size}")
   if not 0 <= primary_caption_probability <= 1:
     raise UserError(f"primary caption probability must be between 0 and 1, not {primary_caption_probability}")
-  maker = BatchMaker(dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, slots)
+  maker = BatchMaker(dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, visits, slots)
   maker.cached = len(dataset) * maker.side**2 * 3 <= cache_bytes
   threads = max(1, workers) if maker.cached else 1
   steps = grain.MapDataset.range(start_step, 2**62).map(maker)

@@ -21,13 +21,14 @@ import jax
 class Critic(Protocol):
   """A Flax module that judges pyramids of pictures under a text. B pictures, N tokens."""
 
-  def features(self, pyramid: Mapping[int, jax.Array], kinds: int = 1) -> Sequence[Any]:
+  def features(self, pyramid: Mapping[int, jax.Array], kinds: int = 1, caption_id: jax.Array | None = None) -> Sequence[Any]:
     """What is seen in the pictures, before any text is looked at; where the costly part belongs, since the step judges it
     twice, with the right captions and with wrong ones.
 
     Args:
       pyramid: {r: [B * kinds, r, r, 3]} in [-1, 1].
       kinds: pictures of each sample (a real and a generated one), next to each other as of `layers.join`.
+      caption_id: [B] int32, the same for samples of one caption; None: every one is of its own.
 
     Returns:
       Whatever `judge` takes; the batch is the first axis of every leaf.

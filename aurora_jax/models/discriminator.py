@@ -113,10 +113,32 @@ def minibatch_std(x, group, kinds=1):
   return jnp.concatenate([x, jnp.broadcast_to(stat, (total, height, width, 1))], axis=-1)
 
 
+def beside_partner(x, caption_id, kinds=1):
+  """Appends how each picture differs from another one of its caption, and whether there is one.
+
+  Seen one by one, pictures do not tell whether a caption always gets the same one; side by side they do (PacGAN, arXiv
+  1712.04086, which joins them at the input).
+
+  Args:
+    x: [B * kinds, r, r, C].
+    caption_id: [B] int32. The partner is the first other sample of the same.
+    kinds: pictures of each sample, which stand next to each other (`layers.join`); partners are of a kind.
+
+  Returns:
+    [B * kinds, r, r, 2 C + 1]; zero beside x where there is no partner.
+  """
+  same = (caption_id[:, None] == caption_id) & ~jnp.eye(len(caption_id), dtype=bool)
+  paired = same.any(axis=1)[:, None, None, None, None].astype(x.dtype)
+  pictures = x.reshape(-1, kinds, *x.shape[1:])
+  difference = (pictures - pictures[jnp.argmax(same, axis=1)]) * paired
+  paired = jnp.broadcast_to(paired, (*pictures.shape[:-1], 1))
+  return jnp.concatenate([pictures, difference, paired], axis=-1).reshape(*x.shape[:-1], -1)
+
+
 class Discriminator(nn.Module):
   """The whole discriminator, in three steps so that mismatched captions cost only the heads (`critic.Critic`).
 
-  `features(pyramid)` -> list of `Feature`; `encode_text(text, eot)` -> [B, T]; `judge(features, text)` -> list of
+  `features(pyramid, caption_id=...)` -> list of `Feature`; `encode_text(text, eot)` -> [B, T]; `judge(features, text)` -> list of
   `Logit`, conditional and unconditional parts added as in GigaGAN, D_ij = psi_j(phi, t) + conv(phi).
   """
 
@@ -149,10 +171,11 @@ class Discriminator(nn.Module):
     """CLIP features to the heads' modulation: text [B, N, F], eot [B] -> [B, T]."""
     return layers.pixel_norm(self.text_head(text.astype(jnp.float32), eot)[0])
 
-  def features(self, pyramid, kinds=1):
+  def features(self, pyramid, kinds=1, caption_id=None):
     """The trunk. pyramid {r: [B, r, r, 3]} in [-1, 1] -> list of `Feature`, every level at every exit below it.
 
     `kinds` pictures of each sample, say a real and a generated one, may stand next to each other (`layers.join`).
+    `caption_id` [B] says which samples are of one caption; without it none are.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
     batch = len(next(iter(pyramid.values())))
@@ -172,6 +195,9 @@ class Discriminator(nn.Module):
     for level, part in zip(levels, layers.unjoin(x, len(levels))):
       if cfg.minibatch_std:
         part = minibatch_std(part, cfg.minibatch_std, kinds)
+      if cfg.compare_pairs:
+        ids = jnp.arange(len(part) // kinds) if caption_id is None else caption_id
+        part = beside_partner(part, ids, kinds)
       part = layers.leaky_relu(self.last(part.reshape(part.shape[0], 1, 1, -1)))
       found.append(Feature(part, level, 1))
     return found

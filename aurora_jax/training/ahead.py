@@ -76,7 +76,8 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, made=None):
     return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, made.pyramid, made.w_mean,
             made.moe_loss, made.residuals, healthy)
   if name == DISCRIMINATE:
-    return (state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
+    return (state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"],
+            batch["caption_id"])
   return state.discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from aurora_jax.data import loader
+from aurora_jax.data import visits
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop.clip_hf import ClipBundle
@@ -108,6 +109,11 @@ class Joined:
   def place(self, number):
     dataset, number = self._locate(number)
     return dataset.place(number)
+
+  def readable(self):
+    for start, dataset in zip(self._starts, self._datasets):
+      for number, example in dataset.readable():
+        yield int(start) + number, example
 
   def captions(self):
     return list(itertools.chain.from_iterable(dataset.captions() for dataset in self._datasets))
@@ -259,7 +265,7 @@ def train_clip(
     seconds: float | None = None,
     on_step: Callable[[int, int | None, Mapping[str, float]], None] = lambda step, total, metrics: None,
 ) -> tuple[ClipBundle, int]:
-  """Trains a CLIP from nothing.
+  """Trains a CLIP from nothing. An epoch has every caption once, with one of its pictures.
 
   Args:
     dataset: a `Dataset` or `Joined`.
@@ -296,6 +302,7 @@ def train_clip(
       seed=settings.seed,
       tokenizer=tokenizer,
       primary_caption_probability=settings.primary_caption_probability,
+      visits=visits.Visits(dataset, settings.seed, settings.batch_size, visits.CAPTIONS),
       workers=1,
   ) as batches:
     for step in itertools.count():

@@ -70,8 +70,8 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
   networks = state.generator, state.discriminator
   return Placed(layout, exchange, abstract_state, programs._replace(
       generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch), left, ()),
-      discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch), (*discriminator, whole, whole),
-                       (0, 1)),
+      discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch, batch),
+                       (*discriminator, whole, whole), (0, 1)),
       judge=jit(programs.judge, (state.discriminator, whole, whole, batch, batch, batch, whole), (batch, whole, whole), ()),
       learn=jit(programs.learn, (*generator, batch, whole, whole, None, whole), (*generator, whole), (0, 1, 2, 3, 4)),
       snapshot=jit(programs.snapshot, networks, networks, ()),

@@ -14,6 +14,7 @@ from aurora_jax.data import loader
 from aurora_jax.data import schema
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
+from aurora_jax.data.visits import Visits
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
 from aurora_jax.interop import inception_torch
@@ -94,6 +95,10 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     inception = inception_torch.load(experiment.schedule.inception) if wanted else None
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
+  data, train = experiment.data, experiment.train
+  with hosts.together("reading captions"):
+    visits = Visits(dataset, train.seed, train.batch_size, data.visit, data.pairs)
+  _check_same(visits.digest, dataset)
 
   def init():
     key = jax.random.key(experiment.train.seed)
@@ -118,7 +123,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   whole = Prepared(
       experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
       abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip, layout), begin=begin, step=step,
+      batches=functools.partial(_batches, experiment, dataset, clip, layout, visits), begin=begin, step=step,
       sample=_sampler(experiment, clip, frozen, placed), distances=distances, at_stage=at_stage)
   return whole
 
@@ -173,14 +178,14 @@ def _notes(experiment, dataset, placed):
           *experts_lib.explain(placed.exchange, experiment.generator, batch))
 
 
-def _batches(experiment, dataset, clip, layout, start_step):
+def _batches(experiment, dataset, clip, layout, visits, start_step):
   data, batch_size = experiment.data, experiment.train.batch_size
   return loader.train_batches(
       dataset, resolution=experiment.generator.resolution, batch_size=batch_size,
       slots=hosts.own_rows(layout.batch, batch_size), seed=experiment.train.seed, start_step=start_step,
       tokenizer=clip.tokenizer,
       augment=Augment(shift=data.shift, scale=data.scale, rotate=data.rotate, flip=data.flip),
-      primary_caption_probability=data.primary_caption_probability, workers=data.workers)
+      primary_caption_probability=data.primary_caption_probability, visits=visits, workers=data.workers)
 
 
 def _freeze(experiment, dataset, clip, layout):
@@ -189,11 +194,7 @@ def _freeze(experiment, dataset, clip, layout):
   variables = hosts.replicate(layout.replicated, clip.variables)
   captions = dataset.first_captions(experiment.loss.clip_bank)
   ids = np.array([schema.caption_id(caption) for caption in captions], np.int32)
-  digest = zlib.crc32(ids.tobytes()) >> 1  # an int32
-  first = hosts.from_first(digest)
-  with hosts.together("reading captions"):
-    if first != digest:
-      raise UserError(f"data set {dataset.path}: other records can be read here than in process 0")
+  _check_same(zlib.crc32(ids.tobytes()) >> 1, dataset)
   bank = np.zeros((0, clip.config.embedding_width), np.float32)
   if captions:
     encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),
@@ -201,6 +202,14 @@ def _freeze(experiment, dataset, clip, layout):
     bank = encode(variables, np.asarray(clip.tokenizer(captions)))
   bank, ids = hosts.replicate(layout.replicated, (bank, ids))
   return step_lib.Frozen(variables, bank, ids)
+
+
+def _check_same(digest, dataset):
+  """All processes must have read the same captions. digest: an int32."""
+  first = hosts.from_first(digest)
+  with hosts.together("reading captions"):
+    if first != digest:
+      raise UserError(f"data set {dataset.path}: other records can be read here than in process 0")
 
 
 def _extractor(experiment, clip, frozen, inception, layout):

@@ -70,8 +70,8 @@ class Programs(NamedTuple):
   Attributes:
     init: key -> TrainState.
     generate: (generator, buffers, step, clip, tokens) -> Generated.
-    discriminate: (discriminator, discriminator_opt, step, pyramid, text, image) -> (discriminator, discriminator_opt,
-      healthy, metrics); healthy: bool scalar, whether all losses and gradients so far are finite.
+    discriminate: (discriminator, discriminator_opt, step, pyramid, text, image, caption_id) -> (discriminator,
+      discriminator_opt, healthy, metrics); healthy: bool scalar, whether all losses and gradients so far are finite.
     judge: (discriminator, step, frozen, pyramid, text, caption_id, healthy) -> (gradient of the pyramid, healthy, metrics).
     learn: (generator, generator_opt, ema, buffers, step, gradient of the pyramid, w_mean, moe_loss, residuals, healthy) ->
       (generator, generator_opt, ema, buffers, step, metrics).
@@ -98,13 +98,13 @@ def run_step(programs, state, frozen, batch, measure=False):
     state: `TrainState`; donated, where the programs do that.
     frozen: `Frozen`.
     batch: `image` [B, R, R, 3] in [-1, 1], `tokens` [B, N] int32, `caption_id` [B] int32 (of the pictures'
-      primary captions: those that share one are no negatives of each other).
+      primary captions: those that share one are no negatives of each other, and the discriminator may compare them).
     measure: whether to measure the updates too (`moved`); takes a copy of both networks for the time.
   """
   snapshot = programs.snapshot(state.generator, state.discriminator) if measure else None
   made = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
   discriminator, discriminator_opt, healthy, d_metrics = programs.discriminate(
-      state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"])
+      state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"], batch["caption_id"])
   cotangent, healthy, j_metrics = programs.judge(
       discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy)
   generator, generator_opt, ema, buffers, step, g_metrics = programs.learn(
@@ -156,22 +156,22 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
         ema=jax.tree.map(jnp.copy, variables["params"]), discriminator=d_params,
         generator_opt=g_optimizer.init(variables["params"]), discriminator_opt=d_optimizer.init(d_params))
 
-  def judge(params, pyramid, text_feature):
+  def judge(params, pyramid, text_feature, caption_id):
     def run(module):
-      return module.judge(module.features(pyramid), text_feature)
+      return module.judge(module.features(pyramid, caption_id=caption_id), text_feature)
     return discriminator.apply({"params": params}, method=run)
 
   def encode(params, text):
     return discriminator.apply({"params": params}, text.features, text.eot, method="encode_text")
 
-  def discriminator_loss(params, real, fake, text):
+  def discriminator_loss(params, real, fake, text, caption_id):
     """real, fake: pyramids {r: [B, r, r, 3]}; both travel through the trunk as one batch."""
 
     def run(module):
       feature = module.encode_text(text.features, text.eot)
       other = jnp.roll(feature, 1, axis=0)
       both = {r: layers.join([real[r], fake[r]], len(feature)) for r in inputs}
-      trunk = module.features(both, kinds=2)
+      trunk = module.features(both, kinds=2, caption_id=caption_id)
       return module.judge(trunk, jnp.repeat(feature, 2, axis=0)), module.judge(trunk, jnp.repeat(other, 2, axis=0))
 
     def halves(logits):
@@ -219,15 +219,16 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     (gradient,) = pull_back(gradients * (loss_cfg.clip_weight / len(clip_levels)))
     return gradient, {"loss/g_clip": jnp.mean(values), "clip/accuracy": accuracies[-1]}
 
-  def adversarial_loss(pyramid, d_params, text):
+  def adversarial_loss(pyramid, d_params, text, caption_id):
     """The generator's loss by the discriminator, as a function of its images."""
     d_params = gather(d_params)
     feature = jax.lax.stop_gradient(encode(d_params, text))
-    fake_logits = judge(d_params, {r: pyramid[r] for r in inputs}, feature)
+    fake = {r: pyramid[r] for r in inputs}
+    fake_logits = judge(d_params, fake, feature, caption_id)
     adversarial = losses.generator_adversarial(fake_logits, loss_cfg)
     metrics, total = {"loss/g_adversarial": adversarial}, adversarial
     if loss_cfg.generator_matching_weight:
-      other = judge(d_params, {r: pyramid[r] for r in inputs}, jnp.roll(feature, 1, axis=0))
+      other = judge(d_params, fake, jnp.roll(feature, 1, axis=0), caption_id)
       matching = losses.weighted_mean(other, loss_cfg, loss_cfg.early_exit_matching, lambda x: jax.nn.softplus(-x))
       metrics["loss/g_matching"] = matching
       total = total + loss_cfg.generator_matching_weight * matching
@@ -253,10 +254,10 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     metrics = {"g/w_std": jnp.mean(jnp.std(w, axis=0))} | expert_loads(routing)
     return Generated(text, pyramid, jnp.mean(w, axis=0), moe_loss, pull_back_lib.cut(pull_back, used), metrics)
 
-  def discriminate(params, opt, step, pyramid, text, image):
+  def discriminate(params, opt, step, pyramid, text, image, caption_id):
     real = discriminator_lib.image_pyramid(image, inputs)
     fake = {r: pyramid[r] for r in inputs}
-    gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text)
+    gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text, caption_id)
     metrics |= guard.norms("grad_norm/d", gradient) | guard.pictures(image, pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
     params, opt = state_lib.update(opt_cfg, d_optimizer, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step),
@@ -264,7 +265,7 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     return params, opt, healthy, metrics
 
   def judge_images(d_params, step, frozen, pyramid, text, caption_id, healthy):
-    cotangent, metrics = jax.grad(adversarial_loss, has_aux=True)(pyramid, d_params, text)
+    cotangent, metrics = jax.grad(adversarial_loss, has_aux=True)(pyramid, d_params, text, caption_id)
     if loss_cfg.clip_weight:
       guidance, more = clip_guidance(frozen, step_keys(step)[1], pyramid, text, caption_id)
       cotangent |= {r: cotangent[r] + guidance[r] for r in guidance}
@@ -301,8 +302,8 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     def loss(params):
       params = gather(params)
       feature = encode(params, text)
-      penalty = losses.r1_penalty(lambda pyramid: losses.real_score(judge(params, pyramid, feature)), real,
-                                  loss_cfg.r1_levels)
+      score = lambda pyramid: losses.real_score(judge(params, pyramid, feature, batch["caption_id"]))
+      penalty = losses.r1_penalty(score, real, loss_cfg.r1_levels)
       return loss_cfg.r1_gamma / 2 * loss_cfg.r1_interval * penalty, penalty
 
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)

@@ -1,5 +1,7 @@
 """The discriminator: its size, its fifteen predictions, independence of levels and samples, second derivatives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,33 @@ def test_minibatch_std_sees_only_its_own_group():
   assert out.shape == (4, 4, 4, 4)
   assert np.abs(out[:2, ..., 3]).max() < 1e-3
   assert out[2:, ..., 3].min() > 0.1
+
+
+def test_partners_are_of_one_caption_and_kind():
+  x = jax.random.normal(jax.random.key(0), (4 * 2, 2, 2, 3))  # a real and a generated picture of four samples
+  out = np.asarray(discriminator.beside_partner(x, jnp.array([5, 9, 5, 7]), kinds=2)).reshape(4, 2, 2, 2, 7)
+  pictures = np.asarray(x).reshape(4, 2, 2, 2, 3)
+  np.testing.assert_array_equal(out[..., :3], pictures)
+  np.testing.assert_array_equal(out[0, ..., 3:6], pictures[0] - pictures[2])
+  np.testing.assert_array_equal(out[2, ..., 3:6], pictures[2] - pictures[0])
+  np.testing.assert_array_equal(out[[1, 3], ..., 3:], 0)
+  np.testing.assert_array_equal(out[..., 6].min((1, 2, 3)), [1, 0, 1, 0])
+
+
+def test_a_discriminator_that_compares_pairs_judges_a_picture_by_its_partner(setting):
+  model, _, pyramid, text, eot = setting
+  model = discriminator.Discriminator(dataclasses.replace(model.cfg, compare_pairs=True))
+  variables = model.init(jax.random.key(1), pyramid, text, eot)
+  ids = jnp.arange(len(eot)).at[-1].set(0)
+
+  @jax.jit
+  def last(pyramid, ids):
+    run = lambda module: module.judge(module.features(pyramid, caption_id=ids), module.encode_text(text, eot))
+    return next(logit.value for logit in model.apply(variables, method=run) if logit.exit == 1)
+
+  changed = {r: images.at[-1].add(0.3) for r, images in pyramid.items()}
+  before, after = last(pyramid, ids), last(changed, ids)
+  assert np.abs(before - after)[0].max() > 1e-4
+  np.testing.assert_allclose(before[1:-1], after[1:-1], rtol=1e-5, atol=1e-6)
+  apart = jnp.arange(len(eot))
+  np.testing.assert_allclose(last(pyramid, apart)[:-1], last(changed, apart)[:-1], rtol=1e-5, atol=1e-6)

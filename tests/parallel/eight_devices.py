@@ -54,7 +54,7 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
           deformable_max_resolution=4),
       discriminator=replace(
           base.discriminator, resolution=8, blocks={8: 1, 4: 1}, attention_depth={}, input_resolutions=(8, 4),
-          exit_resolutions=(4, 1), minibatch_std=4),
+          exit_resolutions=(4, 1), minibatch_std=4, compare_pairs=True),
       loss=replace(base.loss, clip_augment=True, clip_bank=3, clip_min_resolution=4, generator_matching_weight=0.5),
       optimizer=replace(base.optimizer, generator_lr=0.02, discriminator_lr=0.02, eps=1e-2),
       mesh=config.Mesh(data, expert, bool(fsdp), fsdp or "all", exchange, CAPACITY), train=replace(base.train, batch_size=BATCH))

@@ -248,8 +248,9 @@ class ProjectedCritic(nn.Module):
   def setup(self):
     self.head, self.text = nn.Dense(1), nn.Dense(8)
 
-  def features(self, pyramid, kinds=1):
+  def features(self, pyramid, kinds=1, caption_id=None):
     del kinds
+    assert self.is_initializing() or caption_id.shape == (4,)
     image = pyramid[16].reshape(len(pyramid[16]), -1)
     return [image @ jax.random.normal(jax.random.key(0), (image.shape[1], 8))]
 
