@@ -7,6 +7,8 @@ Adam: in a quarter of an hour every step counts (benchmarks/README.md).
 Variants:
   progressive  grows from 8 over 16 to 32 pixels, with every level judged; the same networks all at once, to compare with:
                --config openmoji_32.py:progressive --config.schedule.resolutions="()"
+  tones        for latents that choose among skin tones (build-data --skin-tones unnamed): pairs of pictures of one
+               caption are in every batch, and the discriminator compares them (benchmarks/README.md says what it gives)
   dense        a feed-forward layer of one expert's size in place of the experts: as many active parameters, no router
   test         a few steps
 
@@ -22,8 +24,8 @@ PROMPTS = (
 
 
 def get_config(variant=""):
-  if variant not in ("", "progressive", "dense", "test"):
-    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'dense' and 'test'")
+  if variant not in ("", "progressive", "tones", "dense", "test"):
+    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'tones', 'dense' and 'test'")
   config = config_files.defaults()
   config.name = "openmoji_32"
 
@@ -107,6 +109,12 @@ def get_config(variant=""):
   train.sample_latents = 2
   if variant == "progressive":
     grow(config)
+  if variant == "tones":
+    config.name = "openmoji_32_tones"
+    config.data.path = "datasets/openmoji_32_tones"
+    config.data.visit = "captions"
+    config.data.pairs = 2
+    discriminator.compare_pairs = True
   if variant == "dense":
     generator.experts = {4: 1, 8: 1}
   if variant == "test":

@@ -100,4 +100,6 @@ def test_variants_of_openmoji():
   assert growing.schedule.resolutions == (8, 16, 32) and growing.name == "openmoji_32_progressive"
   plain = config_files.load(["--config=configs/openmoji_32.py:progressive", "--config.schedule.resolutions=()"])
   assert plain.schedule.resolutions == () and plain.discriminator == growing.discriminator
+  tones = config_files.load(["--config=configs/openmoji_32.py:tones"])
+  assert tones.discriminator.compare_pairs and (tones.data.visit, tones.data.pairs) == ("captions", 2)
   assert dict(config_files.load(["--config=configs/openmoji_32.py:dense"]).generator.experts) == {4: 1, 8: 1}

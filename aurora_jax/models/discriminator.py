@@ -114,7 +114,7 @@ def minibatch_std(x, group, kinds=1):
 
 
 def beside_partner(x, caption_id, kinds=1):
-  """Appends how each picture differs from another one of its caption, and whether there is one.
+  """Appends how much each picture differs from another one of its caption, and whether there is one.
 
   Seen one by one, pictures do not tell whether a caption always gets the same one; side by side they do (PacGAN, arXiv
   1712.04086, which joins them at the input).
@@ -130,7 +130,8 @@ def beside_partner(x, caption_id, kinds=1):
   same = (caption_id[:, None] == caption_id) & ~jnp.eye(len(caption_id), dtype=bool)
   paired = same.any(axis=1)[:, None, None, None, None].astype(x.dtype)
   pictures = x.reshape(-1, kinds, *x.shape[1:])
-  difference = (pictures - pictures[jnp.argmax(same, axis=1)]) * paired
+  # Smooth at zero: where latents are not heeded, the sign of a difference is that of its rounding errors.
+  difference = jnp.sqrt(jnp.square(pictures - pictures[jnp.argmax(same, axis=1)]) + 0.01) * paired
   paired = jnp.broadcast_to(paired, (*pictures.shape[:-1], 1))
   return jnp.concatenate([pictures, difference, paired], axis=-1).reshape(*x.shape[:-1], -1)
 
