@@ -40,7 +40,7 @@ class Visits:
     """
     self._seed, self._batch_size, self._size = seed, batch_size, len(dataset)
     self._visit, self._pairs = visit, pairs
-    self.digest = self._size
+    self.digest = self._size % 2**31
     if visit == CAPTIONS or pairs:
       self._group(dataset)
 

@@ -80,6 +80,11 @@ def test_pairs(folder, captions, visit, pairs):
     assert found == {n for n, c in enumerate(captions) if c == captions[number]} - {number}
 
 
+def test_a_batch_too_small_for_pairs_has_none(folder):
+  dataset = Dataset.open(folder)
+  np.testing.assert_array_equal(Visits(dataset, 3, 4, pairs=2)(7, np.arange(4)), Visits(dataset, 3, 4)(7, np.arange(4)))
+
+
 def test_hosts_and_resumed_runs_see_the_same(folder):
   def batches(start, slots=None):
     dataset = Dataset.open(folder)
