@@ -187,20 +187,22 @@ def refuse_changes(folder, experiment, allowed=()):
     UserError: other fields differ (all are named, old -> new), a name in `allowed` does not exist, config.json cannot
       be read, or the newest checkpoint is a converted one, with which no run can go on.
   """
-  fields = _flatten(json.loads(config_files.to_json(experiment)))
+  kept = stored_checkpoint.newest(folder.checkpoints) is not None and folder.config.is_file()
+  stored = _read_json(folder.config) if kept else {}
+  fields = _flatten(json.loads(config_files.to_json(experiment))) | _flatten(stored)  # a field may be gone by now
   for name in allowed:
     if name not in fields and not any(field.startswith(f"{name}.") for field in fields):
       known = {".".join(parts[:i + 1]) for parts in (field.split(".") for field in fields) for i in range(len(parts))}
       close = difflib.get_close_matches(name, sorted(known), n=1)
       raise UserError(f"--allow-config-change {name}: the config has no such field or group"
                       + (f"; did you mean {close[0]}?" if close else ""))
-  if stored_checkpoint.newest(folder.checkpoints) is None or not folder.config.is_file():
+  if not kept:
     return {}  # nothing was kept: whatever stands there begins anew
   parts = stored_checkpoint.only_parts(folder.checkpoints)
   if parts is not None:
     raise UserError(f"{folder.path} is a converted checkpoint ({', '.join(parts)}, no optimiser), not a run that could "
                     f"go on: train with another --workdir and --config.train.init_from={folder.path}")
-  changes = config_changes(_read_json(folder.config), experiment)
+  changes = config_changes(stored, experiment)
   refused = [name for name in changes if not is_allowed(name, allowed)]
   if refused:
     words = "; ".join(f"{name} {_show(changes[name][0])} -> {_show(changes[name][1])}" for name in refused)

@@ -298,6 +298,18 @@ def test_a_differing_config_is_refused(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["loss"]["clip_weight"] == 0.5
 
 
+def test_a_field_that_is_gone_by_now_can_be_let_go(tmp_path):
+  toy.run(tmp_path, **{"train.total_steps": 4})
+  stored = json.loads((tmp_path / "config.json").read_text())
+  stored["loss"]["phlogiston"] = 0.5
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(UserError, match="loss.phlogiston 0.5 -> .*--allow-config-change loss.phlogiston"):
+    toy.run(tmp_path)
+  _, outcome = toy.run(tmp_path, allow=("loss.phlogiston",))
+  assert outcome.reason == loop.DONE
+  assert "phlogiston" not in json.loads((tmp_path / "config.json").read_text())["loss"]
+
+
 def test_a_config_written_before_a_field_existed_is_accepted(tmp_path):
   toy.run(tmp_path, **{"train.total_steps": 4})
   stored = json.loads((tmp_path / "config.json").read_text())
