@@ -156,8 +156,8 @@ class Discriminator:
   text_lr_multiplier: float = 0.01
   residual_gain: float = 0.7071067811865476  # StyleGAN2's residual discriminator: 1/sqrt(2)
   minibatch_std: int = 0  # group size of the minibatch standard deviation; 0 turns it off (GigaGAN A2, T2I-64)
-  # The last exit sees how much a picture differs from another one of its caption in the batch (PacGAN, arXiv 1712.04086; not in
-  # the paper), see `data.pairs`.
+  # The last exit sees how much a picture differs from another one of its caption in the batch (PacGAN, arXiv 1712.04086;
+  # not in the paper), see `data.pairs`.
   compare_pairs: bool = False
   remat: bool = False
   attention_chunk: int = 1024

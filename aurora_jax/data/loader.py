@@ -123,7 +123,7 @@ class BatchMaker:
       self.slots = np.arange(self.batch_size)
     self.slots = np.asarray(self.slots, np.int64)
     if self.visits is None:
-      self.visits = Visits(self.dataset, self.seed, self.batch_size)
+      self.visits = Visits(self.dataset)
 
   @property
   def side(self):
@@ -140,7 +140,7 @@ class BatchMaker:
     slots = self.slots
     skipped = {}
     numbers, examples = [], []
-    for slot, number in zip(slots, self.visits(step, slots)):
+    for slot, number in zip(slots, self.visits(self.seed, self.batch_size, step, slots)):
       number, example = self._readable(step, slot, int(number), skipped)
       if example is None:
         last = list(skipped.values())[-1]
@@ -260,7 +260,7 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     augment: an `Augment`; differs at each step.
     tokenizer: list of str -> int32 [b, N], or None. With processes it is sent to them.
     primary_caption_probability: of an example's first caption; else one of its others, evenly.
-    visits: `Visits` of the data set, seed and batch size; None: every picture once an epoch.
+    visits: `Visits` of the data set; None: every picture once an epoch.
     slots: of the global batch, those that this host makes, [b]; None: all.
     workers: threads where the decoded split fits into `cache_bytes` (then every picture is decoded once and kept), else
       processes (0: one thread).

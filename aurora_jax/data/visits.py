@@ -18,19 +18,17 @@ PICTURES, CAPTIONS = "pictures", "captions"
 
 
 class Visits:
-  """The numbers of the examples of any step.
+  """What an epoch visits; called, the examples of any step.
 
   Attributes:
     digest: int32, of what is drawn from: all hosts must have the same.
   """
 
-  def __init__(self, dataset, seed, batch_size, visit=PICTURES, pairs=0):
+  def __init__(self, dataset, visit=PICTURES, pairs=0):
     """Reads all captions of the data set once, unless pictures are visited one by one without pairs.
 
     Args:
       dataset: a `Dataset`. Examples that cannot be read are of no caption; with `CAPTIONS` they are not visited.
-      seed: int.
-      batch_size: global.
       visit: what an epoch has once, `PICTURES` or `CAPTIONS` (primary ones).
       pairs: the last so many slots of a batch show another picture of captions of earlier slots, of the first that have
         several; where there are fewer of these, a slot is like any other. At most half the batch.
@@ -38,8 +36,7 @@ class Visits:
     Raises:
       UserError: no example can be read.
     """
-    self._seed, self._batch_size, self._size = seed, batch_size, len(dataset)
-    self._visit, self._pairs = visit, pairs
+    self._size, self._visit, self._pairs = len(dataset), visit, pairs
     self.digest = self._size % 2**31
     if visit == CAPTIONS or pairs:
       self._group(dataset)
@@ -59,27 +56,27 @@ class Visits:
     self._captions = np.repeat(np.arange(len(groups)), self._counts)  # of every member
     self.digest = zlib.crc32(self._members.tobytes() + self._counts.tobytes()) >> 1
 
-  def __call__(self, step, slots):
-    """The examples at slots [b] of a global step, int64 [b]."""
+  def __call__(self, seed, batch_size, step, slots):
+    """The examples at slots [b] of a global step of `batch_size`, int64 [b]."""
     slots = np.atleast_1d(np.asarray(slots, np.int64))
-    numbers = self._drawn(step, slots)
-    second = slots - (self._batch_size - self._pairs)  # which pair a slot completes
+    numbers = self._drawn(seed, batch_size, step, slots)
+    second = slots - (batch_size - self._pairs)  # which pair a slot completes
     if (second >= 0).any():
       # Neighbours lend each other mismatched captions (training/step.py): none of these slots is a neighbour of a pair's.
-      first = self._drawn(step, np.arange(1, self._batch_size - self._pairs - 1))
+      first = self._drawn(seed, batch_size, step, np.arange(1, batch_size - self._pairs - 1))
       places = self._places[first]
       several = places[places >= 0]
       several = several[self._counts[self._captions[several]] > 1]
       for at in np.flatnonzero((second >= 0) & (second < len(several))):
-        numbers[at] = self._other(several[second[at]], *order.uniform(self._seed, "pair", step, slots[at])[0])
+        numbers[at] = self._other(several[second[at]], *order.uniform(seed, "pair", step, slots[at])[0])
     return numbers
 
-  def _drawn(self, step, slots):
+  def _drawn(self, seed, batch_size, step, slots):
     """As if there were no pairs."""
     if self._visit == PICTURES:
-      return order.example_index(self._seed, self._size, self._batch_size, step, slots)
-    captions = order.example_index(self._seed, len(self._counts), self._batch_size, step, slots)
-    draws = order.uniform(self._seed, "picture", step, slots)[:, 0]
+      return order.example_index(seed, self._size, batch_size, step, slots)
+    captions = order.example_index(seed, len(self._counts), batch_size, step, slots)
+    draws = order.uniform(seed, "picture", step, slots)[:, 0]
     return self._members[self._begins[captions] + (draws * self._counts[captions]).astype(np.int64)]
 
   def _other(self, place, draw):

@@ -302,7 +302,7 @@ def train_clip(
       seed=settings.seed,
       tokenizer=tokenizer,
       primary_caption_probability=settings.primary_caption_probability,
-      visits=visits.Visits(dataset, settings.seed, settings.batch_size, visits.CAPTIONS),
+      visits=visits.Visits(dataset, visits.CAPTIONS),
       workers=1,
   ) as batches:
     for step in itertools.count():

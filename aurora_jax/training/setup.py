@@ -95,9 +95,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     inception = inception_torch.load(experiment.schedule.inception) if wanted else None
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
-  data, train = experiment.data, experiment.train
   with hosts.together("reading captions"):
-    visits = Visits(dataset, train.seed, train.batch_size, data.visit, data.pairs)
+    visits = Visits(dataset, experiment.data.visit, experiment.data.pairs)
   _check_same(visits.digest, dataset)
 
   def init():

@@ -37,17 +37,17 @@ def captions(folder):
 
 
 def test_without_a_wish_the_permutation_of_records(folder):
-  visits = Visits(Dataset.open(folder), 3, BATCH)
+  visits = Visits(Dataset.open(folder))
   for step in range(5):
     expected = order.example_index(3, 18, BATCH, step, np.arange(BATCH))
-    np.testing.assert_array_equal(visits(step, np.arange(BATCH)), expected)
+    np.testing.assert_array_equal(visits(3, BATCH, step, np.arange(BATCH)), expected)
 
 
 def test_an_epoch_of_captions_has_each_once_and_in_time_every_picture(folder, captions):
-  visits = Visits(Dataset.open(folder), 3, 4, CAPTIONS)
+  visits = Visits(Dataset.open(folder), CAPTIONS)
   seen = collections.Counter()
   for epoch in range(60):
-    numbers = np.concatenate([visits(3 * epoch + i, np.arange(4)) for i in range(3)])
+    numbers = np.concatenate([visits(3, 4, 3 * epoch + i, np.arange(4)) for i in range(3)])
     assert sorted(captions[n] for n in numbers) == sorted(COUNTS)
     seen.update(numbers.tolist())
   assert len(seen) == sum(COUNTS.values())
@@ -61,10 +61,10 @@ def test_an_epoch_of_captions_has_each_once_and_in_time_every_picture(folder, ca
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_pairs(folder, captions, visit, pairs):
   dataset = Dataset.open(folder)
-  plain, paired = Visits(dataset, 3, BATCH, visit), Visits(dataset, 3, BATCH, visit, pairs)
+  plain, paired = Visits(dataset, visit), Visits(dataset, visit, pairs)
   partners, completed = collections.defaultdict(set), 0
   for step in range(200):
-    before, numbers = plain(step, np.arange(BATCH)), paired(step, np.arange(BATCH))
+    before, numbers = plain(3, BATCH, step, np.arange(BATCH)), paired(3, BATCH, step, np.arange(BATCH))
     own = BATCH - pairs
     np.testing.assert_array_equal(numbers[:own], before[:own])
     several = [n for n in numbers[1:own - 1] if COUNTS[captions[n]] > 1]  # no neighbour of the last slots
@@ -82,14 +82,15 @@ def test_pairs(folder, captions, visit, pairs):
 
 def test_a_batch_too_small_for_pairs_has_none(folder):
   dataset = Dataset.open(folder)
-  np.testing.assert_array_equal(Visits(dataset, 3, 4, pairs=2)(7, np.arange(4)), Visits(dataset, 3, 4)(7, np.arange(4)))
+  slots = np.arange(4)
+  np.testing.assert_array_equal(Visits(dataset, pairs=2)(3, 4, 7, slots), Visits(dataset)(3, 4, 7, slots))
 
 
 def test_hosts_and_resumed_runs_see_the_same(folder):
   def batches(start, slots=None):
     dataset = Dataset.open(folder)
     with train_batches(dataset, resolution=4, batch_size=BATCH, seed=3, start_step=start, slots=slots,
-                       visits=Visits(dataset, 3, BATCH, CAPTIONS, 2)) as found:
+                       visits=Visits(dataset, CAPTIONS, 2)) as found:
       return list(itertools.islice(found, 6))
 
   whole = batches(0)
@@ -109,10 +110,10 @@ def test_what_cannot_be_read_has_no_caption(folder, tmp_path, captions):
   content = bytearray(shard.read_bytes())
   content[offset + length // 2] ^= 1
   shard.write_bytes(content)
-  visits = Visits(Dataset.open(data), 3, BATCH, CAPTIONS, 2)
-  assert visits.digest != Visits(Dataset.open(folder), 3, BATCH, CAPTIONS, 2).digest
-  assert 2 not in np.concatenate([visits(step, np.arange(BATCH)) for step in range(100)])
+  visits = Visits(Dataset.open(data), CAPTIONS, 2)
+  assert visits.digest != Visits(Dataset.open(folder), CAPTIONS, 2).digest
+  assert 2 not in np.concatenate([visits(3, BATCH, step, np.arange(BATCH)) for step in range(100)])
   for shard in data.glob("*.tfrecord"):
     shard.write_bytes(bytes(len(shard.read_bytes())))
   with pytest.raises(UserError, match=f"no record of data set {data} can be read"):
-    Visits(Dataset.open(data), 3, BATCH, CAPTIONS)
+    Visits(Dataset.open(data), CAPTIONS)

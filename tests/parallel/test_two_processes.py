@@ -193,7 +193,9 @@ def test_each_record_is_read_once(home, one, two):
 
 def test_the_first_process_alone_talks_and_writes(home, one, two):
   (_, first, _), (_, second, _) = two
-  assert second == ""
+  # Gloo's threads say, interleaved, "[Gloo] Rank 1 is connected to 1 peer ranks. ..."; whether it comes out depends on timing.
+  gloo = ("[Gloo]", "peer ranks")
+  assert [line for line in second.splitlines() if line.strip() and not any(words in line for words in gloo)] == []
   for words in ("2 processes (found by flags)", "devices: 4 x cpu (cpu); 2 processes by flags",
                 "mesh: data 2, expert 2; 1 of 4 images per device", "(SIGTERM); saved in"):
     assert words in first, first
