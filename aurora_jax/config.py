@@ -291,8 +291,9 @@ class Data:
   primary_caption_probability: float = 1.0  # else one of the picture's other captions
   # What an epoch has once: "pictures", or "captions" (primary ones), each with any one of its pictures.
   visit: str = "pictures"
-  # So many slots of a batch show another picture of a caption that is in it, where there is one that has several. With
-  # this or visits of captions all captions are read at the start.
+  # So many slots of a batch show another picture of a caption that is in it, where there is one that has several, or
+  # where pictures are warped (below) the same one in another way. With this or visits of captions all captions are read
+  # at the start.
   pairs: int = 0
   shift: float = 0.0  # augmentation: up to this fraction of the width
   scale: float = 0.0  # up to this fraction larger or smaller

@@ -8,6 +8,8 @@
   python -m aurora_jax train --config configs/openmoji_64.py --workdir runs/openmoji_64
   python -m aurora_jax evaluate --workdir runs/openmoji_64 --judge clips/judge
 
+Unlike there, pictures are shown as they are, and none are compared.
+
 Variant `test`: the same at a few steps.
 """
 
@@ -29,6 +31,9 @@ def get_config(variant=""):
   discriminator.exit_resolutions = (32, 16, 8, 1)
   config.loss.level_weights = {64: 0.7, 16: 0.3}
   config.watch.logit_gap = 40.0  # 24 after 200 steps, below 9 from step 400 on
+  discriminator.compare_pairs = False
+  config.data.shift = config.data.scale = config.data.rotate = 0.0
+  config.data.pairs = 0
   config.data.path = "datasets/openmoji_64"
   config.text.clip = "clips/openmoji_64"
   if not variant:

@@ -17,7 +17,7 @@ aurora() { .venv/bin/python -m aurora_jax "$@"; }
 say() { printf '\n== %s (%d s so far)\n' "$1" $(($(date +%s) - begin)); }
 
 say "1/5  data: OpenMoji pictures and their names, as sharded tfrecords"
-[ -f "$out/data/manifest.json" ] || aurora build-data --source openmoji --out "$out/data" --resolution 32 --shards 8
+[ -f "$out/data/manifest.json" ] || aurora build-data --source openmoji --out "$out/data" --resolution 64 --shards 8
 
 say "2/5  two small CLIPs, side by side: one guides the generator, the other one judges it"
 judge=  # its process; two small trainings side by side are done sooner than one after the other

@@ -1,7 +1,8 @@
 """Which example goes to which slot of a step, where some captions have several pictures.
 
 An epoch visits every example once, or every caption once, with one of its pictures. Some slots of a batch may be kept
-for pairs: a second picture of a caption that is in the batch anyway, so that the discriminator can compare the two.
+for pairs: a second picture of a caption that is in the batch anyway, or another warp of the same picture, so that the
+discriminator can compare the two.
 
 As in `order`, nothing has a state: every choice is a pure function of (data set, seed, step, slot), where the data set is
 what can be read of it at the start.
@@ -24,7 +25,7 @@ class Visits:
     digest: int32, of what is drawn from: all hosts must have the same.
   """
 
-  def __init__(self, dataset, visit=PICTURES, pairs=0):
+  def __init__(self, dataset, visit=PICTURES, pairs=0, warped=False):
     """Reads all captions of the data set once, unless pictures are visited one by one without pairs.
 
     Args:
@@ -32,11 +33,14 @@ class Visits:
       visit: what an epoch has once, `PICTURES` or `CAPTIONS` (primary ones).
       pairs: the last so many slots of a batch show another picture of captions of earlier slots, of the first that have
         several; where there are fewer of these, a slot is like any other. At most half the batch.
+      warped: pictures are warped (`augment`), in every slot in another way: two slots with the same picture make a pair
+        too, so that every caption has several.
 
     Raises:
       UserError: no example can be read.
     """
     self._size, self._visit, self._pairs = len(dataset), visit, pairs
+    self._least = 1 if warped else 2  # pictures that a caption must have for a pair
     self.digest = self._size % 2**31
     if visit == CAPTIONS or pairs:
       self._group(dataset)
@@ -66,7 +70,7 @@ class Visits:
       first = self._drawn(seed, batch_size, step, np.arange(1, batch_size - self._pairs - 1))
       places = self._places[first]
       several = places[places >= 0]
-      several = several[self._counts[self._captions[several]] > 1]
+      several = several[self._counts[self._captions[several]] >= self._least]
       for at in np.flatnonzero((second >= 0) & (second < len(several))):
         numbers[at] = self._other(several[second[at]], *order.uniform(seed, "pair", step, slots[at])[0])
     return numbers
@@ -80,7 +84,7 @@ class Visits:
     return self._members[self._begins[captions] + (draws * self._counts[captions]).astype(np.int64)]
 
   def _other(self, place, draw):
-    """Another example of the caption of the one at a place, by a number in [0, 1)."""
+    """Another example of the caption of the one at a place, by a number in [0, 1); the same where there is no other."""
     caption = self._captions[place]
     begin, count = self._begins[caption], self._counts[caption]
     further = 1 + int(draw * (count - 1))

@@ -202,8 +202,21 @@ class Layout:
       stored = self.parameter(path, leaf.shape)
       if stored.is_fully_replicated or self._axes_of_experts(path, leaf.shape):
         return leaf
-      return _gathered(leaf, stored, self.replicated)
+      return _gathered(leaf, self._stages(stored), self.replicated)
     return jax.tree_util.tree_map_with_path(whole, parameters)
+
+  def _stages(self, stored):
+    """The shardings that the gradient of a gathered parameter passes through, up to that of the parameter.
+
+    A TPU's compiler makes a reduce-scatter of a sum over some of the devices that is then cut, but an all-reduce of one
+    over all of them (benchmarks/README.md). So where the cut is over all, it is along the first axis before it is along
+    the others: two reduce-scatters, over a part of the devices each, which together receive no more than one.
+    """
+    axis = next(i for i, axes in enumerate(stored.spec) if axes)
+    axes = [name for name in jax.tree.leaves(stored.spec[axis]) if self.mesh.shape[name] > 1]
+    if self.size(axes) < self.devices or len(axes) == 1:
+      return (stored,)
+    return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, axes[0])), stored
 
   def _axes_of_experts(self, path, shape):
     """The mesh axes along which the experts stacked in this parameter lie; () for a dense one."""
@@ -218,18 +231,20 @@ class Layout:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x, stored, used):
-  del stored
+def _gathered(x, stages, used):
+  del stages
   return jax.lax.with_sharding_constraint(x, used)
 
 
-def _gathered_forward(x, stored, used):
-  return _gathered(x, stored, used), None
+def _gathered_forward(x, stages, used):
+  return _gathered(x, stages, used), None
 
 
-def _gathered_backward(stored, used, _, cotangent):
+def _gathered_backward(stages, used, _, cotangent):
   del used
-  return (jax.lax.with_sharding_constraint(cotangent, stored),)
+  for sharding in stages:
+    cotangent = jax.lax.with_sharding_constraint(cotangent, sharding)
+  return (cotangent,)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -96,7 +96,8 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
   placed = placed_lib.place(experiment, clip.module(), layout)
   frozen = _freeze(experiment, dataset, clip, layout)
   with hosts.together("reading captions"):
-    visits = Visits(dataset, experiment.data.visit, experiment.data.pairs)
+    data = experiment.data
+    visits = Visits(dataset, data.visit, data.pairs, _augment(data).active)
   _check_same(visits.digest, dataset)
 
   def init():
@@ -183,8 +184,12 @@ def _batches(experiment, dataset, clip, layout, visits, start_step):
       dataset, resolution=experiment.generator.resolution, batch_size=batch_size,
       slots=hosts.own_rows(layout.batch, batch_size), seed=experiment.train.seed, start_step=start_step,
       tokenizer=clip.tokenizer,
-      augment=Augment(shift=data.shift, scale=data.scale, rotate=data.rotate, flip=data.flip),
+      augment=_augment(data),
       primary_caption_probability=data.primary_caption_probability, visits=visits, workers=data.workers)
+
+
+def _augment(data):
+  return Augment(shift=data.shift, scale=data.scale, rotate=data.rotate, flip=data.flip)
 
 
 def _freeze(experiment, dataset, clip, layout):

@@ -80,6 +80,18 @@ def test_pairs(folder, captions, visit, pairs):
     assert found == {n for n, c in enumerate(captions) if c == captions[number]} - {number}
 
 
+def test_pairs_of_warped_pictures(folder, captions):
+  dataset = Dataset.open(folder)
+  visits, own, alone = Visits(dataset, pairs=2, warped=True), BATCH - 2, 0
+  for step in range(200):
+    numbers = visits(3, BATCH, step, np.arange(BATCH))
+    for first, second in zip(numbers[1:], numbers[own:]):  # each of the first two that are no neighbour of a pair's slot
+      assert captions[first] == captions[second]
+      assert (first == second) == (COUNTS[captions[first]] == 1)
+      alone += first == second
+  assert alone > 100
+
+
 def test_a_batch_too_small_for_pairs_has_none(folder):
   dataset = Dataset.open(folder)
   slots = np.arange(4)

@@ -240,6 +240,34 @@ def test_filters_of_their_own_stay_with_their_samples(machine):
   assert " all-reduce" in done.stdout and "all-gather" not in done.stdout and "all-to-all" not in done.stdout
 
 
+_CUT_OVER_ALL = """
+import sys
+from aurora_jax.parallel import topology
+name = topology.parse(sys.argv[1])
+topology.prepare_environment(name)
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from aurora_jax.parallel import mesh as mesh_lib
+axes = "data", "expert0", "expert1"
+mesh = jax.make_mesh((1, 4, 4), axes, axis_types=(AxisType.Auto,) * 3, devices=topology.load(name).devices)
+layout = mesh_lib.Layout(mesh, mesh_lib.Rules(batch=axes, experts=axes[1:], dense=axes[1:]))
+def loss(weight, x):
+  weight = layout.gather({"w": weight})["w"]
+  return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).var()
+weight = jax.ShapeDtypeStruct((3, 3, 256, 256), "bfloat16", sharding=layout.parameter((), (3, 3, 256, 256)))
+x = jax.ShapeDtypeStruct((64, 8, 8, 256), "bfloat16", sharding=layout.batch)
+print(jax.jit(jax.grad(loss), out_shardings=weight.sharding).lower(weight, x).compile().as_text())
+"""
+
+
+def test_gradients_of_what_is_cut_over_all_devices_are_reduce_scattered():
+  done = subprocess.run([sys.executable, "-c", _CUT_OVER_ALL, "v5e:4x4"], capture_output=True, text=True, check=False,
+                        cwd=_ROOT, env=os.environ | with_compilers(), timeout=600)
+  assert done.returncode == 0, done.stderr[-3000:]
+  found, _ = collectives.of_program(done.stdout, {"data": 1, "expert0": 4, "expert1": 4})
+  assert {c.kind for c in found if c.size > 1000} == {"all-gather", "reduce-scatter"}, found
+
+
 @pytest.mark.parametrize("width, words", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
 def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, words):
   experiment = config_files.load([f"--config={_ROOT / _TINY}"])
