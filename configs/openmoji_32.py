@@ -101,7 +101,7 @@ def get_config(variant=""):
 
   config.data.path = "datasets/openmoji_32"
   config.data.shift = 0.04
-  config.data.scale = 0.2
+  config.data.scale = 0.15
   config.data.rotate = 10.0
   config.data.pairs = 2
   config.text.clip = "runs/openmoji_32_clip"
