@@ -209,8 +209,8 @@ class Layout:
     """The shardings that the gradient of a gathered parameter passes through, up to that of the parameter.
 
     A TPU's compiler makes a reduce-scatter of a sum over some of the devices that is then cut, but an all-reduce of one
-    over all of them (benchmarks/README.md). So where the cut is over all, it is along the first axis before it is along
-    the others: two reduce-scatters, over a part of the devices each, which together receive no more than one.
+    over all of them (seen for 16, benchmarks/README.md). So where the cut is over all, it is along the first axis before
+    it is along the others: two sums, over a part of the devices each, whose pieces together are no more than one's.
     """
     axis = next(i for i, axes in enumerate(stored.spec) if axes)
     axes = [name for name in jax.tree.leaves(stored.spec[axis]) if self.mesh.shape[name] > 1]
