@@ -81,30 +81,48 @@ class Generator:
 
   def __post_init__(self):
     resolutions = self.resolutions
-    require(self.resolution in (4, 8, 16, 32, 64, 128, 256, 512),
-            f"generator.resolution must be a power of two from 4 to 512, got {self.resolution}")
+    require(
+      self.resolution in (4, 8, 16, 32, 64, 128, 256, 512),
+      f"generator.resolution must be a power of two from 4 to 512, got {self.resolution}",
+    )
     for name in ("blocks", "adaptive_kernels"):
       missing = [r for r in resolutions if r not in getattr(self, name)]
       require(not missing, f"generator.{name} has no value for resolution {missing}")
     for r in self.attention_depth:
       require(r in resolutions, f"generator.attention_depth names resolution {r}, the generator has {resolutions}")
       require(r in self.experts, f"generator.experts has no value for attention resolution {r}")
-      require(self.channels(r) % 32 == 0, f"generator: {self.channels(r)} channels at {r} pixels; attention needs a "
-              "multiple of 32 (group norm)")
-    require(set(self.output_resolutions) <= set(resolutions) and self.output_resolutions,
-            f"generator.output_resolutions {self.output_resolutions} must be some of {resolutions}")
-    require(tuple(sorted(self.output_resolutions)) == tuple(resolutions[:len(self.output_resolutions)]),
-            f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap")
-    require(self.text_attention in ("uniform", "independent", "scaled"),
-            f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}")
-    require(self.moe_backend in ("dense", "bucket", "grouped"),
-            f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}")
-    require(all(count > 0 for count in self.experts.values()),
-            f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}")
-    require(self.text_dim % self.text_heads == 0,
-            f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}")
-    require(self.compute_dtype in ("float32", "bfloat16"),
-            f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}")
+      require(
+        self.channels(r) % 32 == 0,
+        f"generator: {self.channels(r)} channels at {r} pixels; attention needs a multiple of 32 (group norm)",
+      )
+    require(
+      set(self.output_resolutions) <= set(resolutions) and self.output_resolutions,
+      f"generator.output_resolutions {self.output_resolutions} must be some of {resolutions}",
+    )
+    require(
+      tuple(sorted(self.output_resolutions)) == tuple(resolutions[: len(self.output_resolutions)]),
+      f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap",
+    )
+    require(
+      self.text_attention in ("uniform", "independent", "scaled"),
+      f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}",
+    )
+    require(
+      self.moe_backend in ("dense", "bucket", "grouped"),
+      f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}",
+    )
+    require(
+      all(count > 0 for count in self.experts.values()),
+      f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}",
+    )
+    require(
+      self.text_dim % self.text_heads == 0,
+      f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}",
+    )
+    require(
+      self.compute_dtype in ("float32", "bfloat16"),
+      f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}",
+    )
 
   @property
   def resolutions(self):
@@ -167,12 +185,16 @@ class Discriminator:
     resolutions = self.resolutions
     missing = [r for r in resolutions if r not in self.blocks]
     require(not missing, f"discriminator.blocks has no value for resolution {missing}")
-    require(set(self.input_resolutions) <= set(resolutions) and self.resolution in self.input_resolutions,
-            f"discriminator.input_resolutions {self.input_resolutions} must be some of {resolutions} with "
-            f"{self.resolution} among them")
-    require(set(self.exit_resolutions) <= set(resolutions[1:]) | {1} and 1 in self.exit_resolutions,
-            f"discriminator.exit_resolutions {self.exit_resolutions} must be some of {resolutions[1:] + (1,)} with 1 "
-            "among them")
+    require(
+      set(self.input_resolutions) <= set(resolutions) and self.resolution in self.input_resolutions,
+      f"discriminator.input_resolutions {self.input_resolutions} must be some of {resolutions} with "
+      f"{self.resolution} among them",
+    )
+    require(
+      set(self.exit_resolutions) <= set(resolutions[1:]) | {1} and 1 in self.exit_resolutions,
+      f"discriminator.exit_resolutions {self.exit_resolutions} must be some of {resolutions[1:] + (1,)} with 1 "
+      "among them",
+    )
     for r in self.attention_depth:
       require(r in resolutions, f"discriminator.attention_depth names resolution {r}, there are {resolutions}")
 
@@ -256,26 +278,38 @@ class Schedule:
   resolutions: tuple[int, ...] = ()  # one per stage, the last is generator.resolution; (): no stages
   # What the distance is of: "clip", embeddings by the image tower of text.clip; "inception", as FIDs are published.
   features: str = "clip"
-  inception: str = ""  # for the latter: pt_inception-2015-12-05-6726825d.pth (of pytorch-fid or torch-fidelity), or as .safetensors
+  inception: str = (
+    ""  # for the latter: pt_inception-2015-12-05-6726825d.pth (of pytorch-fid or torch-fidelity), or as .safetensors
+  )
   factor: float = 1.0  # the paper: better than the reference
   images: int = 10_000  # in each set; the paper's table has "FID 10K". At most half the training split
   every_images: int = 1_000_000  # images of training from one measurement to the next
-  max_images: Mapping[int, int] = _per_resolution()  # caps, {resolution: images of training}; of all stages but the last
+  max_images: Mapping[int, int] = (
+    _per_resolution()
+  )  # caps, {resolution: images of training}; of all stages but the last
 
   def __post_init__(self):
-    require(all(b > a for a, b in zip(self.resolutions, self.resolutions[1:])),
-            f"schedule.resolutions must ascend, got {self.resolutions}")
-    require(self.features in ("clip", "inception"),
-            f"schedule.features must be 'clip' (the image tower of text.clip) or 'inception', got {self.features!r}")
-    require(self.features == "clip" or self.inception,
-            "schedule.features='inception' needs schedule.inception, the path of the weights "
-            "(pt_inception-2015-12-05-6726825d.pth)")
+    require(
+      all(b > a for a, b in zip(self.resolutions, self.resolutions[1:])),
+      f"schedule.resolutions must ascend, got {self.resolutions}",
+    )
+    require(
+      self.features in ("clip", "inception"),
+      f"schedule.features must be 'clip' (the image tower of text.clip) or 'inception', got {self.features!r}",
+    )
+    require(
+      self.features == "clip" or self.inception,
+      "schedule.features='inception' needs schedule.inception, the path of the weights "
+      "(pt_inception-2015-12-05-6726825d.pth)",
+    )
     for name in ("factor", "every_images"):
       require(getattr(self, name) > 0, f"schedule.{name} must be positive, got {getattr(self, name)}")
     require(self.images > 1, f"schedule.images must be at least 2, got {self.images}")
     for resolution in self.resolutions[:-1]:
       cap = self.max_images.get(resolution, 0)
-      require(cap > 0, f"schedule.max_images needs a positive cap for the stage of {resolution} pixels, got {cap or 'none'}")
+      require(
+        cap > 0, f"schedule.max_images needs a positive cap for the stage of {resolution} pixels, got {cap or 'none'}"
+      )
 
   def stage(self, resolution):
     """The stage (0, 1, ...) from which on something is used that needs `resolution` pixels."""
@@ -339,10 +373,14 @@ class Mesh:
     require(self.data >= 0, f"mesh.data must be positive, or 0 for what mesh.expert leaves, got {self.data}")
     require(self.expert > 0, f"mesh.expert must be positive, got {self.expert}")
     require(self.fsdp_over in ("all", "expert"), f"mesh.fsdp_over must be 'all' or 'expert', got {self.fsdp_over!r}")
-    require(self.fsdp_over == "all" or self.expert > 1,
-            f"mesh.fsdp_over='expert' cuts over the devices along the expert axis, mesh.expert is {self.expert}")
-    require(self.exchange in ("auto", "tokens", "weights"),
-            f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}")
+    require(
+      self.fsdp_over == "all" or self.expert > 1,
+      f"mesh.fsdp_over='expert' cuts over the devices along the expert axis, mesh.expert is {self.expert}",
+    )
+    require(
+      self.exchange in ("auto", "tokens", "weights"),
+      f"mesh.exchange must be 'auto', 'tokens' or 'weights', got {self.exchange!r}",
+    )
     require(self.exchange_capacity >= 1, f"mesh.exchange_capacity must be at least 1, got {self.exchange_capacity}")
 
 
@@ -378,16 +416,20 @@ class Train:
       require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
     for name in ("keep_checkpoints", "keep_every"):
       require(getattr(self, name) >= 0, f"train.{name} must be positive, or 0, got {getattr(self, name)}")
-    require(self.keep_every % self.checkpoint_every == 0,
-            f"train.keep_every {self.keep_every} must be a multiple of train.checkpoint_every {self.checkpoint_every}")
+    require(
+      self.keep_every % self.checkpoint_every == 0,
+      f"train.keep_every {self.keep_every} must be a multiple of train.checkpoint_every {self.checkpoint_every}",
+    )
     order, _, metric = self.keep_best.partition(":")
-    require(not self.keep_best or order in ("lower", "higher") and metric,
-            f"train.keep_best must be 'lower:NAME' or 'higher:NAME' of a metric, got {self.keep_best!r}")
+    require(
+      not self.keep_best or order in ("lower", "higher") and metric,
+      f"train.keep_best must be 'lower:NAME' or 'higher:NAME' of a metric, got {self.keep_best!r}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-  """When training warns that it goes astray (training/watch.py); nothing but words depends on it. 0 turns a warning off.
+  """When training warns that it goes astray (training/health.py); nothing but words depends on it. 0 turns a warning off.
 
   The quickstart's run of configs/openmoji_32.py that these limits were checked against is sound to the end.
   """
@@ -425,16 +467,22 @@ class Experiment:
   watch: Watch = Watch()
 
   def __post_init__(self):
-    require(self.generator.resolution == self.discriminator.resolution,
-            f"generator.resolution {self.generator.resolution} and discriminator.resolution "
-            f"{self.discriminator.resolution} differ")
+    require(
+      self.generator.resolution == self.discriminator.resolution,
+      f"generator.resolution {self.generator.resolution} and discriminator.resolution "
+      f"{self.discriminator.resolution} differ",
+    )
     missing = set(self.discriminator.input_resolutions) - set(self.generator.output_resolutions)
     require(not missing, f"discriminator.input_resolutions names {sorted(missing)}, which the generator does not give")
     for r in self.loss.r1_levels:
-      require(r in self.discriminator.input_resolutions,
-              f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}")
-    require(2 * self.data.pairs <= self.train.batch_size,
-            f"data.pairs {self.data.pairs} are more than half of train.batch_size {self.train.batch_size}")
+      require(
+        r in self.discriminator.input_resolutions,
+        f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}",
+      )
+    require(
+      2 * self.data.pairs <= self.train.batch_size,
+      f"data.pairs {self.data.pairs} are more than half of train.batch_size {self.train.batch_size}",
+    )
 
 
 def at_stage(experiment, resolution):
@@ -456,11 +504,20 @@ def at_stage(experiment, resolution):
   generator, discriminator, loss = experiment.generator, experiment.discriminator, experiment.loss
   outputs = within(generator.output_resolutions)
   return replace(
-      experiment,
-      generator=replace(generator, resolution=resolution, output_resolutions=outputs,
-                        attention_depth=depths(generator.attention_depth)),
-      discriminator=replace(discriminator, resolution=resolution, input_resolutions=within(discriminator.input_resolutions),
-                            exit_resolutions=tuple(r for r in discriminator.exit_resolutions if r < resolution),
-                            attention_depth=depths(discriminator.attention_depth)),
-      loss=replace(loss, r1_levels=within(loss.r1_levels),
-                   clip_weight=loss.clip_weight if resolution >= loss.clip_min_resolution else 0.0))
+    experiment,
+    generator=replace(
+      generator, resolution=resolution, output_resolutions=outputs, attention_depth=depths(generator.attention_depth)
+    ),
+    discriminator=replace(
+      discriminator,
+      resolution=resolution,
+      input_resolutions=within(discriminator.input_resolutions),
+      exit_resolutions=tuple(r for r in discriminator.exit_resolutions if r < resolution),
+      attention_depth=depths(discriminator.attention_depth),
+    ),
+    loss=replace(
+      loss,
+      r1_levels=within(loss.r1_levels),
+      clip_weight=loss.clip_weight if resolution >= loss.clip_min_resolution else 0.0,
+    ),
+  )

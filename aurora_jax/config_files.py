@@ -18,11 +18,16 @@ from aurora_jax.errors import UserError
 def _check_whole(experiment):
   """What holds for a whole experiment and not for one `at_stage`."""
   stages, cfg = experiment.schedule.resolutions, experiment.discriminator
-  require(not stages or stages[-1] == experiment.generator.resolution,
-          f"schedule.resolutions {stages} must end with generator.resolution {experiment.generator.resolution}")
+  require(
+    not stages or stages[-1] == experiment.generator.resolution,
+    f"schedule.resolutions {stages} must end with generator.resolution {experiment.generator.resolution}",
+  )
   missing = [r for r in stages if r not in cfg.input_resolutions]
-  require(not missing, f"schedule.resolutions {stages}: the pictures of stage {missing} do not enter the discriminator, "
-          f"discriminator.input_resolutions are {cfg.input_resolutions}")
+  require(
+    not missing,
+    f"schedule.resolutions {stages}: the pictures of stage {missing} do not enter the discriminator, "
+    f"discriminator.input_resolutions are {cfg.input_resolutions}",
+  )
   return experiment
 
 
@@ -54,8 +59,10 @@ def _coerce(hint, value, where):
     return int(value)  # JSON turns the keys of a mapping into strings
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-          f"{where} must be {hint.__name__}, got {value!r}")
+  require(
+    isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+    f"{where} must be {hint.__name__}, got {value!r}",
+  )
   return value
 
 
@@ -85,7 +92,7 @@ def from_json(text):
 
 def defaults():
   """A ConfigDict with every field at its default, for the files in `configs/` to start from."""
-  import ml_collections  # pylint: disable=g-import-not-at-top
+  import ml_collections
 
   return ml_collections.ConfigDict(to_mapping(Experiment()))
 
@@ -102,8 +109,8 @@ def load(config_argv):
   Raises:
     UserError: no such file, no such field, a value of the wrong type.
   """
-  from absl import flags  # pylint: disable=g-import-not-at-top
-  from ml_collections import config_flags  # pylint: disable=g-import-not-at-top
+  from absl import flags
+  from ml_collections import config_flags
 
   paths = [a.removeprefix("--config=").split(":")[0] for a in config_argv if a.startswith("--config=")]
   if not paths:

@@ -5,7 +5,10 @@ import os
 
 _SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 _EMITTERS = "xla_cpu_use_fusion_emitters"
-_LAST_WITH_EMITTERS = (0, 10)  # the newest jaxlib in which that flag was seen; XLA ends a process that names one it lacks
+_LAST_WITH_EMITTERS = (
+  0,
+  10,
+)  # the newest jaxlib in which that flag was seen; XLA ends a process that names one it lacks
 
 
 def run_in_order():

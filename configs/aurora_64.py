@@ -61,9 +61,14 @@ def get_config(variant=""):
   train.checkpoint_every = 2_000
   train.sample_every = 1_000
   train.sample_prompts = (
-      "a red heart", "a photo of a cat", "a bowl of fruit on a wooden table", "a mountain lake at sunrise",
-      "a portrait of an old sailor", "a city street at night in the rain", "an astronaut riding a horse",
-      "a green vase with yellow flowers",
+    "a red heart",
+    "a photo of a cat",
+    "a bowl of fruit on a wooden table",
+    "a mountain lake at sunrise",
+    "a portrait of an old sailor",
+    "a city street at night in the rain",
+    "an astronaut riding a horse",
+    "a green vase with yellow flowers",
   )
   if variant == "test":
     shrink(config)

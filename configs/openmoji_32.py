@@ -20,14 +20,30 @@ Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0.
 from aurora_jax import config_files
 
 PROMPTS = (
-    "red heart", "green circle", "blue square", "grinning face", "globe showing Americas", "banana", "thumbs up",
-    "sun with face", "cat face", "house", "automobile", "red apple", "star", "flag: Japan", "pizza", "umbrella",
+  "red heart",
+  "green circle",
+  "blue square",
+  "grinning face",
+  "globe showing Americas",
+  "banana",
+  "thumbs up",
+  "sun with face",
+  "cat face",
+  "house",
+  "automobile",
+  "red apple",
+  "star",
+  "flag: Japan",
+  "pizza",
+  "umbrella",
 )
 
 
 def get_config(variant=""):
   if variant not in ("", "progressive", "tones", "dense", "test"):
-    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'tones', 'dense' and 'test'")
+    raise ValueError(
+      f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'tones', 'dense' and 'test'"
+    )
   config = config_files.defaults()
   config.name = "openmoji_32"
 

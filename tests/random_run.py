@@ -9,7 +9,7 @@ from aurora_jax import config_files
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import clip as clip_lib
-from aurora_jax.training import checkpoint
+from aurora_jax.runs import checkpoint_manager
 from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,9 +28,12 @@ def make_clip(folder, width=32):
   tower = dict(width=width, layers=1, heads=2, mlp_width=2 * width)
   tokenizer = Tokenizer.train(WORDS, 560, 10)
   sizes = clip_lib.ClipConfig(
-      text=clip_lib.TextConfig(**tower, vocabulary_size=tokenizer.vocabulary_size, context_length=10,
-                               eot_id=tokenizer.end_id),
-      image=clip_lib.ImageConfig(**tower, size=16, patch=8), embedding_width=16)
+    text=clip_lib.TextConfig(
+      **tower, vocabulary_size=tokenizer.vocabulary_size, context_length=10, eot_id=tokenizer.end_id
+    ),
+    image=clip_lib.ImageConfig(**tower, size=16, patch=8),
+    embedding_width=16,
+  )
   params = _random(clip_lib.abstract_variables(sizes)["params"], 0.3)
   clip_hf.save(folder, clip_hf.ClipBundle(sizes, {"params": params}, tokenizer))
   return folder
@@ -49,10 +52,11 @@ def make_run(folder, clip, *overrides):
   # Weights of size 1 everywhere: text and latents have as much of a say as in a trained generator.
   factors = ("--config.generator.text_lr_multiplier=1.0", "--config.generator.mapping_lr_multiplier=1.0")
   experiment = config_files.load(
-      [f"--config={ROOT / 'configs/aurora_64.py'}:test", f"--config.text.clip={clip}", *factors, *overrides])
+    [f"--config={ROOT / 'configs/aurora_64.py'}:test", f"--config.text.clip={clip}", *factors, *overrides]
+  )
   abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(config_files.to_json(experiment))
-  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+  with checkpoint_manager.Checkpoints(folder / "checkpoints") as checkpoints:
     checkpoints.save(3, jax.device_put(_random(abstract, 1.0)), config_files.to_mapping(experiment))
   return folder

@@ -30,7 +30,9 @@ def test_command_line_overrides():
   assert (experiment.train.total_steps, experiment.loss.r1_gamma, experiment.data.path) == (20, 3.0, "x")
 
 
-@pytest.mark.parametrize("flags,words", [
+@pytest.mark.parametrize(
+  "flags,words",
+  [
     (["--config.train.totl_steps=20"], "totl_steps"),
     (["--config.trian.total_steps=20"], "trian"),
     (["--config.train.total_steps=many"], "many"),
@@ -42,7 +44,10 @@ def test_command_line_overrides():
     (["--config.loss.r1_levels=(64, 24)"], "names 24"),
     (["--config.schedule.resolutions=(4, 16, 8, 64)"], "must ascend"),
     (["--config.schedule.resolutions=(4, 8, 16)"], "must end with generator.resolution 64"),
-    (["--config.schedule.resolutions=(4, 64)", "--config.schedule.max_images[4]=0"], "cap for the stage of 4 pixels, got none"),
+    (
+      ["--config.schedule.resolutions=(4, 64)", "--config.schedule.max_images[4]=0"],
+      "cap for the stage of 4 pixels, got none",
+    ),
     (["--config.discriminator.input_resolutions=(64, 32, 8, 4)"], "the pictures of stage [16] do not enter"),
     (["--config.mesh.fsdp_over=data"], "mesh.fsdp_over must be 'all' or 'expert', got 'data'"),
     (["--config.mesh.fsdp_over=expert"], "cuts over the devices along the expert axis, mesh.expert is 1"),
@@ -51,7 +56,8 @@ def test_command_line_overrides():
     (["--config.schedule.factor=0.0"], "schedule.factor must be positive, got 0.0"),
     (["--config.discriminator.resolution=32"], "(64, 32, 16, 8, 4) must be some of (32, 16, 8, 4)"),
     (["--config.generator.output_resolutions=(4, 8)"], "[16, 32, 64], which the generator does not give"),
-])
+  ],
+)
 def test_bad_values_are_named_in_one_line(flags, words):
   with pytest.raises(UserError) as error:
     load(*flags)

@@ -54,7 +54,10 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 def test_places_that_cannot_be_written_are_named(tmp_path):
   (tmp_path / "file").write_text("in the way")
-  for ask in (lambda: files.check_folder(tmp_path / "file" / "a"), lambda: files.write_text(tmp_path / "file" / "a", "")):
+  for ask in (
+    lambda: files.check_folder(tmp_path / "file" / "a"),
+    lambda: files.write_text(tmp_path / "file" / "a", ""),
+  ):
     with pytest.raises(UserError, match="file/a cannot be written: "):
       ask()
   files.check_folder(tmp_path / "a" / "b")

@@ -24,8 +24,12 @@ def load(name, variant=""):
 def flat(experiment):
   """{"group.field": value}."""
   values = json.loads(config_files.to_json(experiment))
-  return {f"{group}.{field}": value for group, fields in values.items() if isinstance(fields, dict)
-          for field, value in fields.items()}
+  return {
+    f"{group}.{field}": value
+    for group, fields in values.items()
+    if isinstance(fields, dict)
+    for field, value in fields.items()
+  }
 
 
 @pytest.mark.parametrize("name,devices", PODS.items())
@@ -42,8 +46,15 @@ def test_it_is_the_recipe_of_aurora_64(name):
   recipe, pod = flat(load("aurora_64")), flat(load(name))
   looped = {"generator.loop_layers"} if "v5e" in name else set()
   assert {field for field in pod if pod[field] != recipe[field]} == looped | {
-      "mesh.data", "mesh.expert", "mesh.fsdp", "mesh.fsdp_over", "data.workers", "generator.compute_dtype", "discriminator.compute_dtype",
-      "discriminator.remat"}
+    "mesh.data",
+    "mesh.expert",
+    "mesh.fsdp",
+    "mesh.fsdp_over",
+    "data.workers",
+    "generator.compute_dtype",
+    "discriminator.compute_dtype",
+    "discriminator.remat",
+  }
   other = flat(load("aurora_64_v5e_256"))
   assert {field for field in pod if pod[field] != other[field]} <= {"mesh.data", "generator.loop_layers"}
 

@@ -28,8 +28,13 @@ print(program.memory_analysis().temp_size_in_bytes)
 
 
 def temporaries(in_order):
-  done = subprocess.run([sys.executable, "-c", f"IN_ORDER = {in_order}\n{_PROGRAM}"], capture_output=True, text=True,
-                        check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  done = subprocess.run(
+    [sys.executable, "-c", f"IN_ORDER = {in_order}\n{_PROGRAM}"],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
   return int(done.stdout)
 
 
@@ -37,9 +42,13 @@ def test_in_order_one_layers_filters_are_in_memory_at_a_time():
   assert temporaries(True) < temporaries(False) / 3
 
 
-@pytest.mark.parametrize("function, flag", [
+@pytest.mark.parametrize(
+  "function, flag",
+  [
     (xla_flags.run_in_order, "--xla_cpu_enable_concurrency_optimized_scheduler"),
-    (xla_flags.compile_quickly, "--xla_cpu_use_fusion_emitters")])
+    (xla_flags.compile_quickly, "--xla_cpu_use_fusion_emitters"),
+  ],
+)
 def test_what_the_user_says_stands(monkeypatch, function, flag):
   for given, expected in (("", f"{flag}=false"), ("--a=1", f"--a=1 {flag}=false"), (f"{flag}=true", f"{flag}=true")):
     monkeypatch.setenv("XLA_FLAGS", given)

@@ -20,10 +20,19 @@ _REPEATS = {"sample": 5, "guard": 100}
 def add_arguments(parser):
   parser.add_argument("what", choices=tuple(_REPEATS), help="what to measure")
   parser.add_argument("--config", metavar="FILE[:VARIANT]", help="the experiment, e.g. configs/aurora_64.py")
-  parser.add_argument("--batch", type=int, action="append", metavar="N",
-                      help="sample: images per call; may be given several times (default 1 and 4)")
-  parser.add_argument("--repeats", type=int, metavar="N",
-                      help="calls, or pairs of steps, whose median counts (default: sample 5, guard 100)")
+  parser.add_argument(
+    "--batch",
+    type=int,
+    action="append",
+    metavar="N",
+    help="sample: images per call; may be given several times (default 1 and 4)",
+  )
+  parser.add_argument(
+    "--repeats",
+    type=int,
+    metavar="N",
+    help="calls, or pairs of steps, whose median counts (default: sample 5, guard 100)",
+  )
 
 
 def run(args):
@@ -39,24 +48,31 @@ def run(args):
 
 def _sample(experiment, batches, repeats):
   xla_flags.run_in_order()  # as `sample` does
-  from aurora_jax.evaluation import benchmarks  # pylint: disable=g-import-not-at-top
+  from aurora_jax.performance import benchmarks
 
   cfg = experiment.generator
   weights = benchmarks.parameter_bytes(cfg)
   print(f"{experiment.name}: generator of {weights / 4e6:,.1f} M parameters, random weights", flush=True)
   print("images  first call        call   per image   useful        floor   call / floor   peak memory / weights")
   for row in benchmarks.sample_speed(cfg, batches, repeats):
-    print(f"{row.batch:6d} {row.first_seconds:9.1f} s {row.seconds:9.4g} s {row.seconds / row.batch:9.4g} s "
-          f"{row.flops / 1e9:6.4g} GF {row.floor_seconds:10.4g} s {row.seconds / row.floor_seconds:14.4g} "
-          f"{row.peak_bytes / weights:23.2f}", flush=True)
+    print(
+      f"{row.batch:6d} {row.first_seconds:9.1f} s {row.seconds:9.4g} s {row.seconds / row.batch:9.4g} s "
+      f"{row.flops / 1e9:6.4g} GF {row.floor_seconds:10.4g} s {row.seconds / row.floor_seconds:14.4g} "
+      f"{row.peak_bytes / weights:23.2f}",
+      flush=True,
+    )
 
 
 def _guard(experiment, _, repeats):
-  from aurora_jax.evaluation import benchmarks  # pylint: disable=g-import-not-at-top
+  from aurora_jax.performance import benchmarks
 
   print(f"{experiment.name}: {repeats} pairs of training steps of {experiment.train.batch_size} images", flush=True)
   cost = benchmarks.guard_cost(experiment, repeats)
-  print(f"a step with the guard {cost.on:.4g} s, without {cost.off:.4g} s; processor time {cost.work_on:.4g} s "
-        f"and {cost.work_off:.4g} s")
-  print(f"steps per second with it, relative to without: {100 * cost.share:.1f} % (middle half of the pairs "
-        f"{100 * cost.low:.1f} to {100 * cost.high:.1f} %), by processor time {100 * cost.work_share:.1f} %")
+  print(
+    f"a step with the guard {cost.on:.4g} s, without {cost.off:.4g} s; processor time {cost.work_on:.4g} s "
+    f"and {cost.work_off:.4g} s"
+  )
+  print(
+    f"steps per second with it, relative to without: {100 * cost.share:.1f} % (middle half of the pairs "
+    f"{100 * cost.low:.1f} to {100 * cost.high:.1f} %), by processor time {100 * cost.work_share:.1f} %"
+  )

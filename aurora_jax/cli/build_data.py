@@ -20,8 +20,7 @@ Examples:
 import time
 
 from aurora_jax.cli.progress import progress
-from aurora_jax.data import build
-from aurora_jax.data import sources
+from aurora_jax.data import build, sources
 from aurora_jax.errors import UserError
 
 _REJECTED_SHOWN = 10
@@ -30,17 +29,30 @@ _REJECTED_SHOWN = 10
 def add_arguments(parser):
   parser.add_argument("--source", required=True, choices=("openmoji", "folder"), help="where the pairs come from")
   parser.add_argument("--out", required=True, metavar="DIR", help="the data set folder to make")
-  parser.add_argument("--resolution", type=int, default=64, metavar="R",
-                      help="side of the stored pictures in pixels (default 64)")
+  parser.add_argument(
+    "--resolution", type=int, default=64, metavar="R", help="side of the stored pictures in pixels (default 64)"
+  )
   parser.add_argument("--shards", type=int, default=8, metavar="N", help="number of training files (default 8)")
   parser.add_argument("--path", metavar="DIR", help="source folder: the folder with your pictures")
-  parser.add_argument("--skin-tones", choices=(sources.NAMED, sources.UNNAMED),
-                      help="source openmoji: also the variants in skin tones, named (thumbs up dark skin tone; about 3,950 "
-                           "pictures in all) or as further pictures of the same caption (thumbs up; about 3,570)")
-  parser.add_argument("--no-aliases", dest="aliases", action="store_false",
-                      help="source openmoji: only the main caption of each picture, no alias names")
-  parser.add_argument("--heldout", type=float, default=0.08, metavar="FRACTION",
-                      help="share of the pictures to hold out, 0 for none (default 0.08)")
+  parser.add_argument(
+    "--skin-tones",
+    choices=(sources.NAMED, sources.UNNAMED),
+    help="source openmoji: also the variants in skin tones, named (thumbs up dark skin tone; about 3,950 "
+    "pictures in all) or as further pictures of the same caption (thumbs up; about 3,570)",
+  )
+  parser.add_argument(
+    "--no-aliases",
+    dest="aliases",
+    action="store_false",
+    help="source openmoji: only the main caption of each picture, no alias names",
+  )
+  parser.add_argument(
+    "--heldout",
+    type=float,
+    default=0.08,
+    metavar="FRACTION",
+    help="share of the pictures to hold out, 0 for none (default 0.08)",
+  )
   parser.add_argument("--seed", type=int, default=0, help="of the held-out choice and the order (default 0)")
   parser.add_argument("--name", help="the data set's name, as in its file names (default: the source's)")
   parser.add_argument("--overwrite", action="store_true", help="replace a data set that stands at --out")
@@ -52,8 +64,16 @@ def run(args):
   source = _source(args)
   with progress(f"{args.source}: pictures") as on_progress:
     manifest = build.build(
-        source, args.out, resolution=args.resolution, shards=args.shards, heldout_fraction=args.heldout,
-        seed=args.seed, name=args.name, overwrite=args.overwrite, on_progress=on_progress)
+      source,
+      args.out,
+      resolution=args.resolution,
+      shards=args.shards,
+      heldout_fraction=args.heldout,
+      seed=args.seed,
+      name=args.name,
+      overwrite=args.overwrite,
+      on_progress=on_progress,
+    )
   for line in _summary(manifest):
     print(line)
   print(f"{args.out}: written in {time.monotonic() - started:.1f} s")
@@ -67,7 +87,9 @@ def _source(args):
   if args.path is None:
     raise UserError("--source folder needs --path DIR, the folder with your pictures")
   if args.skin_tones or not args.aliases:
-    raise UserError(f"{f'--skin-tones {args.skin_tones}' if args.skin_tones else '--no-aliases'} is for --source openmoji")
+    raise UserError(
+      f"{f'--skin-tones {args.skin_tones}' if args.skin_tones else '--no-aliases'} is for --source openmoji"
+    )
   return sources.folder(args.path)
 
 
@@ -76,8 +98,10 @@ def _summary(manifest):
   splits = manifest["splits"]
   for split, entry in splits.items():
     files = len(entry["shards"])
-    yield (f"{split}: {entry['examples']} pictures, {entry['captions']} image-text pairs, "
-           f"{files} file{'' if files == 1 else 's'}")
+    yield (
+      f"{split}: {entry['examples']} pictures, {entry['captions']} image-text pairs, "
+      f"{files} file{'' if files == 1 else 's'}"
+    )
   held = splits.get("heldout", {"examples": 0})["examples"]
   wanted = round(manifest["heldout_fraction"] * (held + splits["train"]["examples"]))
   if held < wanted:

@@ -28,19 +28,23 @@ import os
 import pathlib
 import tempfile
 
-from aurora_jax import config_files
-from aurora_jax import files
+from aurora_jax import config_files, files
 from aurora_jax.errors import UserError
-from aurora_jax.parallel import compiler_log, topology
+from aurora_jax.performance import compiler_log, topology
 
 
 def add_arguments(parser):
-  parser.add_argument("--config", metavar="FILE[:VARIANT]", help="the experiment; --config.mesh.expert=N and the like "
-                      "set single values")
-  parser.add_argument("--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, cpu-8")
+  parser.add_argument(
+    "--config", metavar="FILE[:VARIANT]", help="the experiment; --config.mesh.expert=N and the like set single values"
+  )
+  parser.add_argument(
+    "--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, cpu-8"
+  )
   parser.add_argument("--report", metavar="FILE", help="write all numbers there, as JSON")
   parser.add_argument("--cache", metavar="DIR", help="keep the compiled programs there, for train to load")
-  parser.add_argument("--explain", action="store_true", help="say what to change if it does not fit, and what that saves")
+  parser.add_argument(
+    "--explain", action="store_true", help="say what to change if it does not fit, and what that saves"
+  )
 
 
 def run(args):
@@ -52,9 +56,9 @@ def run(args):
       raise UserError(f"--report {args.report}: no folder {folder}")
   topology.prepare_environment(name)
   with _kept_in(args.cache) as keep, compiler_log.captured():  # the compilers talk, when they are imported already
-    from aurora_jax.parallel import compile as compile_lib  # pylint: disable=g-import-not-at-top
-    from aurora_jax.training import compile as training_compile  # pylint: disable=g-import-not-at-top
-    from aurora_jax.training import compile_advice  # pylint: disable=g-import-not-at-top
+    from aurora_jax.performance import advice
+    from aurora_jax.performance import compile_report as training_compile
+    from aurora_jax.performance import estimate as compile_lib
 
     machine = topology.load(name)
 
@@ -70,7 +74,7 @@ def run(args):
     print(line)
   if args.explain:
     print()
-    for line in compile_advice.lines(experiment, machine, report):
+    for line in advice.lines(experiment, machine, report):
       print(line)
   return 0 if report["fits"] else 1
 
@@ -92,8 +96,12 @@ def _kept_in(folder):
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
-    os.environ |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": new,
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    os.environ |= {
+      "JAX_ENABLE_COMPILATION_CACHE": "true",
+      "JAX_COMPILATION_CACHE_DIR": new,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
     def keep():
       for entry in pathlib.Path(new).glob("*-cache"):

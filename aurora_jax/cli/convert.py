@@ -28,13 +28,25 @@ from aurora_jax.errors import UserError
 def add_arguments(parser):
   parser.add_argument("source", metavar="SOURCE", help="a released weight file, or a run's folder")
   parser.add_argument("target", metavar="TARGET", help="the run's folder to make, or the weight file to write")
-  parser.add_argument("--config", metavar="FILE[:VARIANT]", help="to ours: the experiment that the weights belong to, "
-                      "e.g. configs/aurora_64.py; --config.GROUP.NAME=VALUE sets single values")
-  parser.add_argument("--released-config", metavar="JSON", help="to ours, in place of --config: the released "
-                      "constructor's keyword arguments (default: the .json beside the weight file, if there is one)")
+  parser.add_argument(
+    "--config",
+    metavar="FILE[:VARIANT]",
+    help="to ours: the experiment that the weights belong to, "
+    "e.g. configs/aurora_64.py; --config.GROUP.NAME=VALUE sets single values",
+  )
+  parser.add_argument(
+    "--released-config",
+    metavar="JSON",
+    help="to ours, in place of --config: the released "
+    "constructor's keyword arguments (default: the .json beside the weight file, if there is one)",
+  )
   parser.add_argument("--clip", metavar="DIR", help="to ours: the CLIP folder, the same as --config.text.clip=DIR")
-  parser.add_argument("--weights", choices=("ema", "generator", "both"), help="to ours: which of the file's sets "
-                      "(default both, each to its own part); to released: which to write (default ema)")
+  parser.add_argument(
+    "--weights",
+    choices=("ema", "generator", "both"),
+    help="to ours: which of the file's sets "
+    "(default both, each to its own part); to released: which to write (default ema)",
+  )
   parser.add_argument("--step", type=int, metavar="S", help="to released: of the checkpoint (default: the newest)")
   parser.add_argument("--overwrite", action="store_true", help="replace the file, or an earlier conversion")
 
@@ -55,14 +67,17 @@ def _to_released(args):
     if given:
       raise UserError(f"{name} is for the other way: {args.source} is a run's folder and has its own config")
 
-  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
-  from aurora_jax.training import exchange  # pylint: disable=g-import-not-at-top
+  from aurora_jax.cli.progress import progress
+  from aurora_jax.systems.aurora import convert
 
-  done = exchange.export_released(args.source, args.target, args.weights or "ema", args.step,
-                                  overwrite=args.overwrite, stage=progress)
+  done = convert.export_released(
+    args.source, args.target, args.weights or "ema", args.step, overwrite=args.overwrite, stage=progress
+  )
   sets = " and ".join(f"{part} as {name}" if name else part for part, name in done.weights.items())
-  print(f"{done.path}: {sets} of step {done.step:,}, {done.values / 1e6:,.2f} M parameters; the constructor's "
-        f"arguments in {done.path.with_suffix('.json')}")
+  print(
+    f"{done.path}: {sets} of step {done.step:,}, {done.values / 1e6:,.2f} M parameters; the constructor's "
+    f"arguments in {done.path.with_suffix('.json')}"
+  )
 
 
 def _to_ours(args):
@@ -71,12 +86,13 @@ def _to_ours(args):
   if pathlib.Path(args.target).suffix in (".pth", ".pt", ".bin", ".safetensors"):
     raise UserError(f"{args.source} is a weight file, so the target must be a run's folder, not {args.target}")
 
-  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
-  from aurora_jax.training import exchange  # pylint: disable=g-import-not-at-top
+  from aurora_jax.cli.progress import progress
+  from aurora_jax.systems.aurora import convert
 
   experiment, notes = _experiment(args)
-  done = exchange.import_released(args.source, args.target, experiment, args.weights or "both",
-                                  overwrite=args.overwrite, stage=progress)
+  done = convert.import_released(
+    args.source, args.target, experiment, args.weights or "both", overwrite=args.overwrite, stage=progress
+  )
   for note in (*notes, *done.notes):
     print(f"note: {note}")
   sets = ", ".join(f"{part} from {name or 'the state dict'}" for part, name in done.weights.items())
@@ -85,15 +101,17 @@ def _to_ours(args):
 
 def _experiment(args):
   """The experiment of the imported weights, and what was decided on the way."""
-  from aurora_jax.training import exchange  # pylint: disable=g-import-not-at-top
+  from aurora_jax.systems.aurora import convert
 
   beside = pathlib.Path(args.source).with_suffix(".json")
   released = args.released_config
   if args.config_argv and released:
     raise UserError("--config and --released-config say the same: give one of them")
   if not args.config_argv and not released and not beside.is_file():
-    raise UserError("which generator is it? --config configs/NAME.py, or --released-config FILE.json with the released "
-                    "constructor's keyword arguments")
+    raise UserError(
+      "which generator is it? --config configs/NAME.py, or --released-config FILE.json with the released "
+      "constructor's keyword arguments"
+    )
   notes = []
   if args.config_argv:
     experiment = config_files.load(args.config_argv)
@@ -101,22 +119,24 @@ def _experiment(args):
       experiment = dataclasses.replace(experiment, text=config_lib.Text(clip=args.clip))
   else:
     path = pathlib.Path(released or beside)
-    experiment = exchange.experiment_of(_released_generator(path), pathlib.Path(args.target).name, args.clip or "")
+    experiment = convert.experiment_of(_released_generator(path), pathlib.Path(args.target).name, args.clip or "")
     if not released:
       notes.append(f"the generator is that of {path}")
   generator, field = experiment.generator, "generator.text_attention"
   asked_for = any(flag.startswith(f"--config.{field}=") for flag in args.config_argv)
   if generator.text_attention == "scaled" and not asked_for:
     generator = dataclasses.replace(generator, text_attention="independent")
-    notes.append(f"{field} is 'independent', what the weights were trained for, instead of the config's 'scaled' "
-                 f"(--config.{field}=scaled keeps it)")
+    notes.append(
+      f"{field} is 'independent', what the weights were trained for, instead of the config's 'scaled' "
+      f"(--config.{field}=scaled keeps it)"
+    )
   if not experiment.text.clip:
     notes.append("no CLIP is named, so nothing can be sampled yet: give --clip DIR, or set text.clip in config.json")
   return dataclasses.replace(experiment, generator=generator), notes
 
 
 def _released_generator(path):
-  from aurora_jax.interop import aurora_torch  # pylint: disable=g-import-not-at-top
+  from aurora_jax.systems.aurora import released as released_lib
 
   try:
     kwargs = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +145,7 @@ def _released_generator(path):
   if not isinstance(kwargs, dict):
     raise UserError(f"{path} must hold an object of keyword arguments, not a {type(kwargs).__name__}")
   try:
-    cfg = aurora_torch.config_from_released(kwargs)
+    cfg = released_lib.config_from_released(kwargs)
   except (UserError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f"{path}: {error}") from error
   # The same for a batch of one, as the released scripts run it, and keeps the samples of a batch apart.

@@ -26,16 +26,22 @@ def add_arguments(parser):
 
 
 def run(args):
-  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
-  from aurora_jax.evaluation import caption_retrieval, judge, report, trained  # pylint: disable=g-import-not-at-top
-  from aurora_jax.training import metrics, run_folder  # pylint: disable=g-import-not-at-top
+  from aurora_jax.cli.progress import progress
+  from aurora_jax.evaluation import caption_retrieval, judge, trained_generator
+  from aurora_jax.reporting import report
+  from aurora_jax.runs import metrics, workdir
 
   started = time.monotonic()
-  model = trained.load(args.workdir, args.step, batch_size=64)
+  model = trained_generator.load(args.workdir, args.step, batch_size=64)
   with progress(f"judging step {model.step:,}") as update:
-    result = caption_retrieval.evaluate(model, judge.load_judge(args.judge), args.data or model.experiment.data.path,
-                                        seed=args.seed, on_progress=lambda words, done, total: update(done, total))
-  path = run_folder.RunFolder(args.workdir).metrics
+    result = caption_retrieval.evaluate(
+      model,
+      judge.load_judge(args.judge),
+      args.data or model.experiment.data.path,
+      seed=args.seed,
+      on_progress=lambda words, done, total: update(done, total),
+    )
+  path = workdir.RunFolder(args.workdir).metrics
   rows = metrics.history(path)
   with contextlib.closing(metrics.MetricsFile(path)) as file:
     file.write("judge", model.step, rows[-1]["seconds"] if rows else 0.0, result.figures)
@@ -48,29 +54,48 @@ def _print(result, step, seconds):
   """The figures as a table, the real pictures' beside them."""
   figures = result.figures
   console = rich_console.Console(width=100)
-  table = rich_table.Table(title=f"caption retrieval by the judge, step {step:,} ({seconds:.0f} s)", title_justify="left")
+  table = rich_table.Table(
+    title=f"caption retrieval by the judge, step {step:,} ({seconds:.0f} s)", title_justify="left"
+  )
   for column in ("right caption first", "generated", "real pictures", "chance"):
     table.add_column(column, justify="left" if column.startswith("right") else "right")
   for words, prefix in (("training captions", ""), ("held-out captions", "heldout_")):
-    for name in sorted((n for n in figures if n.startswith(f"judge/{prefix}top1_of_")), key=lambda n: n.endswith("all")):
+    for name in sorted(
+      (n for n in figures if n.startswith(f"judge/{prefix}top1_of_")), key=lambda n: n.endswith("all")
+    ):
       short = name.removeprefix(f"judge/{prefix}top1_")
       among = f"among all {figures[f'judge/{prefix}captions']:.0f}" if short == "of_all" else f"among {short[3:]}"
       real = figures.get(f"judge/{prefix}real_top1_{short}")
-      table.add_row(f"{words}, {among}", f"{100 * figures[name]:.1f} %", "" if real is None else f"{100 * real:.1f} %",
-                    f"{100 * figures[f'judge/{prefix}chance_{short}']:.2f} %")
+      table.add_row(
+        f"{words}, {among}",
+        f"{100 * figures[name]:.1f} %",
+        "" if real is None else f"{100 * real:.1f} %",
+        f"{100 * figures[f'judge/{prefix}chance_{short}']:.2f} %",
+      )
   console.print(table)
-  distances = [f"{words} {figures[name]:.4g}" for name, words in (
-      ("judge/frechet", "generated to real"), ("judge/frechet_real_halves", "between halves of the real pictures"))
-               if name in figures]
+  distances = [
+    f"{words} {figures[name]:.4g}"
+    for name, words in (
+      ("judge/frechet", "generated to real"),
+      ("judge/frechet_real_halves", "between halves of the real pictures"),
+    )
+    if name in figures
+  ]
   if distances:
     console.print(f"Frechet distance of the judge's embeddings: {', '.join(distances)}")
   if result.colours:
-    words = "; ".join(f"{c.caption} {c.generated.hue:.0f}° (real {c.real.hue:.0f}°{'' if c.agrees else ', WRONG'})"
-                      for c in result.colours)
+    words = "; ".join(
+      f"{c.caption} {c.generated.hue:.0f}° (real {c.real.hue:.0f}°{'' if c.agrees else ', WRONG'})"
+      for c in result.colours
+    )
     console.print(f"mean hue: {words}: {sum(c.agrees for c in result.colours)} of {len(result.colours)} right")
   if "judge/heldout_diversity_within" in figures:
-    console.print(f"diversity: pictures of one caption differ by {figures['judge/heldout_diversity_within']:.2f} RMS, of "
-                  f"different captions by {figures['judge/heldout_diversity_between']:.2f} (range 2)")
+    console.print(
+      f"diversity: pictures of one caption differ by {figures['judge/heldout_diversity_within']:.2f} RMS, of "
+      f"different captions by {figures['judge/heldout_diversity_between']:.2f} (range 2)"
+    )
   if "judge/several_diversity_within" in figures:
-    console.print(f"where a caption has several real pictures: {figures['judge/several_diversity_within']:.2f} RMS "
-                  f"(real {figures['judge/several_real_diversity_within']:.2f})")
+    console.print(
+      f"where a caption has several real pictures: {figures['judge/several_diversity_within']:.2f} RMS "
+      f"(real {figures['judge/several_real_diversity_within']:.2f})"
+    )

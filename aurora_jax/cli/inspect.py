@@ -23,24 +23,39 @@ import sys
 
 from aurora_jax import config_files
 from aurora_jax.errors import UserError
-from aurora_jax.evaluation import run_story
+from aurora_jax.reporting import run_summary
 
 _CAPTIONS_SHOWN = 6
 
 
 def add_arguments(parser):
-  parser.add_argument("path", nargs="?", metavar="PATH",
-                      help="a run's folder, a checkpoint in it, a data set, a CLIP folder, or a config file")
+  parser.add_argument(
+    "path",
+    nargs="?",
+    metavar="PATH",
+    help="a run's folder, a checkpoint in it, a data set, a CLIP folder, or a config file",
+  )
   parser.add_argument("--config", metavar="FILE[:VARIANT]", help="an experiment, as of `train`")
-  parser.add_argument("--fingerprint", action="store_true",
-                      help="print one SHA-256 of the newest (or the named) checkpoint's whole state, nothing else")
-  parser.add_argument("--verify", action="store_true",
-                      help="for a data set: read every record, checksums and pictures, and list what is damaged")
+  parser.add_argument(
+    "--fingerprint",
+    action="store_true",
+    help="print one SHA-256 of the newest (or the named) checkpoint's whole state, nothing else",
+  )
+  parser.add_argument(
+    "--verify",
+    action="store_true",
+    help="for a data set: read every record, checksums and pictures, and list what is damaged",
+  )
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
-  parser.add_argument("--sharding", action="store_true",
-                      help="for an experiment: how every parameter is cut along the axes of its mesh")
-  parser.add_argument("--devices", type=int, metavar="N",
-                      help="with --sharding: the mesh's number of devices (default: mesh.data x mesh.expert)")
+  parser.add_argument(
+    "--sharding", action="store_true", help="for an experiment: how every parameter is cut along the axes of its mesh"
+  )
+  parser.add_argument(
+    "--devices",
+    type=int,
+    metavar="N",
+    help="with --sharding: the mesh's number of devices (default: mesh.data x mesh.expert)",
+  )
 
 
 def run(args):
@@ -81,7 +96,7 @@ def _describe_path(path):
     return _data_lines(path)
   stored = _json(path / "config.json") if (path / "config.json").is_file() else {}
   if "generator" in stored:
-    return run_story.tell(path)
+    return run_summary.tell(path)
   if stored.get("model_type") == "clip" or "text_config" in stored:
     return _clip_lines(path, stored)
   raise UserError(f"{path} is no run, checkpoint, data set or CLIP: it has no config.json or manifest.json of one")
@@ -100,7 +115,7 @@ def _json(path):
 
 
 def _fingerprint(path):
-  from aurora_jax.training import fingerprint  # pylint: disable=g-import-not-at-top
+  from aurora_jax.runs import fingerprint
 
   if _is_checkpoint(path):
     return fingerprint.of_checkpoint(path.parent, int(path.name))[1]
@@ -111,17 +126,17 @@ def _fingerprint(path):
 
 def _checkpoint_lines(path):
   """A checkpoint's parts, from its description alone."""
-  from aurora_jax.training import stored_checkpoint  # pylint: disable=g-import-not-at-top
+  from aurora_jax.runs import checkpoint_reader
 
-  parts = stored_checkpoint.describe(path.parent, int(path.name))
+  parts = checkpoint_reader.describe(path.parent, int(path.name))
   yield f"checkpoint {path}: {int(path.name):,} steps were done"
   for name, (leaves, values, size) in parts.items():
-    yield f"  {name:20s} {leaves:6,d} arrays  {values:15,d} values  {run_story.size_words(size):>9s}"
-  yield f"on disk    {run_story.size_words(stored_checkpoint.size_bytes(path.parent, int(path.name)))}"
-  stored = stored_checkpoint.stored_config(path.parent, int(path.name))
+    yield f"  {name:20s} {leaves:6,d} arrays  {values:15,d} values  {run_summary.size_words(size):>9s}"
+  yield f"on disk    {run_summary.size_words(checkpoint_reader.size_bytes(path.parent, int(path.name)))}"
+  stored = checkpoint_reader.stored_config(path.parent, int(path.name))
   if stored:
     yield f"config     {stored.get('name')}"
-  growth = stored_checkpoint.stored_progress(path.parent, int(path.name)).get("schedule")
+  growth = checkpoint_reader.stored_progress(path.parent, int(path.name)).get("schedule")
   if stored and growth:
     newest = growth["stages"][-1]
     yield f"stage      {newest['resolution']}x{newest['resolution']} pixels since step {newest['step']:,} ({newest['reason']})"
@@ -129,7 +144,7 @@ def _checkpoint_lines(path):
 
 def _data_lines(path):
   """A data set's manifest in words, and some captions."""
-  from aurora_jax.data import dataset, tfrecords  # pylint: disable=g-import-not-at-top
+  from aurora_jax.data import dataset, tfrecords
 
   manifest = dataset.read_manifest(path)
   yield f"data set   {path} ({manifest['name']})"
@@ -140,8 +155,10 @@ def _data_lines(path):
   for split, entry in manifest["splits"].items():
     opened = dataset.Dataset.open(path, split)  # says what is missing or cut
     size = sum((path / shard["file"]).stat().st_size for shard in entry["shards"])
-    yield (f"{split:10s} {len(opened):,} pictures, {entry['captions']:,} captions, {len(entry['shards'])} "
-           f"file{'s' if len(entry['shards']) != 1 else ''}, {run_story.size_words(size)}")
+    yield (
+      f"{split:10s} {len(opened):,} pictures, {entry['captions']:,} captions, {len(entry['shards'])} "
+      f"file{'s' if len(entry['shards']) != 1 else ''}, {run_summary.size_words(size)}"
+    )
     for i in range(0, len(opened), max(1, len(opened) // _CAPTIONS_SHOWN))[:_CAPTIONS_SHOWN]:
       try:
         yield "             " + " | ".join(opened[i].captions)
@@ -155,8 +172,8 @@ def _data_lines(path):
 
 def _verify_lines(path):
   """Every damaged record of a data set; `UserError` at the end if there was any."""
-  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
-  from aurora_jax.data import damage, dataset  # pylint: disable=g-import-not-at-top
+  from aurora_jax.cli.progress import progress
+  from aurora_jax.data import corrupt_records, dataset
 
   damaged, total, changed = 0, 0, 0
   for split in dataset.read_manifest(path)["splits"]:
@@ -165,11 +182,11 @@ def _verify_lines(path):
       yield f"{split:10s} {words}"
     found = 0
     with progress(f"reading {split}") as update:
-      for skip in damage.verify(opened, update):
+      for skip in corrupt_records.verify(opened, update):
         found += 1
         yield f"{split:10s} {skip}"
     yield f"{split:10s} {found or 'none'} of {len(opened):,} records damaged"
-    for name in damage.changed_shards(opened):
+    for name in corrupt_records.changed_shards(opened):
       changed += 1
       yield f"{split:10s} {name}: its bytes are not those that the manifest has the SHA-256 of"
     damaged, total = damaged + found, total + len(opened)
@@ -181,32 +198,40 @@ def _verify_lines(path):
 def _clip_lines(path, stored):
   text, vision = stored.get("text_config", {}), stored.get("vision_config", {})
   yield f"CLIP       {path}"
-  yield (f"text       width {text.get('hidden_size')}, {text.get('num_hidden_layers')} layers, "
-         f"{text.get('vocab_size')} tokens, at most {text.get('max_position_embeddings')} per prompt")
-  yield (f"pictures   width {vision.get('hidden_size')}, {vision.get('num_hidden_layers')} layers, "
-         f"{vision.get('image_size')} pixels in patches of {vision.get('patch_size')}")
+  yield (
+    f"text       width {text.get('hidden_size')}, {text.get('num_hidden_layers')} layers, "
+    f"{text.get('vocab_size')} tokens, at most {text.get('max_position_embeddings')} per prompt"
+  )
+  yield (
+    f"pictures   width {vision.get('hidden_size')}, {vision.get('num_hidden_layers')} layers, "
+    f"{vision.get('image_size')} pixels in patches of {vision.get('patch_size')}"
+  )
 
 
 def _describe_config(args):
   """An experiment's networks, from shapes alone."""
   experiment = config_files.load(args.config_argv)
 
-  import jax  # pylint: disable=g-import-not-at-top
-  from clu import parameter_overview  # pylint: disable=g-import-not-at-top
+  import jax
+  from clu import parameter_overview
 
-  from aurora_jax.training import step as step_lib  # pylint: disable=g-import-not-at-top
+  from aurora_jax.training import step as step_lib
 
   # The CLIP has no part in the first state.
   state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
   count = parameter_overview.count_parameters
   train = experiment.train
-  yield f"experiment {experiment.name}: {run_story.networks_in_words(experiment)}"
-  yield (f"length     {train.total_steps:,} steps of {train.batch_size} images = "
-         f"{train.total_steps * train.batch_size / 1e6:,.2f} M images")
+  yield f"experiment {experiment.name}: {run_summary.networks_in_words(experiment)}"
+  yield (
+    f"length     {train.total_steps:,} steps of {train.batch_size} images = "
+    f"{train.total_steps * train.batch_size / 1e6:,.2f} M images"
+  )
   if experiment.schedule.resolutions:
     cfg = experiment.schedule
-    yield (f"stages     {', '.join(f'{r} px ({_cap(cfg, r)})' for r in cfg.resolutions)}; each until its Frechet distance "
-           f"is less than {cfg.factor:g} x that of real pictures")
+    yield (
+      f"stages     {', '.join(f'{r} px ({_cap(cfg, r)})' for r in cfg.resolutions)}; each until its Frechet distance "
+      f"is less than {cfg.factor:g} x that of real pictures"
+    )
   yield f"data       {experiment.data.path or '(to be set: --config.data.path)'} [{experiment.data.split}]"
   yield f"text       {experiment.text.clip or '(to be set: --config.text.clip)'}"
   for name in ("generator", "discriminator"):
@@ -221,8 +246,10 @@ def _describe_config(args):
     if args.parameters:
       yield parameter_overview.get_parameter_overview(parameters, include_stats=False)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-  yield (f"training state: {run_story.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, "
-         "optimisers)")
+  yield (
+    f"training state: {run_summary.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, "
+    "optimisers)"
+  )
 
 
 def _cap(cfg, resolution):
@@ -233,10 +260,10 @@ def _cap(cfg, resolution):
 
 def _sharding_lines(experiment, devices):
   """Where every parameter lies, on a mesh that exists only here."""
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
 
-  from aurora_jax.parallel import experts, mesh  # pylint: disable=g-import-not-at-top
-  from aurora_jax.training import step as step_lib  # pylint: disable=g-import-not-at-top
+  from aurora_jax.parallel import experts, mesh
+  from aurora_jax.training import step as step_lib
 
   cfg = experiment.mesh
   if devices is None:
@@ -255,18 +282,21 @@ def _sharding_lines(experiment, devices):
     for (names, leaf), sharding in zip(_named(getattr(state, network)), shardings):
       axes = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
       cut = ", ".join(f"axis {i} along {' x '.join(names)}" for i, names in enumerate(axes) if names) or "whole"
-      yield (f"{network}/{'/'.join(names)}  {list(leaf.shape)} -> {list(sharding.shard_shape(leaf.shape))} per device, "
-             f"{cut}")
+      yield (
+        f"{network}/{'/'.join(names)}  {list(leaf.shape)} -> {list(sharding.shard_shape(leaf.shape))} per device, {cut}"
+      )
   for name in ("generator", "discriminator", "ema", "generator_opt", "discriminator_opt"):
     tree = getattr(state, name)
-    pieces = sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                 for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.state(tree))))
+    pieces = sum(
+      math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.state(tree)))
+    )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    yield f"{name}: {run_story.size_words(size)}, {run_story.size_words(pieces)} per device"
+    yield f"{name}: {run_summary.size_words(size)}, {run_summary.size_words(pieces)} per device"
 
 
 def _named(parameters):
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
 
   for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
     yield [str(entry.key) for entry in path], leaf
@@ -284,8 +314,15 @@ def _grouped(parameters):
     names = names[1:] if names[0] == "synthesis" else names
     resolution = re.match(r"r(\d+)_", names[0])
     if resolution:
-      part = ("experts" if _is_expert(names, leaf) else "attention" if "attention" in names[0]
-              else "heads" if names[0].endswith("conditional") else "convolutions")
+      part = (
+        "experts"
+        if _is_expert(names, leaf)
+        else "attention"
+        if "attention" in names[0]
+        else "heads"
+        if names[0].endswith("conditional")
+        else "convolutions"
+      )
       key = (0, int(resolution[1]), f"{int(resolution[1]):3d} px, {part}")
     else:
       part = {"input": "input layer", "last": "last layer"}.get(names[0], names[0])

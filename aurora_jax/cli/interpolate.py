@@ -18,16 +18,23 @@ from aurora_jax.errors import UserError
 
 
 def add_arguments(parser):
-  parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
-                      help="twice, or more often for a walk through several")
+  parser.add_argument(
+    "--prompt", action="append", default=[], metavar="TEXT", help="twice, or more often for a walk through several"
+  )
   parser.add_argument("--out", required=True, metavar="GIF", help="the animation to write, all latents side by side")
   parser.add_argument("--strip", metavar="PNG", help="also write all steps side by side, a row per latent")
-  parser.add_argument("--steps", type=int, default=9, metavar="N",
-                      help="pictures from a prompt to the next, both ends counted (default 9)")
+  parser.add_argument(
+    "--steps",
+    type=int,
+    default=9,
+    metavar="N",
+    help="pictures from a prompt to the next, both ends counted (default 9)",
+  )
   parser.add_argument("--global", dest="move_global", action="store_true", help="the global text moves too")
   parser.add_argument("--psi", default="0.2", help="truncation, 0 to 1 for none (default 0.2)")
-  parser.add_argument("--milliseconds", type=int, default=120, metavar="MS",
-                      help="a step is shown so long (default 120)")
+  parser.add_argument(
+    "--milliseconds", type=int, default=120, metavar="MS", help="a step is shown so long (default 120)"
+  )
   sampling_flags.add_arguments(parser, latents=3, mean_latents=0, most_latents=12)
 
 
@@ -42,18 +49,19 @@ def run(args):
   if len(sweep) > 1:
     raise UserError(f"--psi {args.psi}: an interpolation has one truncation")
 
-  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
-  from aurora_jax.evaluation import animation, pictures  # pylint: disable=g-import-not-at-top
+  from aurora_jax.cli.progress import progress
+  from aurora_jax.reporting import animation, image_sheets
 
-  pictures.check_place(args.out, ".gif")
+  image_sheets.check_place(args.out, ".gif")
   if args.strip:
-    pictures.check_place(args.strip, ".png")
+    image_sheets.check_place(args.strip, ".png")
   steps = (len(args.prompt) - 1) * (args.steps - 1) + 1
   model, latents = sampling_flags.prepare(args, 1, steps)
   with progress(f"interpolating at step {model.step:,}") as update:
-    images = model.interpolate(args.prompt, latents, steps=args.steps, move_global=args.move_global, psi=sweep[0],
-                               on_batch=update)
+    images = model.interpolate(
+      args.prompt, latents, steps=args.steps, move_global=args.move_global, psi=sweep[0], on_batch=update
+    )
   path = animation.save_gif(animation.frames(images, args.prompt), len(args.prompt), args.out, args.milliseconds)
   sampling_flags.save_latents(args, latents)
-  strip = f", {pictures.save_png(animation.strip(images, args.prompt), args.strip)}" if args.strip else ""
+  strip = f", {image_sheets.save_png(animation.strip(images, args.prompt), args.strip)}" if args.strip else ""
   print(f"{path}{strip}: {images.shape[1]} steps, {images.shape[0]} latents, psi {args.psi}, step {model.step:,}")

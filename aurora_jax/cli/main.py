@@ -10,16 +10,16 @@ from aurora_jax.errors import UserError
 # The command's name and the line that `--help` shows. The file is cli/NAME.py with "-" as "_"; it is imported only
 # when the command runs, so that `--help` answers at once.
 COMMANDS = {
-    "build-data": "image-text sources to sharded tfrecords with index and manifest",
-    "train-clip": "train a small CLIP on such a data set",
-    "train": "train a generator; resumes by itself from --workdir",
-    "sample": "prompts to a PNG sheet",
-    "interpolate": "prompt to prompt, a GIF and a strip",
-    "evaluate": "metrics of a run by a named protocol",
-    "compile": "compile the training step for a named TPU or GPU machine, without it: does it fit?",
-    "bench": "measurements of this project on this machine",
-    "convert": "a released PyTorch checkpoint to ours, and back",
-    "inspect": "a run, a data set or a config, in words",
+  "build-data": "image-text sources to sharded tfrecords with index and manifest",
+  "train-clip": "train a small CLIP on such a data set",
+  "train": "train a generator; resumes by itself from --workdir",
+  "sample": "prompts to a PNG sheet",
+  "interpolate": "prompt to prompt, a GIF and a strip",
+  "evaluate": "metrics of a run by a named protocol",
+  "compile": "compile the training step for a named TPU or GPU machine, without it: does it fit?",
+  "bench": "measurements of this project on this machine",
+  "convert": "a released PyTorch checkpoint to ours, and back",
+  "inspect": "a run, a data set or a config, in words",
 }
 
 
@@ -49,9 +49,9 @@ def split_config_flags(argv):
 
 def build_parser():
   parser = argparse.ArgumentParser(
-      prog="aurora_jax",
-      description="Aurora, the sparse mixture-of-experts text-to-image GAN, in JAX.",
-      epilog="`python -m aurora_jax COMMAND --help` explains a command.",
+    prog="aurora_jax",
+    description="Aurora, the sparse mixture-of-experts text-to-image GAN, in JAX.",
+    epilog="`python -m aurora_jax COMMAND --help` explains a command.",
   )
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
   for name, words in COMMANDS.items():
@@ -77,9 +77,9 @@ def main(argv=None):
   name = selected.command
   module = importlib.import_module(f"aurora_jax.cli.{name.replace('-', '_')}")
   parser = argparse.ArgumentParser(
-      prog=f"python -m aurora_jax {name}",
-      description=module.__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog=f"python -m aurora_jax {name}",
+    description=module.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   module.add_arguments(parser)
   try:

@@ -26,12 +26,12 @@ def progress(words, stream=None):
     yield _plain_lines(words, stream)
     return
   with rich_progress.Progress(
-      rich_progress.TextColumn("{task.description}"),
-      rich_progress.BarColumn(),
-      rich_progress.MofNCompleteColumn(),
-      rich_progress.TimeRemainingColumn(),
-      console=rich_console.Console(file=stream),
-      transient=True,
+    rich_progress.TextColumn("{task.description}"),
+    rich_progress.BarColumn(),
+    rich_progress.MofNCompleteColumn(),
+    rich_progress.TimeRemainingColumn(),
+    console=rich_console.Console(file=stream),
+    transient=True,
   ) as bar:
     task = bar.add_task(words, total=None)
     yield lambda done, total: bar.update(task, completed=done, total=total)

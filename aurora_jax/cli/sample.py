@@ -25,8 +25,9 @@ def add_arguments(parser):
   parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
   parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
   parser.add_argument("--out", required=True, metavar="PNG", help="the sheet to write")
-  parser.add_argument("--singles", metavar="DIR",
-                      help="also write every picture by itself into this folder: PROMPT-LATENT-psiPSI.png")
+  parser.add_argument(
+    "--singles", metavar="DIR", help="also write every picture by itself into this folder: PROMPT-LATENT-psiPSI.png"
+  )
   parser.add_argument("--psi", default="1", metavar="PSI[,PSI...]", help="truncation, 0 to 1 (default 1: none)")
   parser.add_argument("--columns", type=int, default=0, metavar="N", help="prompts side by side in a sheet of one psi")
   sampling_flags.add_arguments(parser, latents=4, mean_latents=16, most_latents=1000)
@@ -35,12 +36,12 @@ def add_arguments(parser):
 def run(args):
   prompts, sweep = sampling_flags.read_prompts(args), sampling_flags.read_psi(args.psi)
 
-  from aurora_jax.cli.progress import progress  # pylint: disable=g-import-not-at-top
-  from aurora_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
+  from aurora_jax.cli.progress import progress
+  from aurora_jax.reporting import image_sheets
 
   if args.columns < 0:
     raise UserError(f"--columns must not be negative, got {args.columns}")
-  pictures.check_place(args.out, ".png")
+  image_sheets.check_place(args.out, ".png")
   if args.singles:
     files.check_folder(args.singles)
   model, latents = sampling_flags.prepare(args, len(prompts), len(prompts), len(sweep))
@@ -48,14 +49,18 @@ def run(args):
   with progress(f"sampling at step {model.step:,}") as update:
     images = model.sample(prompts, given=latents, psi=sweep, on_batch=update).images
   if len(sweep) == 1:
-    sheet = pictures.captioned_rows(images[:, :, 0], prompts, columns=args.columns or (2 if len(prompts) > 6 else 1))
+    sheet = image_sheets.captioned_rows(
+      images[:, :, 0], prompts, columns=args.columns or (2 if len(prompts) > 6 else 1)
+    )
   else:
-    sheet = pictures.captioned_table(images, prompts, [f"psi {psi:.10g}" for psi in sweep])
-  path = pictures.save_png(sheet, args.out)
+    sheet = image_sheets.captioned_table(images, prompts, [f"psi {psi:.10g}" for psi in sweep])
+  path = image_sheets.save_png(sheet, args.out)
   if args.singles:
     for p, latent, k in itertools.product(*map(range, images.shape[:3])):
       name = f"{p:04d}-{latent:02d}-psi{sweep[k]:.10g}.png"
-      pictures.save_png(pictures.to_picture(images[p, latent, k]), pathlib.Path(args.singles) / name)
+      image_sheets.save_png(image_sheets.to_picture(images[p, latent, k]), pathlib.Path(args.singles) / name)
   sampling_flags.save_latents(args, latents)
-  print(f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, {side}x{side} pixels, psi {args.psi}, "
-        f"step {model.step:,}")
+  print(
+    f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, {side}x{side} pixels, psi {args.psi}, "
+    f"step {model.step:,}"
+  )

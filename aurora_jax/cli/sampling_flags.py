@@ -14,18 +14,30 @@ def add_arguments(parser, *, latents, mean_latents, most_latents):
   """Adds the flags; `latents` and `mean_latents` are the command's defaults, `most_latents` what it can show."""
   parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, as of `train` or `convert`")
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
-  parser.add_argument("--clip", metavar="DIR",
-                      help="the CLIP folder that reads the prompts (default: the one in the run's config)")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                      help="of the weights and the arithmetic; bfloat16 takes half the memory (default float32)")
+  parser.add_argument(
+    "--clip", metavar="DIR", help="the CLIP folder that reads the prompts (default: the one in the run's config)"
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of the weights and the arithmetic; bfloat16 takes half the memory (default float32)",
+  )
   parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: by the generator's size)")
   parser.add_argument("--latents", type=int, metavar="N", help=f"pictures per prompt (default {latents})")
-  parser.add_argument("--mean-latents", type=int, metavar="N",
-                      help=f"latents of a prompt's mean, 0 for no pull toward it (default {mean_latents})")
+  parser.add_argument(
+    "--mean-latents",
+    type=int,
+    metavar="N",
+    help=f"latents of a prompt's mean, 0 for no pull toward it (default {mean_latents})",
+  )
   parser.add_argument("--seed", type=int, default=0, help="of the latents (default 0)")
-  parser.add_argument("--latents-file", metavar="FILE",
-                      help=".npz or .safetensors with the latents: z [L, Z] for every prompt or [P, L, Z], and, if you "
-                           "like, mean_z [M, Z] or [P, M, Z], those of the prompt's mean")
+  parser.add_argument(
+    "--latents-file",
+    metavar="FILE",
+    help=".npz or .safetensors with the latents: z [L, Z] for every prompt or [P, L, Z], and, if you "
+    "like, mean_z [M, Z] or [P, M, Z], those of the prompt's mean",
+  )
   parser.add_argument("--save-latents", metavar="FILE", help="write the latents that were used, in the same form")
   parser.set_defaults(default_latents=latents, default_mean_latents=mean_latents, most_latents=most_latents)
 
@@ -46,14 +58,14 @@ def read_prompts(args):
 
 
 def check_prompts(prompts):
-  from aurora_jax.evaluation import trained  # pylint: disable=g-import-not-at-top
+  from aurora_jax.evaluation import trained_generator
 
-  trained.check_prompts(prompts)
+  trained_generator.check_prompts(prompts)
 
 
 def read_psi(text, flag="--psi"):
   """One truncation or several, "0.5" or "0,0.1,0.2", as a list of different floats in [0, 1]."""
-  from aurora_jax.evaluation import sampling  # pylint: disable=g-import-not-at-top
+  from aurora_jax.evaluation import sampling
 
   values = []
   for part in text.split(","):
@@ -84,40 +96,58 @@ def prepare(args, prompts, texts, truncations=1):
     UserError: wrong input.
   """
   xla_flags.run_in_order()  # for the memory of large generators
-  from aurora_jax.evaluation import latents, pictures, trained  # pylint: disable=g-import-not-at-top
-  from aurora_jax.training import run_folder  # pylint: disable=g-import-not-at-top
+  from aurora_jax.evaluation import latents, trained_generator
+  from aurora_jax.reporting import image_sheets
+  from aurora_jax.runs import workdir
 
-  for flag, least, most in (("latents", 1, args.most_latents), ("batch_size", 1, _MOST_AT_ONCE),
-                            ("mean_latents", 0, _MOST_MEAN_LATENTS)):
+  for flag, least, most in (
+    ("latents", 1, args.most_latents),
+    ("batch_size", 1, _MOST_AT_ONCE),
+    ("mean_latents", 0, _MOST_MEAN_LATENTS),
+  ):
     value = getattr(args, flag)
     if value is not None and not least <= value <= most:
       raise UserError(f"--{flag.replace('_', '-')} must lie between {least} and {most:,}, got {value}")
   if args.save_latents:
     latents.check_name(args.save_latents)
-    pictures.check_place(args.save_latents, pathlib.Path(args.save_latents).suffix.lower())
+    image_sheets.check_place(args.save_latents, pathlib.Path(args.save_latents).suffix.lower())
   arrays = latents.load(args.latents_file) if args.latents_file else None
-  width = run_folder.RunFolder(args.workdir).experiment().generator.z_dim
+  width = workdir.RunFolder(args.workdir).experiment().generator.z_dim
   if arrays is not None:
-    given = latents.fit(arrays, args.latents_file, prompts, width, mean_latents=args.mean_latents,
-                        otherwise=args.default_mean_latents, seed=args.seed)
+    given = latents.fit(
+      arrays,
+      args.latents_file,
+      prompts,
+      width,
+      mean_latents=args.mean_latents,
+      otherwise=args.default_mean_latents,
+      seed=args.seed,
+    )
     found = given.z.shape[1]
     if args.latents not in (None, found) or found > args.most_latents:
-      raise UserError(f"{args.latents_file}: it has {found} latents per prompt, "
-                      f"not {args.latents or f'at most {args.most_latents}'}")
+      raise UserError(
+        f"{args.latents_file}: it has {found} latents per prompt, not {args.latents or f'at most {args.most_latents}'}"
+      )
   else:
     count = args.default_latents if args.latents is None else args.latents
     means = args.default_mean_latents if args.mean_latents is None else args.mean_latents
     given = latents.draw(args.seed, range(prompts), count, means, width)
   # No more pictures and texts at once than there are: the rest would be idle work.
-  model = trained.load(
-      args.workdir, args.step, args.batch_size, pictures=texts * given.z.shape[1] * truncations,
-      prompts_at_once=min(_MOST_TEXTS, texts), clip=args.clip, dtype=args.dtype)
+  model = trained_generator.load(
+    args.workdir,
+    args.step,
+    args.batch_size,
+    pictures=texts * given.z.shape[1] * truncations,
+    prompts_at_once=min(_MOST_TEXTS, texts),
+    clip=args.clip,
+    dtype=args.dtype,
+  )
   return model, given
 
 
 def save_latents(args, given):
   """Writes --save-latents, if it was asked for."""
   if args.save_latents:
-    from aurora_jax.evaluation import latents  # pylint: disable=g-import-not-at-top
+    from aurora_jax.evaluation import latents
 
     latents.save(given, args.save_latents)

@@ -44,30 +44,47 @@ import time
 
 from aurora_jax import config_files, xla_flags
 from aurora_jax.parallel import hosts
-from aurora_jax.training import initial, profiling, run_folder, stored_checkpoint
-from aurora_jax.training.interrupts import Interrupts
+from aurora_jax.runs import checkpoint_reader, profiler, workdir
+from aurora_jax.runs.signals import Interrupts
+from aurora_jax.training import initialize
 
 
 def add_arguments(parser):
-  parser.add_argument("--config", metavar="FILE[:VARIANT]", help="the experiment, e.g. configs/openmoji_32.py; "
-                      "--config.train.total_steps=N and the like set single values")
+  parser.add_argument(
+    "--config",
+    metavar="FILE[:VARIANT]",
+    help="the experiment, e.g. configs/openmoji_32.py; --config.train.total_steps=N and the like set single values",
+  )
   parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, made if missing")
-  parser.add_argument("--allow-config-change", action="append", default=[], metavar="FIELD",
-                      help="go on although this field (loss.clip_weight) or group (loss) differs from the stored "
-                           "experiment; may be given several times")
-  parser.add_argument("--stopped-status", type=int, default=0, metavar="N",
-                      help="exit status when stopped cleanly before the last step (default: 0); another one tells a "
-                           "scheduler to start the same command again")
-  parser.add_argument("--profile-steps", metavar="FIRST:END",
-                      help="take a profiler trace of these steps (20:25 is 20 to 24) into DIR/profile, for TensorBoard; "
-                           "the run's result is the same")
+  parser.add_argument(
+    "--allow-config-change",
+    action="append",
+    default=[],
+    metavar="FIELD",
+    help="go on although this field (loss.clip_weight) or group (loss) differs from the stored "
+    "experiment; may be given several times",
+  )
+  parser.add_argument(
+    "--stopped-status",
+    type=int,
+    default=0,
+    metavar="N",
+    help="exit status when stopped cleanly before the last step (default: 0); another one tells a "
+    "scheduler to start the same command again",
+  )
+  parser.add_argument(
+    "--profile-steps",
+    metavar="FIRST:END",
+    help="take a profiler trace of these steps (20:25 is 20 to 24) into DIR/profile, for TensorBoard; "
+    "the run's result is the same",
+  )
   hosts.add_arguments(parser)
 
 
 def run(args):
   started = time.monotonic()
   xla_flags.compile_quickly()
-  profile_steps = profiling.parse(args.profile_steps) if args.profile_steps else None
+  profile_steps = profiler.parse(args.profile_steps) if args.profile_steps else None
   experiment = config_files.load(args.config_argv)
   job = hosts.join(args, hashlib.sha256(config_files.to_json(experiment).encode()).hexdigest())
   with hosts.leaving_at_once("train"), Interrupts(args.stopped_status) as interrupts:
@@ -77,14 +94,14 @@ def run(args):
 def _train(args, experiment, job, started, profile_steps, interrupts):
   # Wrong input is best said before the seconds that JAX, data and CLIP take.
   with hosts.together("looking at the run's folder"):
-    run_folder.check_writable(args.workdir)
-    folder = run_folder.RunFolder(args.workdir)
-    run_folder.refuse_changes(folder, experiment, args.allow_config_change)
-    if experiment.train.init_from and stored_checkpoint.newest(folder.checkpoints) is None:
-      initial.check(experiment, args.allow_config_change)
+    workdir.check_writable(args.workdir)
+    folder = workdir.RunFolder(args.workdir)
+    workdir.refuse_changes(folder, experiment, args.allow_config_change)
+    if experiment.train.init_from and checkpoint_reader.newest(folder.checkpoints) is None:
+      initialize.check(experiment, args.allow_config_change)
 
-  from aurora_jax.evaluation import report  # pylint: disable=g-import-not-at-top
-  from aurora_jax.training import loop, setup  # pylint: disable=g-import-not-at-top
+  from aurora_jax.reporting import report
+  from aurora_jax.training import loop, setup
 
   line, warning = hosts.banner(job, args.require)
   prepared = setup.prepare(experiment)
@@ -92,9 +109,15 @@ def _train(args, experiment, job, started, profile_steps, interrupts):
   if hosts.is_first():
     for words in (_sizes(prepared.abstract_state), *getattr(prepared, "notes", ())):
       print(words, flush=True)
-  outcome = loop.run(prepared, args.workdir, hooks=loop.Hooks(on_samples=write_samples),
-                     allow_config_change=args.allow_config_change, started=started, interrupts=interrupts,
-                     profile_steps=profile_steps)
+  outcome = loop.run(
+    prepared,
+    args.workdir,
+    hooks=loop.Hooks(on_samples=write_samples),
+    allow_config_change=args.allow_config_change,
+    started=started,
+    interrupts=interrupts,
+    profile_steps=profile_steps,
+  )
   # After SIGTERM time is short, and what counts is saved.
   if hosts.is_first() and outcome.reason not in (loop.ALREADY_DONE, loop.TERMINATED):
     print(f"report: {report.write_report(args.workdir)}")
@@ -114,16 +137,16 @@ def write_samples(step, samples, folder):
   Returns:
     The PIL picture.
   """
-  from aurora_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
+  from aurora_jax.reporting import image_sheets
 
   columns = 2 if len(samples.prompts) > 6 else 1
-  picture = pictures.captioned_rows(samples.images, samples.prompts, columns=columns, title=samples.stage)
-  pictures.save_png(picture, folder.sample_picture(step))
+  picture = image_sheets.captioned_rows(samples.images, samples.prompts, columns=columns, title=samples.stage)
+  image_sheets.save_png(picture, folder.sample_picture(step))
   return picture
 
 
 def _sizes(state):
-  from clu import parameter_overview  # pylint: disable=g-import-not-at-top
+  from clu import parameter_overview
 
   counts = {name: parameter_overview.count_parameters(getattr(state, name)) for name in ("generator", "discriminator")}
   return ", ".join(f"{name} {count / 1e6:,.2f} M parameters" for name, count in counts.items())

@@ -39,33 +39,50 @@ def add_arguments(parser):
   parser.add_argument("--data", required=True, metavar="DIR", help="a data set made by build-data")
   parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
   parser.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
-  parser.add_argument("--split", choices=("train", "all"), default="train",
-                      help="learn from the training pictures, or from the held-out ones too (for a judge)")
+  parser.add_argument(
+    "--split",
+    choices=("train", "all"),
+    default="train",
+    help="learn from the training pictures, or from the held-out ones too (for a judge)",
+  )
   length = parser.add_mutually_exclusive_group()
-  length.add_argument("--seconds", type=float, metavar="S",
-                      help=f"how long to train, compilation included (default {_DEFAULT_SECONDS:g}); the number of "
-                           "steps that fits is measured and printed, and --steps with it gives the same weights again")
+  length.add_argument(
+    "--seconds",
+    type=float,
+    metavar="S",
+    help=f"how long to train, compilation included (default {_DEFAULT_SECONDS:g}); the number of "
+    "steps that fits is measured and printed, and --steps with it gives the same weights again",
+  )
   length.add_argument("--steps", type=int, metavar="N", help="how many steps to train, instead of --seconds")
   parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default 0)")
   recipe = parser.add_argument_group("sizes and recipe (the defaults suit a few thousand pictures)")
   for flag, kind, words in (
-      ("resolution", int, "side of the pictures in pixels; pictures of other sizes are resized to it later on"),
-      ("patch", int, "side of the patches that the image tower sees"),
-      ("image_width", int, "width of the image tower"),
-      ("image_layers", int, "its layers"),
-      ("text_width", int, "width of the text tower, that of the text features"),
-      ("text_layers", int, "its layers"),
-      ("heads", int, "attention heads of both"),
-      ("embedding_width", int, "width of the common vectors"),
-      ("vocabulary_size", int, "entries of the tokenizer, which is learnt from the captions"),
-      ("batch_size", int, "pairs per step"),
-      ("learning_rate", float, "at its peak"),
-      ("weight_decay", float, "of the matrices"),
+    ("resolution", int, "side of the pictures in pixels; pictures of other sizes are resized to it later on"),
+    ("patch", int, "side of the patches that the image tower sees"),
+    ("image_width", int, "width of the image tower"),
+    ("image_layers", int, "its layers"),
+    ("text_width", int, "width of the text tower, that of the text features"),
+    ("text_layers", int, "its layers"),
+    ("heads", int, "attention heads of both"),
+    ("embedding_width", int, "width of the common vectors"),
+    ("vocabulary_size", int, "entries of the tokenizer, which is learnt from the captions"),
+    ("batch_size", int, "pairs per step"),
+    ("learning_rate", float, "at its peak"),
+    ("weight_decay", float, "of the matrices"),
   ):
-    recipe.add_argument(f"--{flag.replace('_', '-')}", type=kind, default=getattr(defaults, flag),
-                        metavar="N" if kind is int else "X", help=f"{words} {number(flag)}")
-  recipe.add_argument("--context-length", type=int, metavar="N",
-                      help="tokens per caption, begin and end included (default: what the captions need)")
+    recipe.add_argument(
+      f"--{flag.replace('_', '-')}",
+      type=kind,
+      default=getattr(defaults, flag),
+      metavar="N" if kind is int else "X",
+      help=f"{words} {number(flag)}",
+    )
+  recipe.add_argument(
+    "--context-length",
+    type=int,
+    metavar="N",
+    help="tokens per caption, begin and end included (default: what the captions need)",
+  )
 
 
 def run(args):
@@ -80,8 +97,12 @@ def run(args):
   bundle, steps = _train(dataset, settings, args.steps, seconds)
   figures = _measure(bundle, splits, settings.resolution)
   notes = {"data": str(dataset.name), "split": args.split, "steps": steps, "seconds": time.monotonic() - started}
-  clip_hf.save(args.out, bundle, overwrite=args.overwrite,
-               notes=notes | {"settings": dataclasses.asdict(settings), "figures": figures})
+  clip_hf.save(
+    args.out,
+    bundle,
+    overwrite=args.overwrite,
+    notes=notes | {"settings": dataclasses.asdict(settings), "figures": figures},
+  )
   print(f"{args.out}: {steps} steps in {time.monotonic() - started:.0f} s (--steps {steps} gives the same again)")
 
 
@@ -96,8 +117,13 @@ def _open_splits(path):
 def _train(dataset, settings, steps, seconds):
   """`clip.train_clip` behind a progress bar, or behind a line now and then where there is no terminal."""
   console = Console(stderr=True)
-  columns = (TextColumn("train-clip"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
-             TextColumn("{task.fields[words]}"), TimeRemainingColumn())
+  columns = (
+    TextColumn("train-clip"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total} steps"),
+    TextColumn("{task.fields[words]}"),
+    TimeRemainingColumn(),
+  )
   with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
     task = progress.add_task("train-clip", total=None, words="compiling")
     said = time.monotonic()
@@ -123,8 +149,14 @@ def _measure(bundle, splits, resolution):
     images = loader.to_float(loader.load_images(split, resolution, numbers[name]))
     result = judging.retrieval(images, np.arange(start, start + len(images)), captions)
     start += len(images)
-    print(f"real pictures, {name}: the right caption first among {result.few}: {result.top1_of_few:.1%}, "
-          f"among all {result.captions}: {result.top1_of_all:.1%}")
-    figures[name] = {"of_few": result.top1_of_few, "few": result.few, "of_all": result.top1_of_all,
-                     "all": result.captions}
+    print(
+      f"real pictures, {name}: the right caption first among {result.few}: {result.top1_of_few:.1%}, "
+      f"among all {result.captions}: {result.top1_of_all:.1%}"
+    )
+    figures[name] = {
+      "of_few": result.top1_of_few,
+      "few": result.few,
+      "of_all": result.top1_of_all,
+      "all": result.captions,
+    }
   return figures

@@ -86,8 +86,8 @@ def warp(prepared, resolution, inverse):
     a, b, d, e = 2 * a, 2 * b, 2 * d, 2 * e
     c, f = 2 * resolution * c + 0.5, 2 * resolution * f + 0.5
   image = Image.fromarray(prepared).transform(
-      (resolution, resolution), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=resampling,
-      fillcolor=(255, 255, 255))
+    (resolution, resolution), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=resampling, fillcolor=(255, 255, 255)
+  )
   return np.asarray(image)
 
 

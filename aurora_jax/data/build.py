@@ -10,10 +10,7 @@ import re
 import numpy as np
 
 from aurora_jax import files
-from aurora_jax.data import dataset
-from aurora_jax.data import images
-from aurora_jax.data import schema
-from aurora_jax.data import tfrecords
+from aurora_jax.data import dataset, images, schema, tfrecords
 from aurora_jax.data.sources import words
 from aurora_jax.errors import UserError
 
@@ -78,8 +75,19 @@ def _clusters(items, bags):
   return list(clusters.values())
 
 
-def build(source, out, *, resolution, shards, heldout_fraction=0.08, seed=0, name=None, keep=KEEP_FOR_TRAINING,
-          overwrite=False, on_progress=lambda done, total: None):
+def build(
+  source,
+  out,
+  *,
+  resolution,
+  shards,
+  heldout_fraction=0.08,
+  seed=0,
+  name=None,
+  keep=KEEP_FOR_TRAINING,
+  overwrite=False,
+  on_progress=lambda done, total: None,
+):
   """Writes a data set folder.
 
   Everything is written to a temporary folder beside `out` and renamed at the end: `out` is whole or not there.
@@ -112,36 +120,38 @@ def build(source, out, *, resolution, shards, heldout_fraction=0.08, seed=0, nam
     with tfrecords.ShardWriter(folder / "rendered.tfrecord") as rendered:
       items, rejected = _render_to(rendered, source, resolution, on_progress)
     if not items:
-      raise UserError(f"source {source.description} has no readable picture: {len(rejected)} rejected, "
-                      f"the first is {rejected[0]['key']}: {rejected[0]['reason']}")
+      raise UserError(
+        f"source {source.description} has no readable picture: {len(rejected)} rejected, "
+        f"the first is {rejected[0]['key']}: {rejected[0]['reason']}"
+      )
     held = choose_heldout(items, heldout_fraction, seed, keep)
     # Shuffled once here, so that a program that reads the shards from front to back also sees a mixed order.
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     members = {
-        "train": [position for position in order if position not in held],
-        "heldout": [position for position in order if position in held],
+      "train": [position for position in order if position not in held],
+      "heldout": [position for position in order if position in held],
     }
     splits = {}
     for split, positions in members.items():
       if positions:
         count = min(len(positions), max(1, round(shards * len(positions) / len(members["train"]))))
         splits[split] = {
-            "examples": len(positions),
-            "captions": sum(len(items[position].captions) for position in positions),
-            "shards": _write_shards(folder, name, split, count, rendered, positions),
+          "examples": len(positions),
+          "captions": sum(len(items[position].captions) for position in positions),
+          "shards": _write_shards(folder, name, split, count, rendered, positions),
         }
     rendered.path.unlink()
     tfrecords.index_path(rendered.path).unlink()
     manifest = {
-        "schema_version": schema.SCHEMA_VERSION,
-        "name": name,
-        "source": source.description,
-        "licence": source.licence,
-        "resolution": resolution,
-        "seed": seed,
-        "heldout_fraction": heldout_fraction,
-        "splits": splits,
-        "rejected": {"count": len(rejected), "listed": rejected[:_REJECTED_LISTED]},
+      "schema_version": schema.SCHEMA_VERSION,
+      "name": name,
+      "source": source.description,
+      "licence": source.licence,
+      "resolution": resolution,
+      "seed": seed,
+      "heldout_fraction": heldout_fraction,
+      "splits": splits,
+      "rejected": {"count": len(rejected), "listed": rejected[:_REJECTED_LISTED]},
     }
     (folder / dataset.MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
   return manifest
@@ -200,12 +210,11 @@ def _write_shards(folder, name, split, count, rendered, positions):
   entries = []
   with open(rendered.path, "rb") as file:
     for shard in range(count):
-      part = positions[shard * len(positions) // count:(shard + 1) * len(positions) // count]
+      part = positions[shard * len(positions) // count : (shard + 1) * len(positions) // count]
       with tfrecords.ShardWriter(folder / tfrecords.shard_name(name, split, shard, count)) as writer:
         for position in part:
           writer.write(tfrecords.read_record(file.fileno(), *rendered.index[position], rendered.path, position))
-      entries.append(
-          {"file": writer.path.name, "examples": len(part), "bytes": writer.size, "sha256": writer.sha256})
+      entries.append({"file": writer.path.name, "examples": len(part), "bytes": writer.size, "sha256": writer.sha256})
   return entries
 
 

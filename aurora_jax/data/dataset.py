@@ -14,9 +14,7 @@ import threading
 
 import numpy as np
 
-from aurora_jax.data import images
-from aurora_jax.data import schema
-from aurora_jax.data import tfrecords
+from aurora_jax.data import images, schema, tfrecords
 from aurora_jax.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -3,9 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
-from PIL import ImageOps
-from PIL import UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class ImageError(Exception):
@@ -41,14 +39,14 @@ def open_image(data, least_side=None, size=None):
     raise ImageError(f"not a readable picture: {len(data)} bytes of no known format") from None
   # Pillow's decoders raise most of the built-in exceptions on broken files: OSError, SyntaxError, ValueError,
   # struct.error, ZeroDivisionError ... A broken picture must not stop a build of millions.
-  except Exception as error:  # pylint: disable=broad-except
+  except Exception as error:
     raise ImageError(f"not a readable picture: {error}") from None
 
 
 def _upright(image):
   try:
     return ImageOps.exif_transpose(image)
-  except Exception:  # pylint: disable=broad-except
+  except Exception:
     return image  # A broken EXIF block says nothing about the orientation; the pixels are whole.
 
 

@@ -13,23 +13,19 @@ processes, into `Batches.skipped`.
 
 import dataclasses
 import signal
-from typing import Callable
 import weakref
+from collections.abc import Callable
 
-from absl import flags
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from aurora_jax.data import augment as augmentation
-from aurora_jax.data import damage
-from aurora_jax.data import images
-from aurora_jax.data import order
-from aurora_jax.data import schema
-from aurora_jax.data import tfrecords
+from aurora_jax.data import corrupt_records, images, schema, shuffle, tfrecords
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.data.visits import Visits
+from aurora_jax.data.index_sampler import Visits
 from aurora_jax.errors import UserError
 
 CACHE_BYTES = 512 * 2**20
@@ -95,7 +91,8 @@ def check_resolution(dataset, resolution):
   """Raises `UserError` where the asked resolution is more than the data set holds."""
   if not 1 <= resolution <= dataset.resolution:
     raise UserError(
-        f"resolution {resolution} cannot be had from data set {dataset.path}, which was built at {dataset.resolution}")
+      f"resolution {resolution} cannot be had from data set {dataset.path}, which was built at {dataset.resolution}"
+    )
 
 
 @dataclasses.dataclass
@@ -133,7 +130,7 @@ class BatchMaker:
     return augmentation.working_side(self.dataset.resolution, self.resolution)
 
   def __call__(self, step):
-    """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of `damage.Skip`.
+    """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of `corrupt_records.Skip`.
 
     Where there is nothing to be read, the batch has `unreadable` (words) instead of all else.
     """
@@ -144,25 +141,29 @@ class BatchMaker:
       number, example = self._readable(step, slot, int(number), skipped)
       if example is None:
         last = list(skipped.values())[-1]
-        return {"unreadable": f"no record of data set {self.dataset.path} can be read for slot {slot} of step {step}, "
-                              f"the last one: {last}", "skipped": list(skipped.values())}
+        return {
+          "unreadable": f"no record of data set {self.dataset.path} can be read for slot {slot} of step {step}, "
+          f"the last one: {last}",
+          "skipped": list(skipped.values()),
+        }
       numbers.append(number)
       examples.append(example)
     if self.augment.active:
-      draws = order.uniform(self.seed, "augment", step, slots, augmentation.DRAWS)
+      draws = shuffle.uniform(self.seed, "augment", step, slots, augmentation.DRAWS)
       inverses = augmentation.inverse_affine(self.augment, draws)
-      pixels = [augmentation.warp(pixels, self.resolution, inverse)
-                for (pixels, _), inverse in zip(examples, inverses.tolist())]
+      pixels = [
+        augmentation.warp(pixels, self.resolution, inverse) for (pixels, _), inverse in zip(examples, inverses.tolist())
+      ]
     else:
       pixels = [pixels for pixels, _ in examples]
-    draws = order.uniform(self.seed, "caption", step, slots, 2)
+    draws = shuffle.uniform(self.seed, "caption", step, slots, 2)
     captions = [self._choose(captions, *row) for (_, captions), row in zip(examples, draws)]
     batch = {
-        "image": to_float(np.stack(pixels)),
-        "caption": captions,
-        "index": np.array(numbers, np.int64),
-        "caption_id": np.array([schema.caption_id(captions[0]) for _, captions in examples], np.int32),
-        "skipped": list(skipped.values()),
+      "image": to_float(np.stack(pixels)),
+      "caption": captions,
+      "index": np.array(numbers, np.int64),
+      "caption_id": np.array([schema.caption_id(captions[0]) for _, captions in examples], np.int32),
+      "skipped": list(skipped.values()),
     }
     if self.tokenizer is not None:
       batch["tokens"] = np.asarray(self.tokenizer(captions), np.int32)
@@ -171,17 +172,17 @@ class BatchMaker:
   def _readable(self, step, slot, number, skipped):
     """(number, (pixels, captions)) of the example meant for a slot, or of its first readable stand-in; else (_, None).
 
-    What cannot be read is added to `skipped`, {number: `damage.Skip`}.
+    What cannot be read is added to `skipped`, {number: `corrupt_records.Skip`}.
     """
     size = len(self.dataset)
     for attempt in range(min(size, _MOST_ATTEMPTS) + 1):
       if attempt:
-        number = order.stand_in(self.seed, size, step, slot, attempt - 1)
+        number = shuffle.stand_in(self.seed, size, step, slot, attempt - 1)
       try:
         return number, self._load(number)
       except tfrecords.RecordError as error:
         if number not in skipped:
-          skipped[number] = damage.skip_of(self.dataset, number, error, int(step))
+          skipped[number] = corrupt_records.skip_of(self.dataset, number, error, int(step))
     return number, None
 
   def _load(self, number):
@@ -212,7 +213,7 @@ class Batches:
 
   Attributes:
     step: of the batch that comes next.
-    skipped: {number of the example: `damage.Skip`} of all batches so far, in the order in which they were met.
+    skipped: {number of the example: `corrupt_records.Skip`} of all batches so far, in the order in which they were met.
   """
 
   def __init__(self, iterator, step):
@@ -247,8 +248,22 @@ class Batches:
     self.close()
 
 
-def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augment=Augment(), tokenizer=None,
-                  primary_caption_probability=1.0, visits=None, slots=None, workers=2, prefetch=4, cache_bytes=CACHE_BYTES):
+def train_batches(
+  dataset,
+  *,
+  resolution,
+  batch_size,
+  seed,
+  start_step=0,
+  augment=Augment(),
+  tokenizer=None,
+  primary_caption_probability=1.0,
+  visits=None,
+  slots=None,
+  workers=2,
+  prefetch=4,
+  cache_bytes=CACHE_BYTES,
+):
   """Endless training batches, shuffled anew each epoch.
 
   Args:
@@ -284,7 +299,9 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     raise UserError(f"slot {outside[0]} is none of a batch of {batch_size}")
   if not 0 <= primary_caption_probability <= 1:
     raise UserError(f"primary caption probability must be between 0 and 1, not {primary_caption_probability}")
-  maker = BatchMaker(dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, visits, slots)
+  maker = BatchMaker(
+    dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, visits, slots
+  )
   maker.cached = len(dataset) * maker.side**2 * 3 <= cache_bytes
   threads = max(1, workers) if maker.cached else 1
   steps = grain.MapDataset.range(start_step, 2**62).map(maker)
@@ -293,6 +310,7 @@ def train_batches(dataset, *, resolution, batch_size, seed, start_step=0, augmen
     if not flags.FLAGS.is_parsed():  # grain reads absl flags of its own here; this program has no absl main.
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
-        worker_init_fn=_ignore_interrupts)
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+      worker_init_fn=_ignore_interrupts,
+    )
   return Batches(iter(batches), start_step)

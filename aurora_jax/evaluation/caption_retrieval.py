@@ -16,8 +16,8 @@ import numpy as np
 from aurora_jax.data import loader
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.evaluation import judge as judge_lib
-from aurora_jax.evaluation import report
-from aurora_jax.evaluation import trained as trained_lib
+from aurora_jax.evaluation import trained_generator as trained_lib
+from aurora_jax.reporting import report
 
 COLOUR_PROMPTS = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
 HELD_OUT_LATENTS = 4
@@ -63,8 +63,14 @@ class _Split:
     return self.pictures([self.captions.index(caption)])[0]
 
 
-def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, seed=0,
-             on_progress: Callable = lambda words, done, total: None) -> Result:
+def evaluate(
+  model: trained_lib.Trained,
+  judge: judge_lib.Judge,
+  data_path,
+  *,
+  seed=0,
+  on_progress: Callable = lambda words, done, total: None,
+) -> Result:
   """Runs the protocol.
 
   Args:
@@ -82,8 +88,9 @@ def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, s
   captions = train.captions + heldout.captions
 
   def sample(words, prompts, latents, routing=False):
-    return model.sample(prompts, latents=latents, seed=seed, routing=routing,
-                        on_batch=lambda done, total: on_progress(words, done, total))
+    return model.sample(
+      prompts, latents=latents, seed=seed, routing=routing, on_batch=lambda done, total: on_progress(words, done, total)
+    )
 
   figures = {}
   images, real = sample("training captions", train.captions, 1).images, train.pictures()[:, None]
@@ -107,9 +114,15 @@ def evaluate(model: trained_lib.Trained, judge: judge_lib.Judge, data_path, *, s
   if colours:
     figures |= judge_lib.colour_figures([example.check for example in colours])
   panels = report.Panels(
-      figures=figures, heldout=examples, colours=colours, expert_examples=_experts(model, sample, train.captions),
-      notes=(f"EMA weights at step {model.step:,}, random latents, no truncation; "
-             f"{len(train.first):,} training and {len(heldout.first):,} held-out captions compete.",))
+    figures=figures,
+    heldout=examples,
+    colours=colours,
+    expert_examples=_experts(model, sample, train.captions),
+    notes=(
+      f"EMA weights at step {model.step:,}, random latents, no truncation; "
+      f"{len(train.first):,} training and {len(heldout.first):,} held-out captions compete.",
+    ),
+  )
   return Result(figures, tuple(example.check for example in colours), panels)
 
 
@@ -132,6 +145,8 @@ def _experts(model, sample, captions):
     return ()
   experts = {layer: model.experts_of(layer) for layer in samples.routing}
   return tuple(
-      report.ExpertExample(prompt, samples.images[p, 0],
-                           {layer: index[p, 0] for layer, index in samples.routing.items()}, experts)
-      for p, prompt in enumerate(prompts))
+    report.ExpertExample(
+      prompt, samples.images[p, 0], {layer: index[p, 0] for layer, index in samples.routing.items()}, experts
+    )
+    for p, prompt in enumerate(prompts)
+  )

@@ -10,14 +10,14 @@ import collections
 import dataclasses
 import functools
 import re
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation.diversity import diversity
 from aurora_jax.ops import frechet
-from aurora_jax.training.diversity import diversity
 
 # A pixel counts as coloured from this chroma on (0: grey, 1: a pure primary).
 CHROMA_FLOOR = 0.15
@@ -36,6 +36,7 @@ class Retrieval:
     captions: int, number of distinct captions.
     images: int.
   """
+
   top1_of_few: float
   top1_of_all: float
   few: int
@@ -60,6 +61,7 @@ class Colour:
     rgb: their chroma-weighted mean colour, three floats in [0, 1]; NaN likewise.
     share: share of pixels that are coloured.
   """
+
   hue: float
   rgb: tuple[float, float, float]
   share: float
@@ -75,6 +77,7 @@ class ColourCheck:
     difference: degrees between the hues in [0, 180], NaN if one of them has none.
     agrees: whether that is within the tolerance.
   """
+
   caption: str
   real: Colour
   generated: Colour
@@ -161,11 +164,13 @@ def retrieval(image_embeddings, caption_indices, caption_embeddings, captions, f
   images, texts = np.asarray(image_embeddings, np.float32), np.asarray(caption_embeddings, np.float32)
   indices = np.asarray(caption_indices, np.int64)
   if len(texts) != len(captions) or images.shape[1:] != texts.shape[1:] or indices.shape != (len(images),):
-    raise ValueError(f"images {images.shape} with captions {indices.shape} against {len(captions)} captions "
-                     f"{texts.shape}")
+    raise ValueError(
+      f"images {images.shape} with captions {indices.shape} against {len(captions)} captions {texts.shape}"
+    )
   if not len(images) or indices.min() < 0 or indices.max() >= len(captions):
-    raise ValueError(f"{len(images)} images; captions {indices.min(initial=0)} to {indices.max(initial=-1)} of "
-                     f"{len(captions)}")
+    raise ValueError(
+      f"{len(images)} images; captions {indices.min(initial=0)} to {indices.max(initial=-1)} of {len(captions)}"
+    )
   first, group = merge_captions(captions)
   texts = texts[first]
   with np.errstate(invalid="ignore", divide="ignore"):
@@ -173,13 +178,19 @@ def retrieval(image_embeddings, caption_indices, caption_embeddings, captions, f
     texts = texts / np.linalg.norm(texts, axis=-1, keepdims=True)
   others = len(first) - 1
   few = min(few, len(first))
-  better = np.concatenate([
-      beaten_by(images[start:start + 1024] @ texts.T, group[indices[start:start + 1024]])
-      for start in range(0, len(images), 1024)])
+  better = np.concatenate(
+    [
+      beaten_by(images[start : start + 1024] @ texts.T, group[indices[start : start + 1024]])
+      for start in range(0, len(images), 1024)
+    ]
+  )
   return Retrieval(
-      top1_of_few=float(np.mean(chance_to_win(better, others, few - 1))),
-      top1_of_all=float(np.mean(better == 0)),
-      few=few, captions=len(first), images=len(images))
+    top1_of_few=float(np.mean(chance_to_win(better, others, few - 1))),
+    top1_of_all=float(np.mean(better == 0)),
+    few=few,
+    captions=len(first),
+    images=len(images),
+  )
 
 
 def mean_colour(images):
@@ -236,6 +247,7 @@ class Judge:
     embed_images: [n, R, R, 3] in [-1, 1] -> float32 [n, D].
     embed_captions: list of n strings -> float32 [n, D].
   """
+
   embed_images: Callable
   embed_captions: Callable
 
@@ -257,7 +269,7 @@ def in_batches(function, arrays, batch_size):
   """
   results = []
   for start in range(0, len(arrays[0]), batch_size):
-    parts = [array[start:start + batch_size] for array in arrays]
+    parts = [array[start : start + batch_size] for array in arrays]
     size = len(parts[0])
     parts = [np.concatenate([part, np.repeat(part[-1:], batch_size - size, axis=0)]) for part in parts]
     results.append(np.asarray(function(*parts))[:size])
@@ -267,6 +279,7 @@ def in_batches(function, arrays, batch_size):
 def from_clip(bundle, batch_size=256):
   """A judge from a CLIP bundle (`interop.clip_hf.load`): config, variables and tokenizer."""
   from aurora_jax.models.clip import Clip
+
   clip = Clip(bundle.config)
   images = jax.jit(functools.partial(clip.apply, method="encode_image"))
   texts = jax.jit(lambda variables, tokens: clip.apply(variables, tokens, method="encode_text").embedding)
@@ -281,7 +294,7 @@ def from_clip(bundle, batch_size=256):
     key = tuple(captions)
     if key not in known:
       known[key] = in_batches(
-          lambda t: texts(bundle.variables, t), (np.asarray(bundle.tokenizer(list(captions))),), batch_size
+        lambda t: texts(bundle.variables, t), (np.asarray(bundle.tokenizer(list(captions))),), batch_size
       ).astype(np.float32)
       while len(known) > 4:
         known.popitem(last=False)
@@ -293,6 +306,7 @@ def from_clip(bundle, batch_size=256):
 def load_judge(folder, batch_size=256):
   """Reads a judge from a run of `train-clip` or a Hugging Face CLIP folder; UserError names what is missing."""
   from aurora_jax.interop import clip_hf
+
   return from_clip(clip_hf.load(folder), batch_size)
 
 
@@ -315,11 +329,16 @@ def judge_figures(judge, images, caption_indices, captions, prefix="judge/"):
   if images.ndim != 5:
     raise UserError(f"pictures [prompts, latents, R, R, 3] expected, not {images.shape}")
   result = judge.retrieval(
-      images.reshape((-1,) + images.shape[2:]), np.repeat(np.asarray(caption_indices), images.shape[1]), captions)
+    images.reshape((-1,) + images.shape[2:]), np.repeat(np.asarray(caption_indices), images.shape[1]), captions
+  )
   figures = {
-      f"top1_of_{result.few}": result.top1_of_few, "top1_of_all": result.top1_of_all,
-      f"chance_of_{result.few}": result.chance_of_few, "chance_of_all": result.chance_of_all,
-      "captions": result.captions, "images": result.images}
+    f"top1_of_{result.few}": result.top1_of_few,
+    "top1_of_all": result.top1_of_all,
+    f"chance_of_{result.few}": result.chance_of_few,
+    "chance_of_all": result.chance_of_all,
+    "captions": result.captions,
+    "images": result.images,
+  }
   figures = _finite({prefix + name: float(value) for name, value in figures.items()})
   if images.shape[1] > 1 and images.shape[0] > 1:
     figures |= diversity_figures(images, prefix)
@@ -327,7 +346,7 @@ def judge_figures(judge, images, caption_indices, captions, prefix="judge/"):
 
 
 def diversity_figures(images, prefix="judge/"):
-  """How much pictures [P, L, R, R, 3] of a caption differ (training/diversity.py), as named scalars for metrics.jsonl."""
+  """How much pictures [P, L, R, R, 3] of a caption differ (evaluation/diversity.py), as named scalars for metrics.jsonl."""
   spread = dataclasses.asdict(diversity(images))
   return _finite({f"{prefix}diversity_{name}": value for name, value in spread.items()})
 

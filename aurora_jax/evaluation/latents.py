@@ -34,6 +34,7 @@ class Latents(NamedTuple):
     z: float32 [P, L, Z], one picture each.
     mean_z: float32 [P, M, Z]; the mean of their w is what truncation pulls the prompt to. M = 0: no such pull.
   """
+
   z: np.ndarray
   mean_z: np.ndarray
 
@@ -65,8 +66,11 @@ def draw(seed, prompts, latents, mean_latents, width):
     `Latents`.
   """
   prompts = np.asarray(prompts, np.int32)
-  each = lambda purpose, count: (np.asarray(_draw_all(np.uint32(seed % 2**32), purpose, prompts, count, width)) if count
-                                 else np.zeros((len(prompts), 0, width), np.float32))
+  each = lambda purpose, count: (
+    np.asarray(_draw_all(np.uint32(seed % 2**32), purpose, prompts, count, width))
+    if count
+    else np.zeros((len(prompts), 0, width), np.float32)
+  )
   return Latents(each(_LATENT, latents), each(_MEAN, mean_latents))
 
 
@@ -100,12 +104,15 @@ def load(path):
   except Exception as error:  # each library has its own exceptions for a damaged file
     raise UserError(f"cannot read the latents in {path}: {error}") from error
   if "z" not in arrays or arrays.keys() - {"z", "mean_z"}:
-    raise UserError(f"{path} must hold an array 'z' and perhaps 'mean_z', it holds "
-                    f"{', '.join(sorted(arrays)) or 'nothing'}")
+    raise UserError(
+      f"{path} must hold an array 'z' and perhaps 'mean_z', it holds {', '.join(sorted(arrays)) or 'nothing'}"
+    )
   for name, array in arrays.items():
     if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
-      raise UserError(f"{path}: '{name}' must be finite floats [count, width] or [prompts, count, width], it is "
-                      f"{array.dtype} {list(array.shape)}")
+      raise UserError(
+        f"{path}: '{name}' must be finite floats [count, width] or [prompts, count, width], it is "
+        f"{array.dtype} {list(array.shape)}"
+      )
   return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 

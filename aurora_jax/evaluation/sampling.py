@@ -7,7 +7,8 @@ generator's own text, W width of w, Z width of z, R pixels.
 
 import dataclasses
 import math
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class Prompts(NamedTuple):
     features: float32 [P, N, F], the text tower's features.
     eot: int32 [P], the position of the end-of-text token.
   """
+
   features: Any
   eot: Any
 
@@ -37,6 +39,7 @@ class Texts(NamedTuple):
     global_text: float32 [P, D], goes into w.
     local_text: float32 [P, N - 1, D], what the cross-attention looks at.
   """
+
   global_text: Any
   local_text: Any
 
@@ -48,6 +51,7 @@ class Samples(NamedTuple):
     images: float32 [P, L, (K,) R, R, 3], about [-1, 1] (the generator has no final limit).
     routing: {layer: int32 [P, L, (K,) r * r]}, the expert of each pixel; empty unless asked for.
   """
+
   images: np.ndarray
   routing: dict
 
@@ -95,6 +99,7 @@ class Sampler:
     batch_size: B, pictures per call.
     prompts_at_once: C. Prompts are read in groups of this size: only one group's text is held.
   """
+
   encode: Callable
   map_latents: Callable
   synthesize: Callable
@@ -102,8 +107,20 @@ class Sampler:
   batch_size: int
   prompts_at_once: int
 
-  def __call__(self, variables, prompts, *, latents=1, seed=0, psi=1.0, mean_latents=MEAN_LATENTS, given=None,
-               routing=False, first_prompt=0, on_batch=None):
+  def __call__(
+    self,
+    variables,
+    prompts,
+    *,
+    latents=1,
+    seed=0,
+    psi=1.0,
+    mean_latents=MEAN_LATENTS,
+    given=None,
+    routing=False,
+    first_prompt=0,
+    on_batch=None,
+  ):
     """Samples every prompt with L latents, each at every psi.
 
     Args:
@@ -162,8 +179,7 @@ class Sampler:
     """
     read = lambda group: Texts(*(part[group] for part in texts))
     noise = lambda group: latents_lib.Latents(given.z[group], given.mean_z[group])
-    return self._sample(
-        variables, len(texts.global_text), given.z.shape[1], read, noise, psi, routing, on_batch)
+    return self._sample(variables, len(texts.global_text), given.z.shape[1], read, noise, psi, routing, on_batch)
 
   @staticmethod
   def _pulls(psi):
@@ -206,7 +222,8 @@ class Sampler:
     leading = (count, latents) + ((len(sweep),) if np.ndim(psi) else ())
     shape = lambda parts: np.concatenate(parts).reshape(leading + parts[0].shape[1:])
     return Samples(
-        shape(images), {name: shape([part[name] for part in experts]) for name in (experts[0] if experts else ())})
+      shape(images), {name: shape([part[name] for part in experts]) for name in (experts[0] if experts else ())}
+    )
 
 
 def _collect(result, count, images, experts, routing):
@@ -255,8 +272,14 @@ def make_sampler(generator, z_dim, batch_size=32, prompts_at_once=None):
     output = generator.apply(variables, w, local_text[prompt], method="synthesize")
     return output.image, {name: layer.expert for name, layer in output.routing.items()}
 
-  return Sampler(encode=encode, map_latents=map_latents, synthesize=synthesize, z_dim=z_dim, batch_size=batch_size,
-                 prompts_at_once=prompts_at_once or batch_size)
+  return Sampler(
+    encode=encode,
+    map_latents=map_latents,
+    synthesize=synthesize,
+    z_dim=z_dim,
+    batch_size=batch_size,
+    prompts_at_once=prompts_at_once or batch_size,
+  )
 
 
 def make_prompt_encoder(bundle, batch_size=64):
@@ -270,6 +293,7 @@ def make_prompt_encoder(bundle, batch_size=64):
     list of P strings -> Prompts.
   """
   from aurora_jax.models.clip import Clip
+
   clip = Clip(bundle.config)
 
   @jax.jit
@@ -287,6 +311,6 @@ def make_prompt_encoder(bundle, batch_size=64):
       part_features, part_eot = encode(bundle.variables, part)
       features.append(np.asarray(part_features))
       eot.append(np.asarray(part_eot))
-    return Prompts(np.concatenate(features)[:len(tokens)], np.concatenate(eot)[:len(tokens)])
+    return Prompts(np.concatenate(features)[: len(tokens)], np.concatenate(eot)[: len(tokens)])
 
   return encode_prompts

@@ -24,26 +24,26 @@ _NAMES_IN_AN_ERROR = 6
 
 # What Hugging Face means where a config.json is silent.
 _TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
+  "vocab_size": 49408,
+  "hidden_size": 512,
+  "intermediate_size": 2048,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 8,
+  "max_position_embeddings": 77,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
+  "eos_token_id": 49407,
 }
 _IMAGE_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+  "hidden_size": 768,
+  "intermediate_size": 3072,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 12,
+  "num_channels": 3,
+  "image_size": 224,
+  "patch_size": 32,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
 }
 _EMBEDDING_WIDTH_DEFAULT = 512
 
@@ -93,7 +93,7 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
   tokenizer = Tokenizer.load(folder, config.text.context_length)
   if tokenizer.vocabulary_size > config.text.vocabulary_size:
     raise UserError(
-        f"{folder}: the tokenizer has {tokenizer.vocabulary_size} entries, the model only {config.text.vocabulary_size}"
+      f"{folder}: the tokenizer has {tokenizer.vocabulary_size} entries, the model only {config.text.vocabulary_size}"
     )
   return ClipBundle(config, {"params": _fill(config, _open_weights(folder), folder, text_only)}, tokenizer)
 
@@ -148,8 +148,8 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
     raise UserError(f"{path} describes a model of type '{values.get('model_type')}', not 'clip'")
   # Old configs repeat a tower's values under "..._dict"; those win there too.
   text, image = (
-      defaults | (values.get(f"{tower}_config") or {}) | (values.get(f"{tower}_config_dict") or {})
-      for tower, defaults in (("text", _TEXT_DEFAULTS), ("vision", _IMAGE_DEFAULTS))
+    defaults | (values.get(f"{tower}_config") or {}) | (values.get(f"{tower}_config_dict") or {})
+    for tower, defaults in (("text", _TEXT_DEFAULTS), ("vision", _IMAGE_DEFAULTS))
   )
   for tower, defaults in ((text, _TEXT_DEFAULTS), (image, _IMAGE_DEFAULTS)):
     for name, default in defaults.items():
@@ -165,14 +165,14 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
         colours[ours] = tuple(processor[theirs])
   try:
     return ClipConfig(
-        text=TextConfig(
-            **_tower_values(text),
-            vocabulary_size=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            eot_id=text["eos_token_id"],
-        ),
-        image=ImageConfig(**_tower_values(image), size=image["image_size"], patch=image["patch_size"], **colours),
-        embedding_width=values.get("projection_dim", _EMBEDDING_WIDTH_DEFAULT),
+      text=TextConfig(
+        **_tower_values(text),
+        vocabulary_size=text["vocab_size"],
+        context_length=text["max_position_embeddings"],
+        eot_id=text["eos_token_id"],
+      ),
+      image=ImageConfig(**_tower_values(image), size=image["image_size"], patch=image["patch_size"], **colours),
+      embedding_width=values.get("projection_dim", _EMBEDDING_WIDTH_DEFAULT),
     )
   except (TypeError, ValueError) as error:
     raise UserError(f"{path}: {error}") from error
@@ -180,12 +180,12 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
 
 def _tower_values(values: dict) -> dict:
   return {
-      "width": values["hidden_size"],
-      "layers": values["num_hidden_layers"],
-      "heads": values["num_attention_heads"],
-      "mlp_width": values["intermediate_size"],
-      "activation": values["hidden_act"],
-      "layer_norm_epsilon": values["layer_norm_eps"],
+    "width": values["hidden_size"],
+    "layers": values["num_hidden_layers"],
+    "heads": values["num_attention_heads"],
+    "mlp_width": values["intermediate_size"],
+    "activation": values["hidden_act"],
+    "layer_norm_epsilon": values["layer_norm_eps"],
   }
 
 
@@ -217,7 +217,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def save(
-    folder: str | os.PathLike, bundle: ClipBundle, *, overwrite: bool = False, notes: dict[str, Any] | None = None
+  folder: str | os.PathLike, bundle: ClipBundle, *, overwrite: bool = False, notes: dict[str, Any] | None = None
 ) -> None:
   """Writes a folder that `load` and `transformers.CLIPModel.from_pretrained` read. All of it appears, or nothing.
 
@@ -264,12 +264,12 @@ def _state_dict(bundle: ClipBundle) -> dict[str, np.ndarray]:
 
 def _their_tower(tower) -> dict:
   return {
-      "hidden_size": tower.width,
-      "num_hidden_layers": tower.layers,
-      "num_attention_heads": tower.heads,
-      "intermediate_size": tower.mlp_width,
-      "hidden_act": tower.activation,
-      "layer_norm_eps": tower.layer_norm_epsilon,
+    "hidden_size": tower.width,
+    "num_hidden_layers": tower.layers,
+    "num_attention_heads": tower.heads,
+    "intermediate_size": tower.mlp_width,
+    "hidden_act": tower.activation,
+    "layer_norm_eps": tower.layer_norm_epsilon,
   }
 
 
@@ -277,46 +277,46 @@ def _their_config(bundle: ClipBundle) -> dict:
   config, tokenizer = bundle.config, bundle.tokenizer
   text, image = config.text, config.image
   return {
-      "architectures": ["CLIPModel"],
-      "model_type": "clip",
-      "dtype": "float32",
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "dtype": "float32",
+    "projection_dim": config.embedding_width,
+    "logit_scale_init_value": float(np.log(1 / 0.07)),
+    "text_config": {
+      "model_type": "clip_text_model",
+      **_their_tower(text),
       "projection_dim": config.embedding_width,
-      "logit_scale_init_value": float(np.log(1 / 0.07)),
-      "text_config": {
-          "model_type": "clip_text_model",
-          **_their_tower(text),
-          "projection_dim": config.embedding_width,
-          "vocab_size": text.vocabulary_size,
-          "max_position_embeddings": text.context_length,
-          "bos_token_id": tokenizer.begin_id,
-          "eos_token_id": text.eot_id,
-          "pad_token_id": 0,
-      },
-      "vision_config": {
-          "model_type": "clip_vision_model",
-          **_their_tower(image),
-          "projection_dim": config.embedding_width,
-          "num_channels": 3,
-          "image_size": image.size,
-          "patch_size": image.patch,
-      },
+      "vocab_size": text.vocabulary_size,
+      "max_position_embeddings": text.context_length,
+      "bos_token_id": tokenizer.begin_id,
+      "eos_token_id": text.eot_id,
+      "pad_token_id": 0,
+    },
+    "vision_config": {
+      "model_type": "clip_vision_model",
+      **_their_tower(image),
+      "projection_dim": config.embedding_width,
+      "num_channels": 3,
+      "image_size": image.size,
+      "patch_size": image.patch,
+    },
   }
 
 
 def _their_processor(image: ImageConfig) -> dict:
   return {
-      "image_processor_type": "CLIPImageProcessor",
-      "do_resize": True,
-      "size": {"shortest_edge": image.size},
-      "resample": 3,
-      "do_center_crop": True,
-      "crop_size": {"height": image.size, "width": image.size},
-      "do_rescale": True,
-      "rescale_factor": 1 / 255,
-      "do_normalize": True,
-      "image_mean": list(image.mean),
-      "image_std": list(image.deviation),
-      "do_convert_rgb": True,
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": image.size},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": image.size, "width": image.size},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(image.mean),
+    "image_std": list(image.deviation),
+    "do_convert_rgb": True,
   }
 
 

@@ -31,7 +31,8 @@ def load(path):
 
   def folded(name):
     kernel, scale, offset, mean, variance = (
-        np.asarray(weights[f"{name}.{part}"], np.float64) for part in ("conv.weight", *(f"bn.{part}" for part in _NORM)))
+      np.asarray(weights[f"{name}.{part}"], np.float64) for part in ("conv.weight", *(f"bn.{part}" for part in _NORM))
+    )
     scale /= np.sqrt(variance + _EPSILON)
     kernel = kernel.transpose(2, 3, 1, 0) * scale
     return {"kernel": kernel.astype(np.float32), "bias": (offset - mean * scale).astype(np.float32)}
@@ -54,13 +55,19 @@ def _check(path, weights, shapes):
   named = {name: value for name, value in weights.items() if not name.endswith(".num_batches_tracked")}
   arrays = {name: tuple(value.shape) for name, value in named.items() if tensor_files.is_array(value)}
   problems = {
-      "missing": [name for name in shapes if name not in arrays],
-      "left over": sorted(named.keys() - shapes.keys()),
-      "misshapen": [f"{name} {list(arrays[name])} instead of {list(shape)}" for name, shape in shapes.items()
-                    if arrays.get(name, shape) != shape],
+    "missing": [name for name in shapes if name not in arrays],
+    "left over": sorted(named.keys() - shapes.keys()),
+    "misshapen": [
+      f"{name} {list(arrays[name])} instead of {list(shape)}"
+      for name, shape in shapes.items()
+      if arrays.get(name, shape) != shape
+    ],
   }
-  words = [f"{what}: {', '.join(names[:_NAMES_IN_AN_ERROR])}"
-           + (f" and {len(names) - _NAMES_IN_AN_ERROR} more" if len(names) > _NAMES_IN_AN_ERROR else "")
-           for what, names in problems.items() if names]
+  words = [
+    f"{what}: {', '.join(names[:_NAMES_IN_AN_ERROR])}"
+    + (f" and {len(names) - _NAMES_IN_AN_ERROR} more" if len(names) > _NAMES_IN_AN_ERROR else "")
+    for what, names in problems.items()
+    if names
+  ]
   if words:
     raise UserError(f"{path} holds no Inception of 2015-12-05; {'; '.join(words)}")

@@ -18,9 +18,19 @@ from aurora_jax.interop import torch_old, torch_zip
 from aurora_jax.interop.stored_array import StoredArray
 
 _SAFETENSORS_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "BOOL": np.bool_,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
 }
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = TORCH_SUFFIXES + (".safetensors",)
@@ -70,8 +80,10 @@ def _refuse_other_kinds(path):
     torch_zip.refuse_code(path)  # the oldest pickles are text
   if head.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
     begin = " ".join(head[:40].decode().split())
-    raise UserError(f"{path} is a text file, not weights (it begins with '{begin}'): was the download a web page, or a "
-                    "pointer to the file?")
+    raise UserError(
+      f"{path} is a text file, not weights (it begins with '{begin}'): was the download a web page, or a "
+      "pointer to the file?"
+    )
   if path.suffix != ".safetensors" and head.startswith(b"PK") and not zipfile.is_zipfile(path):
     raise UserError(f"{path} is cut off: its {path.stat().st_size:,} bytes begin as a zip file and do not end as one")
 
@@ -89,9 +101,12 @@ def _read_safetensors(path):
   unknown = sorted({entry["dtype"] for entry in header.values()} - _SAFETENSORS_DTYPES.keys())
   if unknown:
     raise UserError(f"{path} has arrays of type {', '.join(unknown)}, which cannot be read")
-  return {name: StoredArray(path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]),
-                            np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]))
-          for name, entry in header.items()}
+  return {
+    name: StoredArray(
+      path, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
+    )
+    for name, entry in header.items()
+  }
 
 
 def check_target(path, overwrite=False):
@@ -151,15 +166,17 @@ def write_torch(path, state_dicts):
       tensors[id(array)] = torch.from_numpy(array)
     return tensors[id(array)]
 
-  torch.save({key: {name: tensor(array) for name, array in arrays.items()} for key, arrays in state_dicts.items()},
-             path)
+  torch.save(
+    {key: {name: tensor(array) for name, array in arrays.items()} for key, arrays in state_dicts.items()}, path
+  )
 
 
 def require_torch(path):
   """PyTorch, or a UserError that says how to do without."""
   try:
-    import torch  # pylint: disable=g-import-not-at-top
+    import torch
   except ImportError as error:
-    raise UserError(f"{path}: writing this format needs PyTorch (pip install torch); a .safetensors file does not"
-                    ) from error
+    raise UserError(
+      f"{path}: writing this format needs PyTorch (pip install torch); a .safetensors file does not"
+    ) from error
   return torch

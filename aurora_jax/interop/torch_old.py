@@ -44,13 +44,15 @@ def _read(path, stream):
     magic = torch_zip.Unpickler(stream, path, {}).load()
   except torch_zip.Forbidden:
     raise
-  except Exception:  # pylint: disable=broad-except
+  except Exception:
     magic = None
   if magic != _MAGIC:
     raise UserError(f"{path} is no file of PyTorch's: neither a zip file nor of the format before 1.6")
   version, machine = (torch_zip.Unpickler(stream, path, {}).load() for _ in range(2))
   if version != _VERSION or machine["little_endian"] is not True:
-    raise UserError(f"{path} is of version {version}, {machine}; only little-endian files of version {_VERSION} can be read")
+    raise UserError(
+      f"{path} is of version {version}, {machine}; only little-endian files of version {_VERSION} can be read"
+    )
   begin, sizes = stream.tell(), _Sizes(stream, path)
   sizes.load()
   keys = torch_zip.Unpickler(stream, path, {}).load()

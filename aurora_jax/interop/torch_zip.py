@@ -23,13 +23,35 @@ from aurora_jax.interop.stored_array import StoredArray
 
 # `torch.NAMEStorage`, and the dtype objects that newer files name instead.
 _DTYPES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
-    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-    "float64": np.float64, "double": np.float64, "float32": np.float32, "float": np.float32, "float16": np.float16,
-    "half": np.float16, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64, "long": np.int64, "int32": np.int32,
-    "int": np.int32, "int16": np.int16, "short": np.int16, "int8": np.int8, "uint8": np.uint8, "uint16": np.uint16,
-    "uint32": np.uint32, "uint64": np.uint64, "bool": np.bool_,
+  "DoubleStorage": np.float64,
+  "FloatStorage": np.float32,
+  "HalfStorage": np.float16,
+  "BFloat16Storage": ml_dtypes.bfloat16,
+  "LongStorage": np.int64,
+  "IntStorage": np.int32,
+  "ShortStorage": np.int16,
+  "CharStorage": np.int8,
+  "ByteStorage": np.uint8,
+  "BoolStorage": np.bool_,
+  "float64": np.float64,
+  "double": np.float64,
+  "float32": np.float32,
+  "float": np.float32,
+  "float16": np.float16,
+  "half": np.float16,
+  "bfloat16": ml_dtypes.bfloat16,
+  "int64": np.int64,
+  "long": np.int64,
+  "int32": np.int32,
+  "int": np.int32,
+  "int16": np.int16,
+  "short": np.int16,
+  "int8": np.int8,
+  "uint8": np.uint8,
+  "uint16": np.uint16,
+  "uint32": np.uint32,
+  "uint64": np.uint64,
+  "bool": np.bool_,
 }
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., bytes of the name, bytes of the extra field
 
@@ -65,11 +87,14 @@ def read(path):
       root = pickles[0].removesuffix("data.pkl")
       order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
       if order != b"little":
-        raise UserError(f"{path} was written in byte order {order.decode(errors='replace')}; only little-endian files "
-                        "can be read")
-      storages = {name.removeprefix(f"{root}data/"): (_data_offset(path, info), info.file_size)
-                  for name, info in entries.items()
-                  if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED}
+        raise UserError(
+          f"{path} was written in byte order {order.decode(errors='replace')}; only little-endian files can be read"
+        )
+      storages = {
+        name.removeprefix(f"{root}data/"): (_data_offset(path, info), info.file_size)
+        for name, info in entries.items()
+        if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED
+      }
       with archive.open(pickles[0]) as stream:
         return Unpickler(stream, path, storages).load()
   except UserError:
@@ -90,7 +115,7 @@ def refuse_code(path):
         Scanner(stream, path, {}).load()
     except Forbidden:
       raise
-    except Exception:  # pylint: disable=broad-except
+    except Exception:
       return  # not a pickle, or its end
 
 
@@ -113,17 +138,18 @@ class Unpickler(pickle.Unpickler):
     self._things = []  # by token: a dtype, a storage as (offset, bytes, dtype), or a StoredArray
     # Fresh for every file: a pickle can set attributes of these.
     self._globals = {
-        ("collections", "OrderedDict"): type("OrderedDict", (collections.OrderedDict,), {}),
-        ("torch", "Size"): lambda values=(): tuple(values),
-        ("torch", "device"): lambda kind, index=None: kind if index is None else f"{kind}:{index}",
-        ("torch._utils", "_rebuild_tensor"): lambda *args: self._tensor(*args),
-        ("torch._utils", "_rebuild_tensor_v2"):
-            lambda storage, offset, size, stride, *_: self._tensor(storage, offset, size, stride),
-        ("torch._utils", "_rebuild_tensor_v3"):
-            lambda storage, offset, size, stride, _grad, _hooks, dtype, *_:
-                self._tensor(storage, offset, size, stride, dtype),
-        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+      ("collections", "OrderedDict"): type("OrderedDict", (collections.OrderedDict,), {}),
+      ("torch", "Size"): lambda values=(): tuple(values),
+      ("torch", "device"): lambda kind, index=None: kind if index is None else f"{kind}:{index}",
+      ("torch._utils", "_rebuild_tensor"): lambda *args: self._tensor(*args),
+      ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: self._tensor(
+        storage, offset, size, stride
+      ),
+      ("torch._utils", "_rebuild_tensor_v3"): lambda storage, offset, size, stride, _grad, _hooks, dtype, *_: (
+        self._tensor(storage, offset, size, stride, dtype)
+      ),
+      ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+      ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     }
 
   def load(self):

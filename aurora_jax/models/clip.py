@@ -21,10 +21,10 @@ import numpy as np
 LEGACY_EOT_ID = 2
 
 ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 # A short stack of blocks is unrolled (faster); a long one is a loop over the layers (a far smaller program).
@@ -83,18 +83,18 @@ class ClipConfig:
 def vit_l14() -> ClipConfig:
   """OpenAI's ViT-L/14, the text encoder of released Aurora: 427.6 M parameters."""
   return ClipConfig(
-      text=TextConfig(width=768, layers=12, heads=12, mlp_width=3072, vocabulary_size=49408),
-      image=ImageConfig(width=1024, layers=24, heads=16, mlp_width=4096, size=224, patch=14),
-      embedding_width=768,
+    text=TextConfig(width=768, layers=12, heads=12, mlp_width=3072, vocabulary_size=49408),
+    image=ImageConfig(width=1024, layers=24, heads=16, mlp_width=4096, size=224, patch=14),
+    embedding_width=768,
   )
 
 
 def vit_b32() -> ClipConfig:
   """OpenAI's ViT-B/32: 151.3 M parameters."""
   return ClipConfig(
-      text=TextConfig(width=512, layers=12, heads=8, mlp_width=2048, vocabulary_size=49408),
-      image=ImageConfig(width=768, layers=12, heads=12, mlp_width=3072, size=224, patch=32),
-      embedding_width=512,
+    text=TextConfig(width=512, layers=12, heads=8, mlp_width=2048, vocabulary_size=49408),
+    image=ImageConfig(width=768, layers=12, heads=12, mlp_width=3072, size=224, patch=32),
+    embedding_width=512,
   )
 
 
@@ -314,10 +314,10 @@ class Clip(nn.Module):
     self.text = TextTower(config.text, self.dtype, self.remat)
     self.image = ImageTower(config.image, self.dtype, self.remat)
     self.text_projection = nn.Dense(
-        config.embedding_width, use_bias=False, kernel_init=nn.initializers.normal(config.text.width**-0.5)
+      config.embedding_width, use_bias=False, kernel_init=nn.initializers.normal(config.text.width**-0.5)
     )
     self.image_projection = nn.Dense(
-        config.embedding_width, use_bias=False, kernel_init=nn.initializers.normal(config.image.width**-0.5)
+      config.embedding_width, use_bias=False, kernel_init=nn.initializers.normal(config.image.width**-0.5)
     )
     self.log_scale = self.param("log_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)
 

@@ -10,7 +10,6 @@ Only inference is here: batch normalisation is part of the convolutions (`intero
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -51,53 +50,74 @@ def _numbered(name, *sizes):
 
 def _wide(block, pool_width):
   """At 35 pixels."""
-  return Fork((
+  return Fork(
+    (
       (Convolution(f"{block}.branch1x1", 64),),
       _numbered(f"{block}.branch5x5", (48,), (64, 5, 5)),
       _numbered(f"{block}.branch3x3dbl", (64,), (96, 3, 3), (96, 3, 3)),
-      (_average, Convolution(f"{block}.branch_pool", pool_width))))
+      (_average, Convolution(f"{block}.branch_pool", pool_width)),
+    )
+  )
 
 
 def _factored(block, width):
   """At 17 pixels: 7x7 as rows and columns of 7."""
   row, column = (width, 1, 7), (width, 7, 1)
-  return Fork((
+  return Fork(
+    (
       (Convolution(f"{block}.branch1x1", 192),),
       _numbered(f"{block}.branch7x7", (width,), row, (192, 7, 1)),
       _numbered(f"{block}.branch7x7dbl", (width,), column, row, column, (192, 1, 7)),
-      (_average, Convolution(f"{block}.branch_pool", 192))))
+      (_average, Convolution(f"{block}.branch_pool", 192)),
+    )
+  )
 
 
 def _parted(block, pool):
   """At 8 pixels: 3x3 as rows and columns of 3, side by side."""
   parts = lambda name: Fork(((Convolution(f"{name}a", 384, 1, 3),), (Convolution(f"{name}b", 384, 3, 1),)))
-  return Fork((
+  return Fork(
+    (
       (Convolution(f"{block}.branch1x1", 320),),
       (*_numbered(f"{block}.branch3x3", (384,)), parts(f"{block}.branch3x3_2")),
       (*_numbered(f"{block}.branch3x3dbl", (448,), (384, 3, 3)), parts(f"{block}.branch3x3dbl_3")),
-      (pool, Convolution(f"{block}.branch_pool", 192))))
+      (pool, Convolution(f"{block}.branch_pool", 192)),
+    )
+  )
 
 
 _HALF = (3, 3, 2, "VALID")  # of a convolution that halves
 _LAYERS = (
-    Convolution("Conv2d_1a_3x3", 32, *_HALF),  # 149 pixels
-    Convolution("Conv2d_2a_3x3", 32, 3, 3, 1, "VALID"),
-    Convolution("Conv2d_2b_3x3", 64, 3, 3),
-    _halve,  # 73
-    Convolution("Conv2d_3b_1x1", 80),
-    Convolution("Conv2d_4a_3x3", 192, 3, 3, 1, "VALID"),
-    _halve,  # 35
-    _wide("Mixed_5b", 32), _wide("Mixed_5c", 64), _wide("Mixed_5d", 64),
-    Fork((  # 17
-        (Convolution("Mixed_6a.branch3x3", 384, *_HALF),),
-        _numbered("Mixed_6a.branch3x3dbl", (64,), (96, 3, 3), (96, *_HALF)),
-        (_halve,))),
-    _factored("Mixed_6b", 128), _factored("Mixed_6c", 160), _factored("Mixed_6d", 160), _factored("Mixed_6e", 192),
-    Fork((  # 8
-        _numbered("Mixed_7a.branch3x3", (192,), (320, *_HALF)),
-        _numbered("Mixed_7a.branch7x7x3", (192,), (192, 1, 7), (192, 7, 1), (192, *_HALF)),
-        (_halve,))),
-    _parted("Mixed_7b", _average), _parted("Mixed_7c", _largest),
+  Convolution("Conv2d_1a_3x3", 32, *_HALF),  # 149 pixels
+  Convolution("Conv2d_2a_3x3", 32, 3, 3, 1, "VALID"),
+  Convolution("Conv2d_2b_3x3", 64, 3, 3),
+  _halve,  # 73
+  Convolution("Conv2d_3b_1x1", 80),
+  Convolution("Conv2d_4a_3x3", 192, 3, 3, 1, "VALID"),
+  _halve,  # 35
+  _wide("Mixed_5b", 32),
+  _wide("Mixed_5c", 64),
+  _wide("Mixed_5d", 64),
+  Fork(
+    (  # 17
+      (Convolution("Mixed_6a.branch3x3", 384, *_HALF),),
+      _numbered("Mixed_6a.branch3x3dbl", (64,), (96, 3, 3), (96, *_HALF)),
+      (_halve,),
+    )
+  ),
+  _factored("Mixed_6b", 128),
+  _factored("Mixed_6c", 160),
+  _factored("Mixed_6d", 160),
+  _factored("Mixed_6e", 192),
+  Fork(
+    (  # 8
+      _numbered("Mixed_7a.branch3x3", (192,), (320, *_HALF)),
+      _numbered("Mixed_7a.branch7x7x3", (192,), (192, 1, 7), (192, 7, 1), (192, *_HALF)),
+      (_halve,),
+    )
+  ),
+  _parted("Mixed_7b", _average),
+  _parted("Mixed_7c", _largest),
 )
 
 
@@ -123,7 +143,9 @@ class Inception(nn.Module):
       match layer:
         case Convolution(name, width, rows, columns, stride, padding):
           # Accelerators would round the factors to bfloat16 or TF32.
-          convolve = nn.Conv(width, (rows, columns), (stride, stride), padding, precision=jax.lax.Precision.HIGHEST, name=name)
+          convolve = nn.Conv(
+            width, (rows, columns), (stride, stride), padding, precision=jax.lax.Precision.HIGHEST, name=name
+          )
           x = nn.relu(convolve(x))
         case Fork(chains):
           x = jnp.concatenate([self._chain(x, chain) for chain in chains], axis=-1)

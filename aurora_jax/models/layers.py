@@ -37,6 +37,7 @@ def pixel_norm(x):
 def scaled_normal(lr_multiplier=1.0, scale=1.0):
   def init(key, shape, dtype=jnp.float32):
     return jax.random.normal(key, shape, dtype) * jnp.asarray(scale / lr_multiplier, dtype)
+
   return init
 
 
@@ -44,6 +45,7 @@ def constant(values, lr_multiplier=1.0):
   def init(key, shape, dtype=jnp.float32):
     del key
     return jnp.broadcast_to(jnp.asarray(values, dtype) / jnp.asarray(lr_multiplier, dtype), shape)
+
   return init
 
 
@@ -102,8 +104,9 @@ class Conv(nn.Module):
     size, inputs = self.kernel_size, x.shape[-1]
     weight = self.param("weight", scaled_normal(), (size, size, inputs, self.features))
     bias = self.param("bias", constant(0.0), (self.features,))
-    y = jax.lax.conv_general_dilated(x, weight.astype(x.dtype), (1, 1), "SAME",
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+      x, weight.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return y / math.sqrt(size * size * inputs) + bias.astype(y.dtype)
 
 

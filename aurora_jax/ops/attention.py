@@ -1,6 +1,6 @@
 """Attention by Euclidean distance (Lipschitz attention, arXiv 2006.04710; GigaGAN section 3.1) and by dot product.
 
-  B batch, N queries, M keys, A heads, G = B * A, D head width
+B batch, N queries, M keys, A heads, G = B * A, D head width
 """
 
 import functools
@@ -40,7 +40,7 @@ def _l2_attend(queries, keys, key_squares, values):
   """queries [G, N, D], keys [G, D, M], key_squares [G, 1, M], all float32, values [G, M, D] -> [G, N, D]."""
   squared = jnp.sum(jnp.square(queries), axis=-1, keepdims=True) + key_squares - 2 * (queries @ keys)
   distance = safe_sqrt(jnp.maximum(squared, 0.0))
-  return _attend(-distance * queries.shape[-1]**-0.5, values)
+  return _attend(-distance * queries.shape[-1] ** -0.5, values)
 
 
 def l2_attention(queries, keys, values, *, chunk=None):
@@ -55,14 +55,23 @@ def l2_attention(queries, keys, values, *, chunk=None):
     [B, N, A, D], the dtype of `values`. Distances and softmax are float32.
   """
   heads = queries.shape[2]
-  queries, keys, values = _heads_first(queries.astype(jnp.float32)), _heads_first(keys.astype(jnp.float32)), _heads_first(values)
+  queries, keys, values = (
+    _heads_first(queries.astype(jnp.float32)),
+    _heads_first(keys.astype(jnp.float32)),
+    _heads_first(values),
+  )
   attend = functools.partial(_chunked_l2_attend, chunk=chunk)
   if chunk is None or queries.shape[1] <= chunk or len(queries) == heads:
     return _heads_last(attend(queries, keys, values), heads)
   # A CPU takes one sample after the other, so that a chunk's logits stay in its cache.
   by_sample = lambda *args: jax.lax.map(lambda one: attend(*one), [x.reshape(-1, heads, *x.shape[1:]) for x in args])
-  out = jax.lax.platform_dependent(queries, keys, values, default=attend,
-                                   cpu=lambda *args: by_sample(*args).reshape(queries.shape[:2] + values.shape[2:]))
+  out = jax.lax.platform_dependent(
+    queries,
+    keys,
+    values,
+    default=attend,
+    cpu=lambda *args: by_sample(*args).reshape(queries.shape[:2] + values.shape[2:]),
+  )
   return _heads_last(out, heads)
 
 
@@ -70,8 +79,9 @@ def _chunked_l2_attend(queries, keys, values, chunk):
   """queries [G, N, D], keys [G, M, D], float32, values [G, M, D] -> [G, N, D]."""
   # What every chunk needs of the keys is made once, in the layout that the product wants.
   keys = keys.swapaxes(1, 2)
-  attend = functools.partial(_l2_attend, keys=keys, key_squares=jnp.sum(jnp.square(keys), axis=1, keepdims=True),
-                             values=values)
+  attend = functools.partial(
+    _l2_attend, keys=keys, key_squares=jnp.sum(jnp.square(keys), axis=1, keepdims=True), values=values
+  )
   groups, count, width = queries.shape
   if chunk is None or count <= chunk:
     return attend(queries)

@@ -79,8 +79,13 @@ def _conv_per_sample(x, kernels):
   conv = lambda image, kernel: _conv(image[None], kernel, "SAME")[0]
   if len(x) == 1:
     return conv(x[0], kernels[0])[None]
-  return jax.lax.platform_dependent(x, kernels, cpu=lambda x, k: jax.lax.map(lambda item: conv(*item), (x, k)),
-                                    tpu=jax.vmap(conv), default=_conv_by_patches)
+  return jax.lax.platform_dependent(
+    x,
+    kernels,
+    cpu=lambda x, k: jax.lax.map(lambda item: conv(*item), (x, k)),
+    tpu=jax.vmap(conv),
+    default=_conv_by_patches,
+  )
 
 
 def _conv_by_patches(x, kernels):
@@ -88,7 +93,7 @@ def _conv_by_patches(x, kernels):
   batch, height, width, _ = x.shape
   rows, columns = kernels.shape[1:3]
   padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
-  shifted = [padded[:, i:i + height, j:j + width] for i in range(rows) for j in range(columns)]
+  shifted = [padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
   return jnp.einsum("bhwi,bio->bhwo", jnp.concatenate(shifted, -1), kernels.reshape(batch, -1, kernels.shape[-1]))
 
 
@@ -157,7 +162,9 @@ def modulated_conv(x, weight, style, mix=None, *, demodulate=True, upsample=Fals
     factor = _demodulation_of_mixed(kernels, style) if demodulate else None
     kernels = kernels.astype(dtype)
     if upsample:
-      y = resample.smooth_transposed(jax.vmap(lambda image, kernel: transposed_conv(image[None], kernel)[0])(x, kernels))
+      y = resample.smooth_transposed(
+        jax.vmap(lambda image, kernel: transposed_conv(image[None], kernel)[0])(x, kernels)
+      )
     elif kernels.shape[1:3] == (1, 1):
       y = jnp.einsum("bhwi,bio->bhwo", x, kernels[:, 0, 0])
     else:

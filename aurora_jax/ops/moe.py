@@ -127,8 +127,9 @@ def bucket_ffn(x, expert, position, params, capacity):
   experts = params.in_weight.shape[0]
   slots = experts * capacity
   slot = jnp.where(position < capacity, expert * capacity + position, slots)
-  return through_slots(x, slot, slots,
-                        lambda buckets: geglu_ffn(buckets.reshape(experts, capacity, -1), params).reshape(slots, -1))
+  return through_slots(
+    x, slot, slots, lambda buckets: geglu_ffn(buckets.reshape(experts, capacity, -1), params).reshape(slots, -1)
+  )
 
 
 # Tiles whose weights, all together, are larger than this go one after the other.
@@ -175,6 +176,7 @@ def grouped_ffn(x, expert, position, load, params):
       index, rows = item
       run = lambda rows: geglu_ffn(rows, jax.tree.map(lambda p: p[owner[index]], params))
       return jax.lax.cond(index < ends[-1], run, jnp.zeros_like, rows)
+
     return jax.lax.map(feed_forward, (jnp.arange(tiles), slots.reshape(tiles, tile, -1)))
 
   weights = sum(p.size * p.dtype.itemsize for p in params) // experts * tiles
@@ -211,7 +213,7 @@ def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FA
     branches.append(lambda x, expert, position, params: dense_ffn(x, expert, params))
   if len(branches) == 1:
     return branches[0](x, expert, position, params)
-  rung = jnp.searchsorted(jnp.array(capacities[:len(branches) - 1]), load.max())
+  rung = jnp.searchsorted(jnp.array(capacities[: len(branches) - 1]), load.max())
   return jax.lax.switch(rung, branches, x, expert, position, params)
 
 

@@ -1,6 +1,6 @@
 """Differentiable shift and scale of images, as two matrix products (a gather's gradient would be a scatter).
 
-  B batch, H height, W width, C channels
+B batch, H height, W width, C channels
 """
 
 import jax.numpy as jnp

@@ -88,8 +88,10 @@ def _by_flags(coordinator, processes, process):
     return None
   if missing:
     present = [name for name in given if name not in missing]
-    raise UserError(f"{' and '.join(present)} without {' and '.join(missing)}: several processes "
-                    "need all of --coordinator HOST:PORT --processes N --process I")
+    raise UserError(
+      f"{' and '.join(present)} without {' and '.join(missing)}: several processes "
+      "need all of --coordinator HOST:PORT --processes N --process I"
+    )
   return Job("flags", coordinator, processes, process)
 
 
@@ -114,8 +116,13 @@ def _cloud_tpu(environ, metadata):
   index = _integer(slices, "MEGASCALE_SLICE_ID", 0)
   first = slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
   port = _integer(environ, "JAX_COORDINATOR_PORT", TPU_PORT)
-  return Job(source + (f", slice {index} of {count}" if count > 1 else ""), f"{first.split(':')[0]}:{port}",
-             len(hosts) * count, worker + index * len(hosts), hosts if count == 1 else ())
+  return Job(
+    source + (f", slice {index} of {count}" if count > 1 else ""),
+    f"{first.split(':')[0]}:{port}",
+    len(hosts) * count,
+    worker + index * len(hosts),
+    hosts if count == 1 else (),
+  )
 
 
 def _ask_metadata(environ, name):
@@ -133,9 +140,11 @@ def _ask_metadata(environ, name):
     except OSError as error:
       reason = error
     if last:
-      raise UserError(f"this machine has TPU chips, but its metadata server {server} does not answer ({reason}); say "
-                      "which processes there are with --coordinator, --processes and --process, or set "
-                      "TPU_SKIP_MDS_QUERY=1 if there is one process only")
+      raise UserError(
+        f"this machine has TPU chips, but its metadata server {server} does not answer ({reason}); say "
+        "which processes there are with --coordinator, --processes and --process, or set "
+        "TPU_SKIP_MDS_QUERY=1 if there is one process only"
+      )
 
 
 def tpu_chips():
@@ -143,8 +152,9 @@ def tpu_chips():
   found = 0
   for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
     try:
-      vendor, device = (pathlib.Path(path).with_name(name).read_text(encoding="ascii").strip()
-                        for name in ("vendor", "device"))
+      vendor, device = (
+        pathlib.Path(path).with_name(name).read_text(encoding="ascii").strip() for name in ("vendor", "device")
+      )
     except OSError:
       continue
     found += vendor == _GOOGLE_PCI_VENDOR and device in _TPU_PCI_DEVICES
@@ -157,7 +167,9 @@ def _slurm(environ):
     return None
   processes = _integer(environ, "SLURM_STEP_NUM_TASKS", None) or _integer(environ, "SLURM_NTASKS", 1)
   nodes = expand_nodes(environ["SLURM_STEP_NODELIST"])
-  tasks = _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1"), len(nodes))
+  tasks = _tasks_per_node(
+    environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1"), len(nodes)
+  )
   blocks = tuple(node for node, count in zip(nodes, tasks) for _ in range(count))
   in_blocks = len(blocks) == processes and not environ.get("SLURM_DISTRIBUTION", "").startswith("cyclic")
   # The same for all tasks of the job and, most likely, of no other job.
@@ -165,8 +177,14 @@ def _slurm(environ):
   local = None
   if max(tasks) > 1 and len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) > 1:
     local = (_integer(environ, "SLURM_LOCALID", 0),)
-  return Job(f"SLURM (job {environ['SLURM_JOB_ID']})", f"{nodes[0]}:{port}", processes,
-             _integer(environ, "SLURM_PROCID", 0), blocks if in_blocks else (), local)
+  return Job(
+    f"SLURM (job {environ['SLURM_JOB_ID']})",
+    f"{nodes[0]}:{port}",
+    processes,
+    _integer(environ, "SLURM_PROCID", 0),
+    blocks if in_blocks else (),
+    local,
+  )
 
 
 def expand_nodes(words):
@@ -182,8 +200,9 @@ def expand_nodes(words):
       choices = []
       for piece in ranges.split(",") if ranges else [""]:
         match = re.fullmatch(r"(\d+)-(\d+)", piece)
-        choices += ([str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2]) + 1)] if match
-                    else [piece])
+        choices += (
+          [str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2]) + 1)] if match else [piece]
+        )
       parts.append([text + choice for choice in choices])
     nodes += ["".join(chosen) for chosen in itertools.product(*parts)]
   if not nodes or not all(nodes):
@@ -205,14 +224,18 @@ def _by_variables(environ):
   address, index = environ.get("JAX_COORDINATOR_ADDRESS"), environ.get("JOB_COMPLETION_INDEX")
   if address is None:
     if kubernetes and index not in (None, "0"):
-      raise UserError(f"this is pod {index} of an indexed Job, but JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are not "
-                      "set: each pod would train by itself (launch/gke_a100.yaml has an example)")
+      raise UserError(
+        f"this is pod {index} of an indexed Job, but JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are not "
+        "set: each pod would train by itself (launch/gke_a100.yaml has an example)"
+      )
     return None
   processes = _integer(environ, "JAX_NUM_PROCESSES", None)
   process = _integer(environ, "JAX_PROCESS_ID", _integer(environ, "JOB_COMPLETION_INDEX", None))
   if processes is None or process is None:
-    raise UserError(f"JAX_COORDINATOR_ADDRESS={address} needs JAX_NUM_PROCESSES, and JAX_PROCESS_ID or an indexed Job's "
-                    "JOB_COMPLETION_INDEX")
+    raise UserError(
+      f"JAX_COORDINATOR_ADDRESS={address} needs JAX_NUM_PROCESSES, and JAX_PROCESS_ID or an indexed Job's "
+      "JOB_COMPLETION_INDEX"
+    )
   host, _, port = address.rpartition(":")
   if not port.isdigit():
     host, port = address, str(TPU_PORT)

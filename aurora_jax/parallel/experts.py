@@ -26,6 +26,7 @@ from aurora_jax import config as config_lib
 from aurora_jax.ops import moe
 from aurora_jax.parallel import mesh as mesh_lib
 
+
 class Plan(NamedTuple):
   """How one layer's tokens meet its experts, and why.
 
@@ -103,9 +104,9 @@ class Exchange:
     experts, hidden, width = params.out_weight.shape
     plan = self.plan(tokens // devices, width, hidden, experts, x.dtype.itemsize)
     ways = {
-        "local": lambda *args: moe.expert_ffn(*args, backend),
-        "tokens": lambda *args: self._by_tokens(plan, backend, *args),
-        "weights": lambda *args: _by_weights(plan, backend, *args),
+      "local": lambda *args: moe.expert_ffn(*args, backend),
+      "tokens": lambda *args: self._by_tokens(plan, backend, *args),
+      "weights": lambda *args: _by_weights(plan, backend, *args),
     }
     # The gradients of repeated weights are summed where these become each device's own. That must be here and not within
     # a backend, whose branches differ from device to device: some would wait for ever for the others to join the sum.
@@ -206,9 +207,10 @@ def explain(exchange: Exchange, cfg: config_lib.Generator, batch_size: int):
       continue
     reason = "chosen by bytes" if exchange.mode == "auto" else f"mesh.exchange={exchange.mode}"
     lines.append(
-        f"{head}{experts // plan.group} per device along {' x '.join(plan.axes)} = {plan.group}; {tokens:,} tokens a "
-        f"device; a layer and step receives {_megabytes(plan.token_bytes)} as tokens ({plan.capacity:,} slots from "
-        f"each of {plan.group - 1}) or {_megabytes(plan.weight_bytes)} as weights: {plan.mode} ({reason})")
+      f"{head}{experts // plan.group} per device along {' x '.join(plan.axes)} = {plan.group}; {tokens:,} tokens a "
+      f"device; a layer and step receives {_megabytes(plan.token_bytes)} as tokens ({plan.capacity:,} slots from "
+      f"each of {plan.group - 1}) or {_megabytes(plan.weight_bytes)} as weights: {plan.mode} ({reason})"
+    )
   return lines
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from aurora_jax import xla_flags
 from aurora_jax.errors import UserError
-from aurora_jax.parallel import environment, roll_call
+from aurora_jax.parallel import environment, rendezvous
 
 JOIN_SECONDS = 300.0
 _LONGEST_WORDS = 1000  # bytes of an error that travel
@@ -26,14 +26,23 @@ _LONGEST_WORDS = 1000  # bytes of an error that travel
 def add_arguments(parser):
   """The flags of a command that can run on several hosts."""
   group = parser.add_argument_group(
-      "several hosts", "found by themselves on Cloud TPU, in a SLURM step and in an indexed Job of Kubernetes; see README")
+    "several hosts", "found by themselves on Cloud TPU, in a SLURM step and in an indexed Job of Kubernetes; see README"
+  )
   group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
   group.add_argument("--processes", type=int, metavar="N", help="number of processes, one per host as a rule")
   group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
-  group.add_argument("--join-seconds", type=float, default=JOIN_SECONDS, metavar="S",
-                     help="how long to wait for the other processes (default: %(default)g)")
-  group.add_argument("--require", choices=("accelerator", "tpu", "gpu"),
-                     help="stop with an error where JAX finds no such thing and would fall back to the CPU")
+  group.add_argument(
+    "--join-seconds",
+    type=float,
+    default=JOIN_SECONDS,
+    metavar="S",
+    help="how long to wait for the other processes (default: %(default)g)",
+  )
+  group.add_argument(
+    "--require",
+    choices=("accelerator", "tpu", "gpu"),
+    help="stop with an error where JAX finds no such thing and would fall back to the CPU",
+  )
 
 
 def join(args, fingerprint=""):
@@ -56,13 +65,20 @@ def join(args, fingerprint=""):
     _one_program_after_the_other(job.processes)
   if job.processes > 1:
     if job.process == 0:
-      print(f"{job.processes} processes (found by {job.source}); this is process 0, waiting at {job.coordinator}",
-            flush=True)
-    roll_call.answer(job, args.join_seconds, fingerprint)
+      print(
+        f"{job.processes} processes (found by {job.source}); this is process 0, waiting at {job.coordinator}",
+        flush=True,
+      )
+    rendezvous.answer(job, args.join_seconds, fingerprint)
     # Nothing is left for JAX to detect: on SLURM it would take one GPU per process.
     jax.distributed.initialize(
-        job.coordinator, job.processes, job.process, local_device_ids=job.local_devices,
-        cluster_detection_method="deactivate", initialization_timeout=max(1, round(args.join_seconds)))
+      job.coordinator,
+      job.processes,
+      job.process,
+      local_device_ids=job.local_devices,
+      cluster_detection_method="deactivate",
+      initialization_timeout=max(1, round(args.join_seconds)),
+    )
   return job
 
 
@@ -120,9 +136,10 @@ def banner(job, required=None):
     hint = f"; this machine has {expected}: is jax[tpu] or jax[cuda12] installed?" if expected else ""
     raise UserError(f"--require {required}, but JAX runs on {backend} ({len(devices)} x {', '.join(kinds)}){hint}")
   warning = expected and (
-      f"WARNING: this machine has {expected}, but JAX FELL BACK TO THE CPU, which is hundreds of times slower. "
-      'Install jax[tpu] or jax[cuda12] into this environment; JAX_PLATFORMS=cpu says that the CPU is meant; '
-      "--require accelerator makes this an error.")
+    f"WARNING: this machine has {expected}, but JAX FELL BACK TO THE CPU, which is hundreds of times slower. "
+    "Install jax[tpu] or jax[cuda12] into this environment; JAX_PLATFORMS=cpu says that the CPU is meant; "
+    "--require accelerator makes this an error."
+  )
   return line, warning
 
 
@@ -173,13 +190,13 @@ def together(doing):
   error = None
   try:
     yield
-  except Exception as raised:  # pylint: disable=broad-except
+  except Exception as raised:
     error = raised
   words = "" if error is None else f"({socket.gethostname()}), {doing}: {error or type(error).__name__}"
   padded = np.zeros(_LONGEST_WORDS, np.uint8)
   encoded = np.frombuffer(words.encode(errors="replace")[:_LONGEST_WORDS], np.uint8)
-  padded[:len(encoded)] = encoded
-  from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+  padded[: len(encoded)] = encoded
+  from jax.experimental import multihost_utils
 
   for process, row in enumerate(multihost_utils.process_allgather(padded)):
     if row[0] and error is None:
@@ -201,7 +218,7 @@ def leaving_at_once(command):
   """
   try:
     yield
-  except Exception as error:  # pylint: disable=broad-except
+  except Exception as error:
     if is_alone() or getattr(error, "is_agreed", False):
       raise
     known = isinstance(error, UserError)
@@ -215,7 +232,7 @@ def from_first(number):
   """An integer as the first process has it."""
   if is_alone():
     return number
-  from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+  from jax.experimental import multihost_utils
 
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
@@ -237,7 +254,7 @@ def from_all(text):
     return [""] * len(lengths)
   # A power of two: few different programs are compiled.
   padded = np.zeros(1 << max(12, int(lengths.max() - 1).bit_length()), np.uint8)
-  padded[:len(encoded)] = encoded
+  padded[: len(encoded)] = encoded
   return [bytes(row[:length]).decode() for row, length in zip(_rows_of_all(padded), lengths)]
 
 
@@ -260,7 +277,9 @@ def float_from_first(number):
   """A float as the first process has it, bit by bit."""
   if is_alone():
     return number
-  return float(np.array([from_first(int(part)) for part in np.array([number]).view(np.int32)], np.int32).view(np.float64)[0])
+  return float(
+    np.array([from_first(int(part)) for part in np.array([number]).view(np.int32)], np.int32).view(np.float64)[0]
+  )
 
 
 class Vote:
@@ -272,8 +291,10 @@ class Vote:
   def __init__(self, sharding):
     """Args: sharding: of a batch, over all devices."""
     self._sharding = sharding
-    self._largest = jax.jit(lambda numbers: numbers.max(),
-                            out_shardings=jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+    self._largest = jax.jit(
+      lambda numbers: numbers.max(),
+      out_shardings=jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()),
+    )
     self._local = len(sharding.addressable_devices)
     self._asked = None
 

@@ -87,8 +87,10 @@ def sub_axes(size, counts):
 def longest_run(sizes, count):
   """The run of neighbouring sub-axes with the largest product that divides `count`. Returns (first, after the last)."""
   runs = [(first, last) for first in range(len(sizes)) for last in range(first, len(sizes) + 1)]
-  return max((run for run in runs if count % math.prod(sizes[slice(*run)]) == 0),
-             key=lambda run: (math.prod(sizes[slice(*run)]), -run[0], -run[1]))
+  return max(
+    (run for run in runs if count % math.prod(sizes[slice(*run)]) == 0),
+    key=lambda run: (math.prod(sizes[slice(*run)]), -run[0], -run[1]),
+  )
 
 
 def experts_per_layer(cfg: config_lib.Generator):
@@ -101,8 +103,10 @@ def _problem(data, expert, devices, batch_size, experts):
   if data * expert != devices:
     return f"mesh.data={data} x mesh.expert={expert} makes {data * expert} devices, there are {devices}"
   if batch_size % devices:
-    return (f"train.batch_size={batch_size} is no multiple of the {devices} devices of mesh.data={data} x "
-            f"mesh.expert={expert}")
+    return (
+      f"train.batch_size={batch_size} is no multiple of the {devices} devices of mesh.data={data} x "
+      f"mesh.expert={expert}"
+    )
   if expert == 1:
     return None
   if not experts:
@@ -122,11 +126,16 @@ def _problem(data, expert, devices, batch_size, experts):
 
 def _table(devices, batch_size, experts):
   """What divides what, in one line."""
-  fitting = [f"{devices // expert}x{expert}" for expert in range(1, devices + 1)
-             if devices % expert == 0 and _problem(devices // expert, expert, devices, batch_size, experts) is None]
+  fitting = [
+    f"{devices // expert}x{expert}"
+    for expert in range(1, devices + 1)
+    if devices % expert == 0 and _problem(devices // expert, expert, devices, batch_size, experts) is None
+  ]
   layers = ", ".join(f"{count} at {resolution} px" for resolution, count in experts.items()) or "one per layer"
-  return (f"devices {devices}; train.batch_size {batch_size}; experts {layers}; data x expert that fit: "
-          f"{', '.join(fitting) or 'none'}")
+  return (
+    f"devices {devices}; train.batch_size {batch_size}; experts {layers}; data x expert that fit: "
+    f"{', '.join(fitting) or 'none'}"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,19 +199,22 @@ class Layout:
 
   def abstract(self, tree):
     """A tree of shapes with the shardings of `state`."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        tree, self.state(tree))
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, self.state(tree)
+    )
 
   def gather(self, parameters):
     """Parameters as the networks use them: dense ones whole on every device, experts where they are stored.
 
     The gradient comes back to where the parameter is stored, so that the optimiser works on its piece alone.
     """
+
     def whole(path, leaf):
       stored = self.parameter(path, leaf.shape)
       if stored.is_fully_replicated or self._axes_of_experts(path, leaf.shape):
         return leaf
       return _gathered(leaf, self._stages(stored), self.replicated)
+
     return jax.tree_util.tree_map_with_path(whole, parameters)
 
   def _stages(self, stored):
@@ -225,8 +237,11 @@ class Layout:
   def _dense_axes(self, shape):
     """The mesh axes along which an array without experts is cut: the most, `data` first, that divide one of its axes."""
     axes = self.rules.dense
-    fitting = [axes[:last] for last in range(1, len(axes) + 1)
-               if self.size(axes[:last]) > 1 and any(size % self.size(axes[:last]) == 0 for size in shape)]
+    fitting = [
+      axes[:last]
+      for last in range(1, len(axes) + 1)
+      if self.size(axes[:last]) > 1 and any(size % self.size(axes[:last]) == 0 for size in shape)
+    ]
     return fitting[-1] if fitting else ()
 
 
@@ -291,7 +306,10 @@ def build(experiment: config_lib.Experiment, devices: Any = None) -> Layout:
   devices = jax.devices() if devices is None else devices
   names, sizes = zip(*_shape(experiment, devices if abstract else len(devices)))
   types = (AxisType.Auto,) * len(sizes)
-  mesh = (AbstractMesh(sizes, names, axis_types=types) if abstract
-          else jax.make_mesh(sizes, names, axis_types=types, devices=devices))
+  mesh = (
+    AbstractMesh(sizes, names, axis_types=types)
+    if abstract
+    else jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+  )
   dense = {"all": names, "expert": names[1:]}[experiment.mesh.fsdp_over] if experiment.mesh.fsdp else ()
   return Layout(mesh, Rules(batch=names, experts=names[1:], dense=dense))

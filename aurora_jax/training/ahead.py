@@ -33,8 +33,11 @@ def abstract_batch(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig,
   """The `INPUTS` of a global batch as shapes, as the loop puts them on the devices."""
   size, side = experiment.train.batch_size, experiment.generator.resolution
   shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
-  return {"image": shape((size, side, side, 3), jnp.float32), "tokens": shape((size, clip.text.context_length), jnp.int32),
-          "caption_id": shape((size,), jnp.int32)}
+  return {
+    "image": shape((size, side, side, 3), jnp.float32),
+    "tokens": shape((size, clip.text.context_length), jnp.int32),
+    "caption_id": shape((size,), jnp.int32),
+  }
 
 
 def generated(placed: placed_lib.Placed, frozen, batch, generate=None):
@@ -73,11 +76,28 @@ def arguments(placed: placed_lib.Placed, name: str, frozen, batch, made=None):
   made = generated(placed, frozen, batch) if made is None else made
   healthy = jax.ShapeDtypeStruct((), jnp.bool_, sharding=placed.layout.replicated)
   if name == LEARN:
-    return (state.generator, state.generator_opt, state.ema, state.buffers, state.step, made.pyramid, made.w_mean,
-            made.moe_loss, made.residuals, healthy)
+    return (
+      state.generator,
+      state.generator_opt,
+      state.ema,
+      state.buffers,
+      state.step,
+      made.pyramid,
+      made.w_mean,
+      made.moe_loss,
+      made.residuals,
+      healthy,
+    )
   if name == DISCRIMINATE:
-    return (state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"],
-            batch["caption_id"])
+    return (
+      state.discriminator,
+      state.discriminator_opt,
+      state.step,
+      made.pyramid,
+      made.text,
+      batch["image"],
+      batch["caption_id"],
+    )
   return state.discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy
 
 

@@ -21,15 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aurora_jax.data import loader
-from aurora_jax.data import visits
+from aurora_jax.data import index_sampler, loader
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop.clip_hf import ClipBundle
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig
+from aurora_jax.ops import losses
+from aurora_jax.ops.augment import Augmentation, augment
 from aurora_jax.training import compiling
-from aurora_jax.training import losses
-from aurora_jax.training.clip_augment import Augmentation, augment
 
 _LARGEST_SCALE = 100.0  # of the released models
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 12, 77
@@ -141,16 +140,16 @@ def _optimizer(settings):
 
   def dimensions(params):
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: {"kernel": matrix, "patch_embedding": patches}.get(path[-1].key), params
+      lambda path, leaf: {"kernel": matrix, "patch_embedding": patches}.get(path[-1].key), params
     )
 
   return optax.contrib.muon(
-      1.0,
-      beta=settings.momentum,
-      weight_decay=settings.weight_decay,
-      consistent_rms=0.2,
-      adam_b2=0.98,
-      muon_weight_dimension_numbers=dimensions,
+    1.0,
+    beta=settings.momentum,
+    weight_decay=settings.weight_decay,
+    consistent_rms=0.2,
+    adam_b2=0.98,
+    muon_weight_dimension_numbers=dimensions,
   )
 
 
@@ -232,38 +231,38 @@ def clip_config(settings: ClipTraining, tokenizer: Tokenizer, colours) -> ClipCo
   """The architecture that the settings describe, `colours` from `measure_colours`; UserError if it is impossible."""
   try:
     return ClipConfig(
-        text=TextConfig(
-            width=settings.text_width,
-            layers=settings.text_layers,
-            heads=settings.heads,
-            mlp_width=settings.mlp_ratio * settings.text_width,
-            vocabulary_size=tokenizer.vocabulary_size,
-            context_length=tokenizer.context_length,
-            eot_id=tokenizer.end_id,
-        ),
-        image=ImageConfig(
-            width=settings.image_width,
-            layers=settings.image_layers,
-            heads=settings.heads,
-            mlp_width=settings.mlp_ratio * settings.image_width,
-            size=settings.resolution,
-            patch=settings.patch,
-            mean=colours[0],
-            deviation=colours[1],
-        ),
-        embedding_width=settings.embedding_width,
+      text=TextConfig(
+        width=settings.text_width,
+        layers=settings.text_layers,
+        heads=settings.heads,
+        mlp_width=settings.mlp_ratio * settings.text_width,
+        vocabulary_size=tokenizer.vocabulary_size,
+        context_length=tokenizer.context_length,
+        eot_id=tokenizer.end_id,
+      ),
+      image=ImageConfig(
+        width=settings.image_width,
+        layers=settings.image_layers,
+        heads=settings.heads,
+        mlp_width=settings.mlp_ratio * settings.image_width,
+        size=settings.resolution,
+        patch=settings.patch,
+        mean=colours[0],
+        deviation=colours[1],
+      ),
+      embedding_width=settings.embedding_width,
     )
   except ValueError as error:
     raise UserError(str(error)) from error
 
 
 def train_clip(
-    dataset,
-    settings: ClipTraining = ClipTraining(),
-    *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    on_step: Callable[[int, int | None, Mapping[str, float]], None] = lambda step, total, metrics: None,
+  dataset,
+  settings: ClipTraining = ClipTraining(),
+  *,
+  steps: int | None = None,
+  seconds: float | None = None,
+  on_step: Callable[[int, int | None, Mapping[str, float]], None] = lambda step, total, metrics: None,
 ) -> tuple[ClipBundle, int]:
   """Trains a CLIP from nothing. An epoch has every caption once, with one of its pictures.
 
@@ -296,14 +295,14 @@ def train_clip(
   measured = max(1, settings.warmup_steps // 5), max(2, settings.warmup_steps)
   total, metrics, measured_from = steps, None, 0.0
   with loader.train_batches(
-      dataset,
-      resolution=settings.resolution,
-      batch_size=settings.batch_size,
-      seed=settings.seed,
-      tokenizer=tokenizer,
-      primary_caption_probability=settings.primary_caption_probability,
-      visits=visits.Visits(dataset, visits.CAPTIONS),
-      workers=1,
+    dataset,
+    resolution=settings.resolution,
+    batch_size=settings.batch_size,
+    seed=settings.seed,
+    tokenizer=tokenizer,
+    primary_caption_probability=settings.primary_caption_probability,
+    visits=index_sampler.Visits(dataset, index_sampler.CAPTIONS),
+    workers=1,
   ) as batches:
     for step in itertools.count():
       if total is not None and step >= total:
@@ -324,8 +323,12 @@ def train_clip(
           total = step + 1 + max(0, int((seconds - (now - started)) / speed))
     _report(on_step, total, total, metrics)
   if batches.skipped:
-    print(f"{len(batches.skipped)} of {len(dataset)} records could not be read and others took their places, the first: "
-          f"{next(iter(batches.skipped.values()))}", file=sys.stderr, flush=True)
+    print(
+      f"{len(batches.skipped)} of {len(dataset)} records could not be read and others took their places, the first: "
+      f"{next(iter(batches.skipped.values()))}",
+      file=sys.stderr,
+      flush=True,
+    )
   return ClipBundle(config, {"params": jax.tree.map(np.asarray, state.params)}, tokenizer), total
 
 

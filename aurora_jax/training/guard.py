@@ -59,8 +59,10 @@ class Squares:
 def squares(tree):
   """`Squares` of a tree of arrays: one pass over it, which the norm of the whole takes too."""
   paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0])
-  return Squares(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves]),
-                 tuple("/".join(str(getattr(key, "key", key)) for key in path) for path in paths))
+  return Squares(
+    jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves]),
+    tuple("/".join(str(getattr(key, "key", key)) for key in path) for path in paths),
+  )
 
 
 class Guard:
@@ -73,13 +75,18 @@ class Guard:
 
   def pictures(self, real, generated):
     """Metrics that tell a NaN that came in from one that was made: `BAD_PICTURES`, 1 where not all pixels are finite."""
-    return {name: 1.0 - jnp.isfinite(images).all().astype(jnp.float32)
-            for name, images in zip(BAD_PICTURES, (real, generated))}
+    return {
+      name: 1.0 - jnp.isfinite(images).all().astype(jnp.float32)
+      for name, images in zip(BAD_PICTURES, (real, generated))
+    }
 
   def healthy(self, metrics):
     """Whether all losses and norms of gradients among the metrics are finite: a bool scalar, the same on all devices."""
-    watched = [value for name, value in metrics.items()
-               if name.startswith(("loss/", "grad_norm/")) and not isinstance(value, Squares)]
+    watched = [
+      value
+      for name, value in metrics.items()
+      if name.startswith(("loss/", "grad_norm/")) and not isinstance(value, Squares)
+    ]
     return jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in watched])).all()
 
   def keeper(self, ok):
@@ -192,9 +199,15 @@ class Skip(NamedTuple):
 
   def to_json(self):
     """For metrics.jsonl."""
-    return {"networks": [NETWORKS[name] for name in self.networks], "losses": self.losses, "modules": {
+    return {
+      "networks": [NETWORKS[name] for name in self.networks],
+      "losses": self.losses,
+      "modules": {
         NETWORKS[network]: {name: list(pair) for name, pair in modules.items()}
-        for network, modules in self.modules.items()}, "pictures": list(self.pictures)}
+        for network, modules in self.modules.items()
+      },
+      "pictures": list(self.pictures),
+    }
 
 
 def _network_of_loss(name):
@@ -205,8 +218,11 @@ def diagnose(step, metrics):
   """A `Skip` from the metrics of a step, or None if nothing was left out. Args: host values, with their `Squares`."""
   if not any(_number(metrics.get(name, 0.0)) for name in (SKIPPED, SKIPPED_R1)):
     return None
-  losses = {name: str(_number(value)) for name, value in sorted(metrics.items())
-            if name.startswith("loss/") and not np.isfinite(_number(value))}
+  losses = {
+    name: str(_number(value))
+    for name, value in sorted(metrics.items())
+    if name.startswith("loss/") and not np.isfinite(_number(value))
+  }
   modules: dict[str, Any] = {}
   for network in NETWORKS:
     parts = metrics.get(f"grad_norm/{network}/*")
@@ -264,8 +280,12 @@ class Skips:
     """Raises `NonFinite` once as many steps in a row as the limit were left out, the last of them for `skip`."""
     if self.in_a_row >= self._most:
       name, value = next(iter(skip.losses.items()), ("gradient", "not finite"))
-      raise NonFinite(skip.step, name, value, f"{self.in_a_row} steps in a row were skipped up to step {skip.step} "
-                      f"(train.max_skipped_in_a_row={self._most})")
+      raise NonFinite(
+        skip.step,
+        name,
+        value,
+        f"{self.in_a_row} steps in a row were skipped up to step {skip.step} (train.max_skipped_in_a_row={self._most})",
+      )
 
   def to_json(self):
     """What a checkpoint keeps."""
@@ -291,8 +311,11 @@ def check_state(step, state):
 
   A step with finite losses may still have written one, which the next step's losses would show.
   """
-  entries = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-             if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  entries = [
+    (path, leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
   if all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for _, leaf in entries):
     # On the CPU the arrays are seen without a copy, and nothing needs to be compiled.
     finite = [all(np.isfinite(shard.data).all() for shard in leaf.addressable_shards) for _, leaf in entries]

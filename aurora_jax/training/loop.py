@@ -16,10 +16,21 @@ from aurora_jax import config_files, files
 from aurora_jax.data import loader
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
-from aurora_jax.training import checkpoint, guard, kept, profiling, progress, run_folder, schedule, skipped, stored_checkpoint, watch
-from aurora_jax.training import metrics as metrics_lib
-from aurora_jax.training.clock import Clock
-from aurora_jax.training.interrupts import Interrupts
+from aurora_jax.runs import (
+  checkpoint_manager,
+  checkpoint_reader,
+  progress,
+  retention,
+  skipped_records,
+  workdir,
+)
+from aurora_jax.runs import metrics as metrics_lib
+from aurora_jax.runs import (
+  profiler as profiler_lib,
+)
+from aurora_jax.runs.signals import Interrupts
+from aurora_jax.runs.timer import Clock
+from aurora_jax.training import guard, health, schedule
 
 _SHOWN_METRICS = 4
 
@@ -45,6 +56,7 @@ class Hooks:
       picture for TensorBoard, or None.
     on_start: called with (step, state) before the first step.
   """
+
   on_samples: Callable[..., Any] = lambda step, samples, folder: None
   on_start: Callable[..., None] = lambda step, state: None
 
@@ -58,6 +70,7 @@ class Outcome:
     reason: one of the words above.
     state: the state at `step`; None if it was not loaded or is not finite.
   """
+
   step: int
   reason: str
   state: Any = None
@@ -75,7 +88,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     prepared: `Prepared`: `experiment`, `abstract_state`, `init()`, `batches(step)`, `step(step, state, batch)`,
       `sample(state)` (or None: no pictures are drawn); and, optionally, `batch_sharding` (a Sharding for every entry
       of a batch), `begin()` (called first: begins to compile), `headline` (names of the metrics to show while training) and
-      `dataset` (whose unreadable records the batches name in `skipped`, see training/skipped.py). With stages
+      `dataset` (whose unreadable records the batches name in `skipped`, see runs/skipped_records.py). With stages
       (`schedule.resolutions`) also `at_stage(resolution)`, the `Prepared` whose `begin`, `step` and `sample` are that
       stage's, and `distances`.
     run_dir: the run's folder.
@@ -92,36 +105,47 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     UserError: the folder cannot be used, its config differs, a checkpoint cannot be read or saved.
   """
   experiment, train = prepared.experiment, prepared.experiment.train
-  folder = run_folder.RunFolder(run_dir)
+  folder = workdir.RunFolder(run_dir)
   primary = hosts.is_first()
   with hosts.together("looking at the run's folder"):
-    newest = stored_checkpoint.newest(folder.checkpoints)
-    changes = run_folder.refuse_changes(folder, experiment, allow_config_change)
+    newest = checkpoint_reader.newest(folder.checkpoints)
+    changes = workdir.refuse_changes(folder, experiment, allow_config_change)
   _check_same_folder(folder, newest)
   if newest is not None and newest >= train.total_steps:
-    _tell(primary, f"{folder.path}: all {train.total_steps:,} steps are done (newest checkpoint: step {newest:,}); "
-          "--config.train.total_steps=N goes further")
+    _tell(
+      primary,
+      f"{folder.path}: all {train.total_steps:,} steps are done (newest checkpoint: step {newest:,}); "
+      "--config.train.total_steps=N goes further",
+    )
     return Outcome(newest, ALREADY_DONE)
 
   with contextlib.ExitStack() as stack:
     with hosts.together("taking the run's folder"):
-      run_folder.check_writable(run_dir)
-      stack.enter_context(run_folder.held(folder.path) if primary else contextlib.nullcontext())
+      workdir.check_writable(run_dir)
+      stack.enter_context(workdir.held(folder.path) if primary else contextlib.nullcontext())
       if primary:
         files.write_text(folder.config, config_files.to_json(experiment))
       log = stack.enter_context(contextlib.closing(metrics_lib.Log(folder) if primary else metrics_lib.NoLog()))
-      unread = skipped.follow(folder.skipped_records, getattr(prepared, "dataset", None), experiment.data.max_skipped,
-                              resumed=newest is not None)
+      unread = skipped_records.follow(
+        folder.skipped_records,
+        getattr(prepared, "dataset", None),
+        experiment.data.max_skipped,
+        resumed=newest is not None,
+      )
     with hosts.together("looking for what process 0 wrote"):
       if not folder.config.is_file():
-        raise UserError(f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
-                        "one, on a file system that they share")
+        raise UserError(
+          f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
+          "one, on a file system that they share"
+        )
     unread.begin()
     if interrupts is None:
       interrupts = stack.enter_context(Interrupts())
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(folder.checkpoints, kept.of_run(train, folder.metrics)))
+    checkpoints = stack.enter_context(
+      checkpoint_manager.Checkpoints(folder.checkpoints, retention.of_run(train, folder.metrics))
+    )
     display = stack.enter_context(progress.make(train.total_steps, primary=primary))
-    profiler = profiling.Profiler(folder.profile, *profile_steps) if profile_steps else profiling.NoProfiler()
+    profiler = profiler_lib.Profiler(folder.profile, *profile_steps) if profile_steps else profiler_lib.NoProfiler()
     trainer = _Trainer(prepared, folder, hooks, log, checkpoints, display, interrupts, unread, profiler)
 
     if hasattr(prepared, "begin") and not experiment.schedule.resolutions:  # a stage's programs are known later
@@ -129,16 +153,23 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     # From the newest checkpoint if there is one, else from the beginning.
     if newest is None:
       display.doing("initialising")
-      state, step, stored = checkpoint.place(prepared.init(), prepared.abstract_state), 0, {}
+      state, step, stored = checkpoint_manager.place(prepared.init(), prepared.abstract_state), 0, {}
       log.note("start", 0, 0.0, {"devices": _devices()})
       _tell(primary, f"{folder.path}: a new run of {train.total_steps:,} steps")
     else:
       display.doing(f"restoring step {newest:,}")
       state, stored = checkpoints.restore(prepared.abstract_state, newest)
       step = newest
-      log.note("resume", step, stored.get("clock", {}).get("seconds", 0.0),
-               {"changed": {name: list(pair) for name, pair in changes.items()}, "devices": _devices(),
-                "phases": stored.get("clock", {}).get("phases", {})})
+      log.note(
+        "resume",
+        step,
+        stored.get("clock", {}).get("seconds", 0.0),
+        {
+          "changed": {name: list(pair) for name, pair in changes.items()},
+          "devices": _devices(),
+          "phases": stored.get("clock", {}).get("phases", {}),
+        },
+      )
       _tell(primary, f"{folder.path}: going on from the checkpoint of step {step:,}, to {train.total_steps:,}")
     trainer.begin(stored, started)
     hooks.on_start(step, state)
@@ -147,18 +178,29 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
     except guard.NonFinite as error:
       checkpoints.wait()
       last = checkpoints.newest()
-      log.note("stop", error.step, trainer.clock.seconds,
-               {"reason": NON_FINITE, "metric": error.name, "value": error.value, "words": str(error),
-                "phases": trainer.clock.phases})
-      stands = "no checkpoint was saved yet" if last is None else (
-          f"the last checkpoint, step {last:,}, stands in {folder.checkpoints}")
+      log.note(
+        "stop",
+        error.step,
+        trainer.clock.seconds,
+        {
+          "reason": NON_FINITE,
+          "metric": error.name,
+          "value": error.value,
+          "words": str(error),
+          "phases": trainer.clock.phases,
+        },
+      )
+      stands = (
+        "no checkpoint was saved yet"
+        if last is None
+        else (f"the last checkpoint, step {last:,}, stands in {folder.checkpoints}")
+      )
       if primary:
         print(f"aurora_jax train: {error}; training stopped; {stands}", file=sys.stderr, flush=True)
       return Outcome(error.step, NON_FINITE)
-    except checkpoint.SaveError:
+    except checkpoint_manager.SaveError:
       with contextlib.suppress(UserError):  # the disk may be full
-        log.note("stop", trainer.step, trainer.clock.seconds,
-                 {"reason": "save failed", "phases": trainer.clock.phases})
+        log.note("stop", trainer.step, trainer.clock.seconds, {"reason": "save failed", "phases": trainer.clock.phases})
       raise
 
 
@@ -184,7 +226,7 @@ class _Trainer:
     self._take_stage()
     self._window = metrics_lib.Window(stored.get("window"))
     self._skips = guard.Skips(self._settings.max_skipped_in_a_row, stored.get("skips"))
-    self._watch = watch.Watch(self._prepared.experiment.watch, stored.get("watch"))
+    self._watch = health.Watch(self._prepared.experiment.watch, stored.get("watch"))
     self._pending = None  # (steps done, device metrics): dispatched, not yet looked at
     self._sampled = None
     self.step = None  # steps dispatched so far
@@ -275,8 +317,9 @@ class _Trainer:
 
   def _put(self, batch):
     """Starts the transfer of a batch; what is no array of numbers (captions) stays behind."""
-    arrays = {name: value for name, value in batch.items()
-              if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"}
+    arrays = {
+      name: value for name, value in batch.items() if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    }
     sharding = getattr(self._prepared, "batch_sharding", None)
     if sharding is None:
       return jax.device_put(arrays)
@@ -297,11 +340,16 @@ class _Trainer:
       self._unread.share()
       self._write_window(done)
     names = [name for name in self._headline if name in metrics] or [
-        name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])][:_SHOWN_METRICS]
+      name for name in metrics if name.startswith("loss/") and not np.ndim(metrics[name])
+    ][:_SHOWN_METRICS]
     seconds = self.clock.step_seconds
     stage = {"pixels": self._resolution} if self._resolution else {}
-    self._display.step(done, stage | {name: float(metrics[name]) for name in names},
-                       self._settings.batch_size / seconds if seconds else None, self._seconds_left(done))
+    self._display.step(
+      done,
+      stage | {name: float(metrics[name]) for name in names},
+      self._settings.batch_size / seconds if seconds else None,
+      self._seconds_left(done),
+    )
 
   def _write_window(self, done):
     values = self._window.take()
@@ -370,9 +418,18 @@ class _Trainer:
       self._display.doing("saving", brief=True)
       self._unread.share()
       guard.check_state(step, state)
-      self._checkpoints.save(step, state, config_files.to_mapping(self._prepared.experiment), {
-          "clock": self.clock.to_json(), "window": self._window.to_json(), "skips": self._skips.to_json(),
-          "watch": self._watch.to_json(), "schedule": self._growing.to_json()})
+      self._checkpoints.save(
+        step,
+        state,
+        config_files.to_mapping(self._prepared.experiment),
+        {
+          "clock": self.clock.to_json(),
+          "window": self._window.to_json(),
+          "skips": self._skips.to_json(),
+          "watch": self._watch.to_json(),
+          "schedule": self._growing.to_json(),
+        },
+      )
 
   def _finish(self, state, step, reason, first):
     """Saves, waits for it, says how to go on."""
@@ -397,19 +454,22 @@ class _Trainer:
     saved = self._checkpoints.newest()
     stands = "no checkpoint was saved yet" if saved is None else f"saved in {self._checkpoints.folder / str(saved)}"
     why = self._unread.in_words() if self._unread.too_many else self._no_batch
-    print(f"aurora_jax train: {why}; training stopped at step {step:,}; {stands}; "
-          "mend the data set, or let more go with --config.data.max_skipped, and the same command goes on",
-          file=sys.stderr, flush=True)
+    print(
+      f"aurora_jax train: {why}; training stopped at step {step:,}; {stands}; "
+      "mend the data set, or let more go with --config.data.max_skipped, and the same command goes on",
+      file=sys.stderr,
+      flush=True,
+    )
 
   def _tell_end(self, step, reason):
     total = self._settings.total_steps
     saved = self._checkpoints.newest()
     where = "nothing to save yet" if saved is None else f"saved in {self._checkpoints.folder / str(saved)}"
     words = {
-        DONE: f"all {total:,} steps are done",
-        TIME: f"stopped at step {step:,} of {total:,}: train.max_seconds = {self._settings.max_seconds:g} are over",
-        INTERRUPT: f"stopped at step {step:,} of {total:,}",
-        TERMINATED: f"stopped at step {step:,} of {total:,} (SIGTERM)",
+      DONE: f"all {total:,} steps are done",
+      TIME: f"stopped at step {step:,} of {total:,}: train.max_seconds = {self._settings.max_seconds:g} are over",
+      INTERRUPT: f"stopped at step {step:,} of {total:,}",
+      TERMINATED: f"stopped at step {step:,} of {total:,} (SIGTERM)",
     }[reason]
     again = "goes on" if saved is not None else "begins again"
     _tell(True, f"{self._folder.path}: {words}; {where}" + ("" if reason == DONE else f"; the same command {again}"))
@@ -420,9 +480,11 @@ def _check_same_folder(folder, newest):
   first = hosts.from_first(-1 if newest is None else newest)
   with hosts.together("looking for the newest checkpoint"):
     if first != (-1 if newest is None else newest):
-      raise UserError(f"newest checkpoint in {folder.checkpoints}: {'none' if newest is None else f'step {newest}'} here, "
-                      f"{'none' if first < 0 else f'step {first}'} in process 0; all processes need the same workdir, on a "
-                      "file system that they share")
+      raise UserError(
+        f"newest checkpoint in {folder.checkpoints}: {'none' if newest is None else f'step {newest}'} here, "
+        f"{'none' if first < 0 else f'step {first}'} in process 0; all processes need the same workdir, on a "
+        "file system that they share"
+      )
 
 
 def _devices():

@@ -58,7 +58,8 @@ def for_matrices(cfg, in_use, others):
 
   def labels(params):
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _MATRIX if path[-1].key.endswith("weight") else _OTHER, params)
+      lambda path, _: _MATRIX if path[-1].key.endswith("weight") else _OTHER, params
+    )
 
   return optax.partition({_MATRIX: optax.GradientTransformationExtraArgs(init, rescale), _OTHER: others}, labels)
 
@@ -85,10 +86,12 @@ def orthogonalize(tree, iterations):
     begin = 0
     for number, square in zip(numbers, squares):
       count, rows = square.shape[:2]
-      stacks[number] = _times(roots[begin:begin + count, :rows, :rows], stacks[number])
+      stacks[number] = _times(roots[begin : begin + count, :rows, :rows], stacks[number])
       begin += count
-  updates = [(stack * math.sqrt(max(stack.shape[1:]))).reshape(weight.shape).astype(weight.dtype)
-             for stack, weight in zip(stacks, weights)]
+  updates = [
+    (stack * math.sqrt(max(stack.shape[1:]))).reshape(weight.shape).astype(weight.dtype)
+    for stack, weight in zip(stacks, weights)
+  ]
   return jax.tree.unflatten(structure, updates)
 
 

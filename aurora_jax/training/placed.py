@@ -39,8 +39,9 @@ class Placed(NamedTuple):
     return _expert_ffn(self.layout, self.exchange)
 
 
-def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_lib.Layout,
-          resolution: int | None = None) -> Placed:
+def place(
+  experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_lib.Layout, resolution: int | None = None
+) -> Placed:
   """The programs of an experiment on a mesh. Nothing is compiled or allocated yet.
 
   Args:
@@ -68,15 +69,27 @@ def place(experiment: config_lib.Experiment, clip: clip_lib.Clip, layout: mesh_l
   left = step_lib.Generated(text=batch, pyramid=batch, w_mean=whole, moe_loss=whole, residuals=None, metrics=whole)
   generator = state.generator, state.generator_opt, state.ema, state.buffers, state.step
   networks = state.generator, state.discriminator
-  return Placed(layout, exchange, abstract_state, programs._replace(
+  return Placed(
+    layout,
+    exchange,
+    abstract_state,
+    programs._replace(
       generate=jit(programs.generate, (state.generator, state.buffers, whole, whole, batch), left, ()),
-      discriminate=jit(programs.discriminate, (*discriminator, whole, batch, batch, batch, batch),
-                       (*discriminator, whole, whole), (0, 1)),
-      judge=jit(programs.judge, (state.discriminator, whole, whole, batch, batch, batch, whole), (batch, whole, whole), ()),
+      discriminate=jit(
+        programs.discriminate,
+        (*discriminator, whole, batch, batch, batch, batch),
+        (*discriminator, whole, whole),
+        (0, 1),
+      ),
+      judge=jit(
+        programs.judge, (state.discriminator, whole, whole, batch, batch, batch, whole), (batch, whole, whole), ()
+      ),
       learn=jit(programs.learn, (*generator, batch, whole, whole, None, whole), (*generator, whole), (0, 1, 2, 3, 4)),
       snapshot=jit(programs.snapshot, networks, networks, ()),
       moved=jit(programs.moved, (networks, *networks), whole, ()),
-      r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,))))
+      r1_step=jit(programs.r1_step, (state, whole, batch), (state, whole), (0,)),
+    ),
+  )
 
 
 def _expert_ffn(layout, exchange):

@@ -6,14 +6,14 @@ reference ends the stage, and so does its cap in images. In the last stage there
 same. There is no fade-in: the paper's generator has none.
 
 `Progress` is all that this remembers, plain values that travel in the checkpoint's progress. What is due at a step follows
-from it alone, so a resumed run decides as an uninterrupted one. How a distance is taken is training/frechet.py's matter.
+from it alone, so a resumed run decides as an uninterrupted one. How a distance is taken is evaluation/frechet.py's matter.
 """
 
 import dataclasses
 
 from aurora_jax import config as config_lib
-from aurora_jax.training import initial
-from aurora_jax.training import stored_checkpoint
+from aurora_jax.runs import checkpoint_reader
+from aurora_jax.training import initialize
 
 # Why a stage began.
 START, BEATEN, CAP = "start", "reference beaten", "cap"
@@ -59,8 +59,10 @@ class Progress:
   @classmethod
   def from_json(cls, values):
     """The inverse of `to_json`."""
-    return cls(tuple(Stage(**entry) for entry in values["stages"]),
-               tuple(Measurement(**entry) for entry in values["measurements"]))
+    return cls(
+      tuple(Stage(**entry) for entry in values["stages"]),
+      tuple(Measurement(**entry) for entry in values["measurements"]),
+    )
 
 
 def words(cfg, side):
@@ -79,7 +81,7 @@ def at_checkpoint(experiment, folder, step=None):
   Returns:
     `config.at_stage`; the experiment itself where there are no stages or the checkpoint knows of none (a converted one).
   """
-  stored = stored_checkpoint.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
+  stored = checkpoint_reader.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
   stages = Progress.from_json(stored).stages if stored else ()
   return config_lib.at_stage(experiment, stages[-1].resolution) if stages else experiment
 
@@ -89,8 +91,8 @@ def first_resolution(experiment):
   cfg = experiment.schedule
   if not experiment.train.init_from:
     return cfg.resolutions[0]
-  folder, step = initial.source(experiment.train.init_from)
-  stored = stored_checkpoint.stored_progress(folder, step).get("schedule")
+  folder, step = initialize.source(experiment.train.init_from)
+  stored = checkpoint_reader.stored_progress(folder, step).get("schedule")
   reached = Progress.from_json(stored).stages[-1].resolution if stored else cfg.resolutions[-1]
   return cfg.resolutions[cfg.stage(min(reached, cfg.resolutions[-1]))]
 
@@ -188,21 +190,36 @@ class Growing:
     if found is None:
       return None
     self.progress = dataclasses.replace(
-        self.progress, measurements=self.progress.measurements + (Measurement(step, side, found),))
+      self.progress, measurements=self.progress.measurements + (Measurement(step, side, found),)
+    )
     name, factor = self._distances.name, self._cfg.factor
     values = {f"{name}/{side}": found, f"{name}/reference_{side}": reference, "factor": factor} | self._about(side)
-    return "evaluation", values, (f"step {step:,}, {side}x{side} pixels: Frechet distance {found:.4g}, of real pictures "
-                                  f"{reference:.4g} (goal: less than {factor:g} times that; {self._distances.words})")
+    return (
+      "evaluation",
+      values,
+      (
+        f"step {step:,}, {side}x{side} pixels: Frechet distance {found:.4g}, of real pictures "
+        f"{reference:.4g} (goal: less than {factor:g} times that; {self._distances.words})"
+      ),
+    )
 
   def _begin(self, step, state, keep_on, side, reason):
     del state
     found = self._distances.reference(side, keep_on)
     if found is None:
       return None
-    self.progress = dataclasses.replace(self.progress, stages=self.progress.stages + (Stage(side, step, reason, found),))
+    self.progress = dataclasses.replace(
+      self.progress, stages=self.progress.stages + (Stage(side, step, reason, found),)
+    )
     values = {"reason": reason, f"{self._distances.name}/reference_{side}": found} | self._about(side)
-    return "stage", values, (f"step {step:,}: on to {words(self._cfg, side)} ({reason}); Frechet distance of real pictures "
-                             f"{found:.4g} ({self._distances.words})")
+    return (
+      "stage",
+      values,
+      (
+        f"step {step:,}: on to {words(self._cfg, side)} ({reason}); Frechet distance of real pictures "
+        f"{found:.4g} ({self._distances.words})"
+      ),
+    )
 
   def _about(self, side):
     return {"resolution": side, "features": self._distances.features, "pictures": self._distances.count}

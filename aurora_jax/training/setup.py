@@ -10,26 +10,21 @@ import jax
 import numpy as np
 
 from aurora_jax import config as config_lib
-from aurora_jax.data import loader
-from aurora_jax.data import schema
+from aurora_jax.data import loader, schema
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.data.visits import Visits
+from aurora_jax.data.index_sampler import Visits
 from aurora_jax.errors import UserError
-from aurora_jax.interop import clip_hf
-from aurora_jax.interop import inception_torch
-from aurora_jax.models import generator as generator_lib
+from aurora_jax.evaluation import frechet
+from aurora_jax.interop import clip_hf, inception_torch
 from aurora_jax.models import inception as inception_lib
 from aurora_jax.models.clip import normalize
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import hosts
 from aurora_jax.parallel import mesh as mesh_lib
-from aurora_jax.training import ahead
-from aurora_jax.training import compiling
-from aurora_jax.training import frechet
-from aurora_jax.training import initial
+from aurora_jax.systems.aurora import generator as generator_lib
+from aurora_jax.training import ahead, compiling, initialize, schedule
 from aurora_jax.training import placed as placed_lib
-from aurora_jax.training import schedule
 from aurora_jax.training import step as step_lib
 
 
@@ -102,7 +97,7 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
 
   def init():
     key = jax.random.key(experiment.train.seed)
-    state, origin = initial.first_state(experiment, placed.programs.init, key, placed.abstract_state)
+    state, origin = initialize.first_state(experiment, placed.programs.init, key, placed.abstract_state)
     if origin and hosts.is_first():
       print(origin, flush=True)
     return state
@@ -111,9 +106,17 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     of_stage = placed_lib.place(experiment, clip.module(), layout, resolution)
     begin, step = _stepper(experiment, clip, of_stage, frozen)
     return dataclasses.replace(
-        whole, begin=begin, step=step,
-        sample=_sampler(config_lib.at_stage(experiment, resolution), clip, frozen, of_stage, schedule.words(
-            experiment.schedule, resolution)))
+      whole,
+      begin=begin,
+      step=step,
+      sample=_sampler(
+        config_lib.at_stage(experiment, resolution),
+        clip,
+        frozen,
+        of_stage,
+        schedule.words(experiment.schedule, resolution),
+      ),
+    )
 
   distances = None
   if experiment.schedule.resolutions:
@@ -121,10 +124,21 @@ def prepare(experiment: config_lib.Experiment) -> Prepared:
     distances = frechet.Distances(experiment, dataset, clip, frozen, placed, extractor)
   begin, step = _stepper(experiment, clip, placed, frozen)
   whole = Prepared(
-      experiment=experiment, dataset=dataset, clip=clip, layout=layout, notes=_notes(experiment, dataset, placed), init=init,
-      abstract_state=placed.abstract_state, batch_sharding=layout.batch,
-      batches=functools.partial(_batches, experiment, dataset, clip, layout, visits), begin=begin, step=step,
-      sample=_sampler(experiment, clip, frozen, placed), distances=distances, at_stage=at_stage)
+    experiment=experiment,
+    dataset=dataset,
+    clip=clip,
+    layout=layout,
+    notes=_notes(experiment, dataset, placed),
+    init=init,
+    abstract_state=placed.abstract_state,
+    batch_sharding=layout.batch,
+    batches=functools.partial(_batches, experiment, dataset, clip, layout, visits),
+    begin=begin,
+    step=step,
+    sample=_sampler(experiment, clip, frozen, placed),
+    distances=distances,
+    at_stage=at_stage,
+  )
   return whole
 
 
@@ -166,26 +180,37 @@ def _read(experiment):
 def _notes(experiment, dataset, placed):
   """What is wrong with the data set, and the mesh in words where there is more than one device."""
   layout = placed.layout
-  damage = tuple(f"WARNING: {words} (data.tolerate_damage: its records are skipped when they are met)"
-                 for words in dataset.problems)
+  damage = tuple(
+    f"WARNING: {words} (data.tolerate_damage: its records are skipped when they are met)" for words in dataset.problems
+  )
   if layout.devices == 1:
     return damage
   axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
   cut = {"all": "all devices", "expert": "the devices along expert"}[experiment.mesh.fsdp_over]
   stored = f"cut over {cut} where stored" if experiment.mesh.fsdp else "whole on every device"
   batch = experiment.train.batch_size
-  return (*damage, f"mesh: {axes}; {batch // layout.devices} of {batch} images per device; dense parameters {stored}",
-          *experts_lib.explain(placed.exchange, experiment.generator, batch))
+  return (
+    *damage,
+    f"mesh: {axes}; {batch // layout.devices} of {batch} images per device; dense parameters {stored}",
+    *experts_lib.explain(placed.exchange, experiment.generator, batch),
+  )
 
 
 def _batches(experiment, dataset, clip, layout, visits, start_step):
   data, batch_size = experiment.data, experiment.train.batch_size
   return loader.train_batches(
-      dataset, resolution=experiment.generator.resolution, batch_size=batch_size,
-      slots=hosts.own_rows(layout.batch, batch_size), seed=experiment.train.seed, start_step=start_step,
-      tokenizer=clip.tokenizer,
-      augment=_augment(data),
-      primary_caption_probability=data.primary_caption_probability, visits=visits, workers=data.workers)
+    dataset,
+    resolution=experiment.generator.resolution,
+    batch_size=batch_size,
+    slots=hosts.own_rows(layout.batch, batch_size),
+    seed=experiment.train.seed,
+    start_step=start_step,
+    tokenizer=clip.tokenizer,
+    augment=_augment(data),
+    primary_caption_probability=data.primary_caption_probability,
+    visits=visits,
+    workers=data.workers,
+  )
 
 
 def _augment(data):
@@ -201,8 +226,10 @@ def _freeze(experiment, dataset, clip, layout):
   _check_same(zlib.crc32(ids.tobytes()) >> 1, dataset)
   bank = np.zeros((0, clip.config.embedding_width), np.float32)
   if captions:
-    encode = jax.jit(lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),
-                     out_shardings=layout.replicated)
+    encode = jax.jit(
+      lambda v, tokens: normalize(module.apply(v, tokens, method="encode_text").embedding),
+      out_shardings=layout.replicated,
+    )
     bank = encode(variables, np.asarray(clip.tokenizer(captions)))
   bank, ids = hosts.replicate(layout.replicated, (bank, ids))
   return step_lib.Frozen(variables, bank, ids)
@@ -222,8 +249,13 @@ def _extractor(experiment, clip, frozen, inception, layout):
     encode = functools.partial(clip.module().apply, method="encode_image")
     return frechet.Extractor("clip", f"CLIP {experiment.text.clip}", clip.config.embedding_width, frozen.clip, encode)
   words = f"Inception 2015-12-05 {experiment.schedule.inception}"
-  return frechet.Extractor("inception", words, inception_lib.WIDTH, hosts.replicate(layout.replicated, inception),
-                           inception_lib.Inception().apply)
+  return frechet.Extractor(
+    "inception",
+    words,
+    inception_lib.WIDTH,
+    hosts.replicate(layout.replicated, inception),
+    inception_lib.Inception().apply,
+  )
 
 
 def _sampler(experiment, clip, frozen, placed, stage=""):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from aurora_jax import config as config_lib
-from aurora_jax.models import growth
+from aurora_jax.systems.aurora import growth
 from aurora_jax.training import muon
 
 
@@ -50,8 +50,11 @@ class RmsState(NamedTuple):
 def _decays(path):
   """Attention matrices only (GigaGAN A2), not the feed-forward layers and routers beside them."""
   names = [str(getattr(entry, "key", entry)) for entry in path]
-  return (names[-1] == "weight" and any("attention" in name for name in names)
-          and not {"norm", "feed_forward", "mlp_in", "mlp_out"} & set(names))
+  return (
+    names[-1] == "weight"
+    and any("attention" in name for name in names)
+    and not {"norm", "feed_forward", "mlp_in", "mlp_out"} & set(names)
+  )
 
 
 def optimizer(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
@@ -68,6 +71,7 @@ def optimizer(cfg, beta2, schedule=config_lib.Schedule(), resolution=0):
   Returns:
     `optax.GradientTransformationExtraArgs` whose updates are the direction of ascent; `keep` is as of `update`.
   """
+
   def in_use(path):
     return not schedule.resolutions or growth.lowest_resolution(path) <= resolution
 
@@ -98,7 +102,8 @@ def _adam(cfg, beta2, schedule, resolution, in_use):
     count = keep(state.count + running, state.count)
     averaged = lambda gradient, nu: beta2 * nu + (1 - beta2) * jnp.square(gradient)
     nu = jax.tree_util.tree_map_with_path(
-        lambda path, gradient, nu: keep(averaged(gradient, nu), nu) if in_use(path) else nu, gradients, state.nu)
+      lambda path, gradient, nu: keep(averaged(gradient, nu), nu) if in_use(path) else nu, gradients, state.nu
+    )
 
     def divide(path, gradient, nu):
       if not in_use(path):

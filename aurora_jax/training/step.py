@@ -18,13 +18,12 @@ import jax.numpy as jnp
 
 from aurora_jax import config as config_lib
 from aurora_jax.models import clip as clip_lib
-from aurora_jax.models import critic as critic_lib
-from aurora_jax.models import discriminator as discriminator_lib
-from aurora_jax.models import generator as generator_lib
 from aurora_jax.models import layers
-from aurora_jax.ops import moe
+from aurora_jax.ops import losses, moe
+from aurora_jax.systems.aurora import critic as critic_lib
+from aurora_jax.systems.aurora import discriminator as discriminator_lib
+from aurora_jax.systems.aurora import generator as generator_lib
 from aurora_jax.training import guard as guard_lib
-from aurora_jax.training import losses
 from aurora_jax.training import pull_back as pull_back_lib
 from aurora_jax.training import state as state_lib
 
@@ -104,20 +103,45 @@ def run_step(programs, state, frozen, batch, measure=False):
   snapshot = programs.snapshot(state.generator, state.discriminator) if measure else None
   made = programs.generate(state.generator, state.buffers, state.step, frozen.clip, batch["tokens"])
   discriminator, discriminator_opt, healthy, d_metrics = programs.discriminate(
-      state.discriminator, state.discriminator_opt, state.step, made.pyramid, made.text, batch["image"], batch["caption_id"])
+    state.discriminator,
+    state.discriminator_opt,
+    state.step,
+    made.pyramid,
+    made.text,
+    batch["image"],
+    batch["caption_id"],
+  )
   cotangent, healthy, j_metrics = programs.judge(
-      discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy)
+    discriminator, state.step, frozen, made.pyramid, made.text, batch["caption_id"], healthy
+  )
   generator, generator_opt, ema, buffers, step, g_metrics = programs.learn(
-      state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, made.w_mean, made.moe_loss,
-      made.residuals, healthy)
-  state = state_lib.TrainState(step=step, generator=generator, buffers=buffers, ema=ema, discriminator=discriminator,
-                               generator_opt=generator_opt, discriminator_opt=discriminator_opt)
+    state.generator,
+    state.generator_opt,
+    state.ema,
+    state.buffers,
+    state.step,
+    cotangent,
+    made.w_mean,
+    made.moe_loss,
+    made.residuals,
+    healthy,
+  )
+  state = state_lib.TrainState(
+    step=step,
+    generator=generator,
+    buffers=buffers,
+    ema=ema,
+    discriminator=discriminator,
+    generator_opt=generator_opt,
+    discriminator_opt=discriminator_opt,
+  )
   moved = programs.moved(snapshot, generator, discriminator) if measure else {}
   return state, {**d_metrics, **j_metrics, **g_metrics, **made.metrics, **moved}
 
 
-def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn,
-          gather=lambda params: params):
+def build(
+  experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe.expert_ffn, gather=lambda params: params
+):
   """The programs of an experiment.
 
   Args:
@@ -152,13 +176,19 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     pyramid = {r: jnp.zeros((1, r, r, 3)) for r in inputs}
     d_params = discriminator.init(d_key, pyramid, text, eot)["params"]
     return state_lib.TrainState(
-        step=jnp.int32(0), generator=variables["params"], buffers=variables["buffers"],
-        ema=jax.tree.map(jnp.copy, variables["params"]), discriminator=d_params,
-        generator_opt=g_optimizer.init(variables["params"]), discriminator_opt=d_optimizer.init(d_params))
+      step=jnp.int32(0),
+      generator=variables["params"],
+      buffers=variables["buffers"],
+      ema=jax.tree.map(jnp.copy, variables["params"]),
+      discriminator=d_params,
+      generator_opt=g_optimizer.init(variables["params"]),
+      discriminator_opt=d_optimizer.init(d_params),
+    )
 
   def judge(params, pyramid, text_feature, caption_id):
     def run(module):
       return module.judge(module.features(pyramid, caption_id=caption_id), text_feature)
+
     return discriminator.apply({"params": params}, method=run)
 
   def encode(params, text):
@@ -176,19 +206,21 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
 
     def halves(logits):
       parts = [layers.unjoin(logit.value, 2) for logit in logits]
-      return ([logit.replace(value=part[0]) for logit, part in zip(logits, parts)],
-              [logit.replace(value=part[1]) for logit, part in zip(logits, parts)])
+      return (
+        [logit.replace(value=part[0]) for logit, part in zip(logits, parts)],
+        [logit.replace(value=part[1]) for logit, part in zip(logits, parts)],
+      )
 
     matched, mismatched = discriminator.apply({"params": gather(params)}, method=run)
     (real_logits, fake_logits), (real_other, fake_other) = halves(matched), halves(mismatched)
     adversarial = losses.discriminator_adversarial(real_logits, fake_logits, loss_cfg)
     matching = losses.discriminator_matching(real_other, fake_other, loss_cfg)
     metrics = {
-        "loss/d_adversarial": adversarial,
-        "loss/d_matching": matching,
-        "d/logit_real": _last_exit(real_logits),
-        "d/logit_fake": _last_exit(fake_logits),
-        "d/logit_mismatched": _last_exit(real_other),
+      "loss/d_adversarial": adversarial,
+      "loss/d_matching": matching,
+      "d/logit_real": _last_exit(real_logits),
+      "d/logit_fake": _last_exit(fake_logits),
+      "d/logit_mismatched": _last_exit(real_other),
     }
     return adversarial + loss_cfg.matching_weight * matching, metrics
 
@@ -260,8 +292,15 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     gradient, metrics = jax.grad(discriminator_loss, has_aux=True)(params, real, fake, text, caption_id)
     metrics |= guard.norms("grad_norm/d", gradient) | guard.pictures(image, pyramid[max(pyramid)])
     healthy = guard.healthy(metrics)
-    params, opt = state_lib.update(opt_cfg, d_optimizer, gradient, opt, params, opt_cfg.discriminator_lr * lazy * rate_factor(step),
-                                   guard.keeper(healthy))
+    params, opt = state_lib.update(
+      opt_cfg,
+      d_optimizer,
+      gradient,
+      opt,
+      params,
+      opt_cfg.discriminator_lr * lazy * rate_factor(step),
+      guard.keeper(healthy),
+    )
     return params, opt, healthy, metrics
 
   def judge_images(d_params, step, frozen, pyramid, text, caption_id, healthy):
@@ -292,8 +331,11 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     return jax.tree.map(jnp.copy, networks)
 
   def moved(snapshot, *networks):
-    return {key: value for name, before, after in zip(("g", "d"), snapshot, networks)
-            for key, value in guard.norms(f"update_norm/{name}", jax.tree.map(jnp.subtract, after, before)).items()}
+    return {
+      key: value
+      for name, before, after in zip(("g", "d"), snapshot, networks)
+      for key, value in guard.norms(f"update_norm/{name}", jax.tree.map(jnp.subtract, after, before)).items()
+    }
 
   def r1_step(state, frozen, batch):
     text = clip.apply(frozen.clip, batch["tokens"], method="encode_text")
@@ -309,8 +351,15 @@ def build(experiment: config_lib.Experiment, clip: clip_lib.Clip, expert_ffn=moe
     gradient, penalty = jax.grad(loss, has_aux=True)(state.discriminator)
     metrics = {"loss/r1": penalty} | guard.norms("grad_norm/r1", gradient)
     healthy = guard.healthy(metrics)
-    params, opt = state_lib.update(opt_cfg, d_optimizer, gradient, state.discriminator_opt, state.discriminator,
-                                   opt_cfg.discriminator_lr * lazy * rate_factor(state.step), guard.keeper(healthy))
+    params, opt = state_lib.update(
+      opt_cfg,
+      d_optimizer,
+      gradient,
+      state.discriminator_opt,
+      state.discriminator,
+      opt_cfg.discriminator_lr * lazy * rate_factor(state.step),
+      guard.keeper(healthy),
+    )
     metrics |= guard.verdict(guard_lib.SKIPPED_R1, healthy)
     return state.replace(discriminator=params, discriminator_opt=opt), metrics
 

@@ -17,9 +17,19 @@ import threading
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What `train` imports sooner or later, none of which wakes a backend.
-_IMPORTS = ("aurora_jax.cli.main", "aurora_jax.cli.train", "aurora_jax.training.loop", "aurora_jax.training.setup",
-            "aurora_jax.evaluation.report", "aurora_jax.evaluation.pictures", "orbax.checkpoint", "clu.parameter_overview",
-            "ml_collections.config_flags", "tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2")
+_IMPORTS = (
+  "aurora_jax.cli.main",
+  "aurora_jax.cli.train",
+  "aurora_jax.training.loop",
+  "aurora_jax.training.setup",
+  "aurora_jax.reporting.report",
+  "aurora_jax.reporting.image_sheets",
+  "orbax.checkpoint",
+  "clu.parameter_overview",
+  "ml_collections.config_flags",
+  "tensorboard.compat.proto.event_pb2",
+  "tensorboard.compat.proto.summary_pb2",
+)
 
 
 class ForkServer:
@@ -30,9 +40,14 @@ class ForkServer:
     self._arguments = [] if module is None else [module]
 
   def __enter__(self):
-    self._process = subprocess.Popen([sys.executable, __file__, *self._arguments], stdin=subprocess.PIPE,
-                                     stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                                     env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training:{ROOT}/tests/cli"})
+    self._process = subprocess.Popen(
+      [sys.executable, __file__, *self._arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training:{ROOT}/tests/cli"},
+    )
     assert self._process.stdout.readline() == "ready\n"
     return self
 
@@ -80,7 +95,7 @@ def _become(log, arguments):
   status = 1
   try:
     status = main.main(arguments)
-  except BaseException:  # pylint: disable=broad-except
+  except BaseException:
     import traceback
 
     traceback.print_exc()

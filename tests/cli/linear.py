@@ -19,8 +19,13 @@ class Linear(toy.Toy):
 
   def batches(self, start_step):
     train = self.experiment.train
-    with loader.train_batches(Dataset.open(self.experiment.data.path), resolution=8, batch_size=train.batch_size,
-                              seed=train.seed, start_step=start_step) as batches:
+    with loader.train_batches(
+      Dataset.open(self.experiment.data.path),
+      resolution=8,
+      batch_size=train.batch_size,
+      seed=train.seed,
+      start_step=start_step,
+    ) as batches:
       for batch in batches:
         pixels = batch["image"].reshape(train.batch_size, -1)[:, :16]
         yield {"image": pixels, "index": batch["index"], "poison": pixels[0, :1] * 0}

@@ -9,8 +9,8 @@ import sys
 import time
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from aurora_jax.data import images
 from aurora_jax.data.dataset import Dataset
@@ -23,8 +23,9 @@ def command(*arguments):
 
 
 def run(*arguments, cwd=ROOT):
-  return subprocess.run(command(*arguments), cwd=cwd, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True,
-                        text=True, timeout=120)
+  return subprocess.run(
+    command(*arguments), cwd=cwd, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=120
+  )
 
 
 def assert_refused(done, words):
@@ -52,17 +53,22 @@ def test_openmoji(tmp_path):
   train, heldout, rejected, written = done.stdout.splitlines()
   manifest = json.loads((out / "manifest.json").read_text())
   splits = manifest["splits"]
-  assert train == (f"train: {splits['train']['examples']} pictures, {splits['train']['captions']} image-text pairs, "
-                   "4 files")
-  assert heldout == (f"heldout: {splits['heldout']['examples']} pictures, "
-                     f"{splits['heldout']['captions']} image-text pairs, 1 file")
+  assert train == (
+    f"train: {splits['train']['examples']} pictures, {splits['train']['captions']} image-text pairs, 4 files"
+  )
+  assert heldout == (
+    f"heldout: {splits['heldout']['examples']} pictures, {splits['heldout']['captions']} image-text pairs, 1 file"
+  )
   assert rejected == "rejected: none"
   assert re.fullmatch(f"{re.escape(str(out))}: written in [0-9.]+ s", written)
   assert "Traceback" not in done.stderr
   dataset = Dataset.open(out)
   assert 1600 < len(dataset) < 2000
-  pixels = {captions[0]: images.decode_image(dataset[number].image)
-            for number, captions in enumerate(dataset.captions()) if captions[0] in ("red circle", "blue circle")}
+  pixels = {
+    captions[0]: images.decode_image(dataset[number].image)
+    for number, captions in enumerate(dataset.captions())
+    if captions[0] in ("red circle", "blue circle")
+  }
   assert pixels["red circle"][8, 8].argmax() == 0 and pixels["blue circle"][8, 8].argmax() == 2
   assert (pixels["red circle"][0, 0] == 255).all()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["sets"]
@@ -73,15 +79,29 @@ def test_folder(pictures, tmp_path):
   (pictures / "text.png").write_text("this is no picture")
   (pictures / "text.txt").write_text("a caption")
   Image.new("RGB", (9, 9)).save(pictures / "alone.jpg")
-  done = run("--source", "folder", "--path", pictures, "--out", tmp_path / "out", "--resolution", "8", "--shards", "2",
-             "--heldout", "0.4", "--name", "pets")
+  done = run(
+    "--source",
+    "folder",
+    "--path",
+    pictures,
+    "--out",
+    tmp_path / "out",
+    "--resolution",
+    "8",
+    "--shards",
+    "2",
+    "--heldout",
+    "0.4",
+    "--name",
+    "pets",
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[:5] == [
-      "train: 4 pictures, 8 image-text pairs, 2 files",
-      "heldout: 2 pictures, 4 image-text pairs, 1 file",
-      "rejected: 2 (listed in manifest.json)",
-      "  alone.jpg: no caption file alone.txt",
-      "  text.png: not a readable picture: 18 bytes of no known format",
+    "train: 4 pictures, 8 image-text pairs, 2 files",
+    "heldout: 2 pictures, 4 image-text pairs, 1 file",
+    "rejected: 2 (listed in manifest.json)",
+    "  alone.jpg: no caption file alone.txt",
+    "  text.png: not a readable picture: 18 bytes of no known format",
   ]
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   assert manifest["name"] == "pets" and manifest["rejected"]["count"] == 2
@@ -93,8 +113,9 @@ def test_folder(pictures, tmp_path):
 def test_fewer_held_out_than_asked_for(pictures, tmp_path):
   done = run("--source", "folder", "--path", pictures, "--out", tmp_path / "out", "--heldout", "0.9")
   assert done.returncode == 0, done.stderr
-  said = re.search(r"^held out (\d) of the 5 pictures asked for: the captions share too few words for more$",
-                   done.stdout, re.MULTILINE)
+  said = re.search(
+    r"^held out (\d) of the 5 pictures asked for: the captions share too few words for more$", done.stdout, re.MULTILINE
+  )
   assert 1 <= int(said[1]) <= 3
   without = run("--source", "folder", "--path", pictures, "--out", tmp_path / "none", "--heldout", "0")
   assert without.returncode == 0 and "held out" not in without.stdout
@@ -117,17 +138,23 @@ def test_out_is_there_already(pictures, tmp_path):
   assert Dataset.open(tmp_path / "out").resolution == 16
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (("--source", "folder"), "--source folder needs --path DIR"),
     (("--source", "folder", "--path", "nowhere"), "picture folder nowhere does not exist"),
-    (("--source", "folder", "--path", "pictures", "--skin-tones", "named"), "--skin-tones named is for --source openmoji"),
+    (
+      ("--source", "folder", "--path", "pictures", "--skin-tones", "named"),
+      "--skin-tones named is for --source openmoji",
+    ),
     (("--source", "folder", "--path", "pictures", "--no-aliases"), "--no-aliases is for --source openmoji"),
     (("--source", "folder", "--path", "pictures", "--resolution", "0"), "not 0"),
     (("--source", "folder", "--path", "pictures", "--shards", "-3"), "not -3"),
     (("--source", "folder", "--path", "pictures", "--heldout", "8"), "not 8.0"),
     (("--source", "folder", "--path", "pictures", "--name", "../x"), "'../x'"),
     (("--source", "openmoji", "--path", "pictures"), "--path pictures is for --source folder"),
-])
+  ],
+)
 def test_bad_input(pictures, tmp_path, arguments, words):
   done = run(*arguments, "--out", "out", cwd=tmp_path)
   assert_refused(done, words)
@@ -144,8 +171,10 @@ def test_folder_without_captions(tmp_path):
 
 def test_out_cannot_be_written(pictures, tmp_path):
   (tmp_path / "file").write_text("x")
-  assert_refused(run("--source", "folder", "--path", pictures, "--out", tmp_path / "file" / "out"),
-                 f"out {tmp_path / 'file' / 'out'}")
+  assert_refused(
+    run("--source", "folder", "--path", pictures, "--out", tmp_path / "file" / "out"),
+    f"out {tmp_path / 'file' / 'out'}",
+  )
 
 
 def test_unknown_source(tmp_path):
@@ -170,8 +199,12 @@ def test_interrupted(tmp_path):
     (folder / f"{number}.png").write_bytes(picture)
     (folder / f"{number}.txt").write_text("noise")
   process = subprocess.Popen(
-      command("--source", "folder", "--path", folder, "--out", tmp_path / "out", "--resolution", "128"), cwd=ROOT,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command("--source", "folder", "--path", folder, "--out", tmp_path / "out", "--resolution", "128"),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   try:
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob(".out.*.partial/*.tfrecord")):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import tfrecords
-from aurora_jax.interop import aurora_torch
+from aurora_jax.systems.aurora import released
 
 ROOT = pathlib.Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
@@ -28,8 +28,15 @@ SHAPES = ("circle", "square", "bar")
 
 def command(*args, **options):
   """Runs `python -m aurora_jax ARGS`; returns the finished process."""
-  return subprocess.run([sys.executable, "-m", "aurora_jax", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                        check=False, timeout=600, **options)
+  return subprocess.run(
+    [sys.executable, "-m", "aurora_jax", *map(str, args)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+    **options,
+  )
 
 
 def succeed(*args):
@@ -68,18 +75,65 @@ def home(tmp_path_factory):
       (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=value)
       image.save(pictures / f"{colour}-{shape}.png")
       (pictures / f"{colour}-{shape}.txt").write_text(f"{colour} {shape}\n")
-  succeed("build-data", "--source", "folder", "--path", pictures, "--out", home / "data", "--resolution", 16,
-          "--shards", 2, "--heldout", 0.2)
+  succeed(
+    "build-data",
+    "--source",
+    "folder",
+    "--path",
+    pictures,
+    "--out",
+    home / "data",
+    "--resolution",
+    16,
+    "--shards",
+    2,
+    "--heldout",
+    0.2,
+  )
   for name, seed, split in (("clip", 0, "train"), ("judge", 1, "all")):
-    succeed("train-clip", "--data", home / "data", "--out", home / name, "--seed", seed, "--split", split, "--steps", 3,
-            "--resolution", 16, "--image-width", 32, "--text-width", 32, "--image-layers", 1, "--text-layers", 1,
-            "--heads", 2, "--embedding-width", 16, "--batch-size", 8)
+    succeed(
+      "train-clip",
+      "--data",
+      home / "data",
+      "--out",
+      home / name,
+      "--seed",
+      seed,
+      "--split",
+      split,
+      "--steps",
+      3,
+      "--resolution",
+      16,
+      "--image-width",
+      32,
+      "--text-width",
+      32,
+      "--image-layers",
+      1,
+      "--text-layers",
+      1,
+      "--heads",
+      2,
+      "--embedding-width",
+      16,
+      "--batch-size",
+      8,
+    )
   return home
 
 
 def train_args(home, run, *more):
-  return ("train", "--config", "configs/aurora_64.py:test", "--workdir", home / run, f"--config.data.path={home / 'data'}",
-          f"--config.text.clip={home / 'clip'}", *more)
+  return (
+    "train",
+    "--config",
+    "configs/aurora_64.py:test",
+    "--workdir",
+    home / run,
+    f"--config.data.path={home / 'data'}",
+    f"--config.text.clip={home / 'clip'}",
+    *more,
+  )
 
 
 def fingerprint(run):
@@ -109,8 +163,12 @@ def test_a_run_leaves_what_it_promises(run):
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_state(home, run):
-  process = subprocess.Popen([sys.executable, "-m", "aurora_jax", *map(str, train_args(home, "killed"))], cwd=ROOT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  process = subprocess.Popen(
+    [sys.executable, "-m", "aurora_jax", *map(str, train_args(home, "killed"))],
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   deadline = time.monotonic() + 500
   while not (home / "killed" / "checkpoints" / "2").is_dir() and time.monotonic() < deadline:
     time.sleep(0.02)
@@ -143,8 +201,14 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 def train_with_nan(steps, *args):
-  return subprocess.run([sys.executable, "-c", PLANT, steps, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                        check=False, timeout=600)
+  return subprocess.run(
+    [sys.executable, "-c", PLANT, steps, *map(str, args)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
 
 
 def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
@@ -220,8 +284,14 @@ def test_damaged_data(home, tmp_path, capsys):
   flipped.write_bytes(content)
   last = len(tfrecords.load_index(cut)) - 1
   cut.write_bytes(cut.read_bytes()[:-7])
-  args = train_args(home, "cut", f"--config.data.path={data}", "--config.train.total_steps=3", "--config.data.max_skipped=0.9",
-                    "--config.train.sample_prompts=()")
+  args = train_args(
+    home,
+    "cut",
+    f"--config.data.path={data}",
+    "--config.train.total_steps=3",
+    "--config.data.max_skipped=0.9",
+    "--config.train.sample_prompts=()",
+  )
   fail(cut.name, *args)
   assert not (home / "cut").exists()
 
@@ -230,7 +300,9 @@ def test_damaged_data(home, tmp_path, capsys):
   assert "WARNING: 2 of " in done.stderr or "WARNING: 1 of " in done.stderr
   listed = [json.loads(line) for line in (home / "cut/skipped_records.jsonl").read_text().splitlines()]
   assert {(row["shard"], row["record"], row["reason"].split(":")[0]) for row in listed} == {
-      (flipped.name, 1, "has a wrong checksum"), (cut.name, last, "is cut off")}
+    (flipped.name, 1, "has a wrong checksum"),
+    (cut.name, last, "is cut off"),
+  }
   trained = [json.loads(line) for line in (home / "cut/metrics.jsonl").read_text().splitlines()]
   assert [row["data/skipped"] for row in trained if row["kind"] == "train"][-1] == 2
   assert main.main(["inspect", str(home / "cut")]) == 0
@@ -246,8 +318,10 @@ def test_damaged_data(home, tmp_path, capsys):
 
 
 def test_a_clip_of_another_width_is_refused(home):
-  fail("text features are 32 wide, generator.text_feature_dim is 48",
-       *train_args(home, "wide", "--config.generator.text_feature_dim=48"))
+  fail(
+    "text features are 32 wide, generator.text_feature_dim is 48",
+    *train_args(home, "wide", "--config.generator.text_feature_dim=48"),
+  )
 
 
 # Of the test configuration the one value that the released code does not know, and the one that trains otherwise.
@@ -259,15 +333,22 @@ def converted(home):
   """A released checkpoint with random weights, and the folder that `convert` makes of it."""
   cfg = config_files.load(["--config=configs/aurora_64.py:test", AS_RELEASED[0]]).generator
   rng, weights = np.random.default_rng(0), {}
-  for entry in aurora_torch.entries(cfg):  # all names of an entry that is not stacked are one tensor
+  for entry in released.entries(cfg):  # all names of an entry that is not stacked are one tensor
     weights |= dict.fromkeys(entry.names)
-  for name, shape in aurora_torch.expected_shapes(cfg).items():
+  for name, shape in released.expected_shapes(cfg).items():
     twin = name.replace(".mlp.", ".")
     weights[name] = rng.normal(size=shape).astype(np.float32) if weights[twin] is None else weights[twin]
-  names, taps = aurora_torch.fir_buffers(cfg)
+  names, taps = released.fir_buffers(cfg)
   save_file(weights | dict.fromkeys(names, taps), home / "released.safetensors")
-  done = succeed("convert", home / "released.safetensors", home / "converted", "--config", "configs/aurora_64.py:test",
-                 AS_RELEASED[0], f"--config.text.clip={home / 'clip'}")
+  done = succeed(
+    "convert",
+    home / "released.safetensors",
+    home / "converted",
+    "--config",
+    "configs/aurora_64.py:test",
+    AS_RELEASED[0],
+    f"--config.text.clip={home / 'clip'}",
+  )
   assert "text_attention is 'independent'" in done.stdout
   return home / "converted"
 
@@ -276,8 +357,10 @@ def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, t
   succeed("sample", "--workdir", converted, "--prompt", "red circle", "--latents", 1, "--out", tmp_path / "x.png")
   assert np.asarray(Image.open(tmp_path / "x.png")).std() > 0
   begin = (f"--config.train.init_from={converted}", "--config.train.total_steps=3", "--config.train.sample_prompts=()")
-  fail('generator.text_attention "independent" -> "scaled"; generator.deformable_max_resolution 16 -> 8',
-       *train_args(home, "tuned", *begin))
+  fail(
+    'generator.text_attention "independent" -> "scaled"; generator.deformable_max_resolution 16 -> 8',
+    *train_args(home, "tuned", *begin),
+  )
   fail(f"--config.train.init_from={converted}", *train_args(home, "converted"))
   assert not (home / "tuned").exists() and not (converted / "metrics.jsonl").exists()
 
@@ -301,8 +384,16 @@ def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, t
     assert np.array_equal(before[name], after[name]) == same, name
   succeed("convert", tmp_path / "tuned.safetensors", tmp_path / "back")  # by the .json beside it
   # Going on, whatever has become of the beginning.
-  done = succeed(*train_args(home, "tuned", *AS_RELEASED, "--config.train.total_steps=3",
-                             "--config.train.init_from=nowhere", "--config.train.sample_prompts=()"))
+  done = succeed(
+    *train_args(
+      home,
+      "tuned",
+      *AS_RELEASED,
+      "--config.train.total_steps=3",
+      "--config.train.init_from=nowhere",
+      "--config.train.sample_prompts=()",
+    )
+  )
   assert "all 3 steps are done" in done.stdout
 
 
@@ -314,6 +405,12 @@ def test_a_checkpoint_with_code_in_it_is_refused(home, tmp_path):
       return os.system, (f"touch {tmp_path / 'ran'}",)
 
   torch.save({"generator_smooth": {"w_avg": torch.zeros(3)}, "notes": Evil()}, tmp_path / "evil.pth")
-  fail("evil.pth holds code or objects besides tensors (posix.system)", "convert", tmp_path / "evil.pth",
-       tmp_path / "run", "--config", "configs/aurora_64.py:test")
+  fail(
+    "evil.pth holds code or objects besides tensors (posix.system)",
+    "convert",
+    tmp_path / "evil.pth",
+    tmp_path / "run",
+    "--config",
+    "configs/aurora_64.py:test",
+  )
   assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]

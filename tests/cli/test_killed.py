@@ -13,10 +13,10 @@ from PIL import Image
 
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
-from aurora_jax.training import metrics, stored_checkpoint
+from aurora_jax.runs import checkpoint_reader, metrics
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import fork_server  # pylint: disable=wrong-import-position
+import fork_server
 
 KILLS, STEPS = 20, 150
 CONFIG = f"""
@@ -53,9 +53,15 @@ def server():
 
 def history(run):
   """All that was measured on the way to the present state, but for the times."""
-  return [{name: value for name, value in row.items()
-           if name not in ("seconds", "images_per_second") and not name.startswith("time/")}
-          for row in metrics.history(run / "metrics.jsonl") if row["kind"] == "train"]
+  return [
+    {
+      name: value
+      for name, value in row.items()
+      if name not in ("seconds", "images_per_second") and not name.startswith("time/")
+    }
+    for row in metrics.history(run / "metrics.jsonl")
+    if row["kind"] == "train"
+  ]
 
 
 def fingerprint(run, capsys):
@@ -66,11 +72,11 @@ def fingerprint(run, capsys):
 
 # Where in its life a process is killed: a random while after this comes true.
 MOMENTS = {
-    "starting": lambda run: True,
-    "stepping": lambda run: True,
-    "saving": lambda run: any((run / "checkpoints").glob("*.orbax-checkpoint-tmp*")),
-    "removing": lambda run: any((run / "checkpoints/.removed").glob("*")),
-    "sampling": lambda run: any((run / "samples").glob(".*.partial")),
+  "starting": lambda run: True,
+  "stepping": lambda run: True,
+  "saving": lambda run: any((run / "checkpoints").glob("*.orbax-checkpoint-tmp*")),
+  "removing": lambda run: any((run / "checkpoints/.removed").glob("*")),
+  "sampling": lambda run: any((run / "samples").glob(".*.partial")),
 }
 
 
@@ -105,9 +111,9 @@ def test_killed_at_20_random_moments(server, command, tmp_path, capsys):
     os.kill(pid, signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL, (moment, (tmp_path / "killed.log").read_text()[-3000:])
     in_a_save += any((killed / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-    reached.append(stored_checkpoint.newest(killed / "checkpoints") or 0)
-    for step in stored_checkpoint.steps(killed / "checkpoints"):  # whatever has a number is whole
-      assert stored_checkpoint.describe(killed / "checkpoints", step)
+    reached.append(checkpoint_reader.newest(killed / "checkpoints") or 0)
+    for step in checkpoint_reader.steps(killed / "checkpoints"):  # whatever has a number is whole
+      assert checkpoint_reader.describe(killed / "checkpoints", step)
   story = f"{list(zip(chosen, reached))}, {in_a_save} of them in a save"
   (tmp_path / "story.txt").write_text(story)
   assert reached == sorted(reached) and reached[-1] < STEPS and in_a_save >= 3, story
@@ -117,7 +123,7 @@ def test_killed_at_20_random_moments(server, command, tmp_path, capsys):
   assert fingerprint(killed, capsys) == fingerprint(whole, capsys)
   assert history(killed) == history(whole)
   for run in (killed, whole):
-    assert stored_checkpoint.steps(run / "checkpoints") == [20, 40, 60, 80, 100, 120, 140, 148, 150]
+    assert checkpoint_reader.steps(run / "checkpoints") == [20, 40, 60, 80, 100, 120, 140, 148, 150]
   pictures = lambda run: {path.name: path.read_bytes() for path in (run / "samples").glob("*.png")}
   assert pictures(killed) == pictures(whole) and len(pictures(whole)) == STEPS // 5 + 1
   assert not list((killed / "checkpoints").glob("*tmp*")) and not (killed / "checkpoints/.removed").exists()
@@ -133,14 +139,24 @@ def test_sigterm_while_starting_and_two_while_training(server, command, tmp_path
   os.kill(pid, signal.SIGTERM)
   assert server.wait() == 7 and time.monotonic() - sent < 30, said()
   assert "stopped at once; no step was done since the newest checkpoint" in said()
-  assert stored_checkpoint.steps(run / "checkpoints") == []
+  assert checkpoint_reader.steps(run / "checkpoints") == []
 
-  pid = server.start(log, *command, run, "--config.train.total_steps=100000", "--config.train.checkpoint_every=99999",
-                     "--config.train.keep_every=0")
+  pid = server.start(
+    log,
+    *command,
+    run,
+    "--config.train.total_steps=100000",
+    "--config.train.checkpoint_every=99999",
+    "--config.train.keep_every=0",
+  )
   wait_until(lambda: any(row["kind"] == "train" for row in metrics.read(run / "metrics.jsonl")), 60)
   os.kill(pid, signal.SIGTERM)
   os.kill(pid, signal.SIGTERM)
   assert server.wait() == 0, said()
   stop = metrics.read(run / "metrics.jsonl")[-1]
-  assert (stop["kind"], stop["reason"], [stop["step"]]) == ("stop", "terminated", stored_checkpoint.steps(run / "checkpoints"))
+  assert (stop["kind"], stop["reason"], [stop["step"]]) == (
+    "stop",
+    "terminated",
+    checkpoint_reader.steps(run / "checkpoints"),
+  )
   assert "finishing this step, then saving" in said() and not (run / "report.html").exists()

@@ -7,7 +7,6 @@ from aurora_jax.cli.progress import progress
 
 
 class Terminal(io.StringIO):
-
   def isatty(self):
     return True
 

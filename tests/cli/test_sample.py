@@ -14,7 +14,7 @@ from aurora_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-import random_run  # pylint: disable=wrong-import-position
+import random_run
 
 Z = 8
 
@@ -25,8 +25,15 @@ def home(tmp_path_factory):
 
 
 def process(*arguments):
-  return subprocess.run([sys.executable, "-m", "aurora_jax", *map(str, arguments)], cwd=ROOT, capture_output=True,
-                        text=True, check=False, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  return subprocess.run(
+    [sys.executable, "-m", "aurora_jax", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
 
 
 def run(*arguments):
@@ -39,9 +46,26 @@ def pixels(path):
 
 
 def test_a_sweep_as_a_process(home, tmp_path):
-  done = process("sample", "--workdir", home / "run", "--prompt", "red circle", "--prompt", "blue square", "--psi",
-                 "0,0.2,1", "--latents", 2, "--out", tmp_path / "new" / "sheet.png", "--singles", tmp_path / "singles")
-  assert done.returncode == 0 and "2 prompts, 2 latents each, 16x16 pixels, psi 0,0.2,1, step 3" in done.stdout, done.stderr[-2000:]
+  done = process(
+    "sample",
+    "--workdir",
+    home / "run",
+    "--prompt",
+    "red circle",
+    "--prompt",
+    "blue square",
+    "--psi",
+    "0,0.2,1",
+    "--latents",
+    2,
+    "--out",
+    tmp_path / "new" / "sheet.png",
+    "--singles",
+    tmp_path / "singles",
+  )
+  assert done.returncode == 0 and "2 prompts, 2 latents each, 16x16 pixels, psi 0,0.2,1, step 3" in done.stdout, (
+    done.stderr[-2000:]
+  )
   names = sorted(path.name for path in (tmp_path / "singles").iterdir())
   assert names == [f"{p:04d}-{l:02d}-psi{psi}.png" for p in (0, 1) for l in (0, 1) for psi in ("0.2", "0", "1")]
   single = lambda name: pixels(tmp_path / "singles" / f"{name}.png")
@@ -54,11 +78,29 @@ def test_a_sweep_as_a_process(home, tmp_path):
 
 
 def test_saved_latents_give_the_same_pictures_and_others_do_not(home, tmp_path):
-  common = ("sample", "--workdir", home / "run", "--prompt", "red circle", "--prompt", "green bar", "--psi", 0.7,
-            "--latents", 2)
+  common = (
+    "sample",
+    "--workdir",
+    home / "run",
+    "--prompt",
+    "red circle",
+    "--prompt",
+    "green bar",
+    "--psi",
+    0.7,
+    "--latents",
+    2,
+  )
   run(*common, "--seed", 7, "--out", tmp_path / "a.png", "--save-latents", tmp_path / "l.npz")
-  run(*common, "--latents-file", tmp_path / "l.npz", "--out", tmp_path / "b.png", "--save-latents",
-      tmp_path / "m.safetensors")
+  run(
+    *common,
+    "--latents-file",
+    tmp_path / "l.npz",
+    "--out",
+    tmp_path / "b.png",
+    "--save-latents",
+    tmp_path / "m.safetensors",
+  )
   assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
   latents = load_file(tmp_path / "m.safetensors")
   assert {name: array.shape for name, array in latents.items()} == {"z": (2, 2, Z), "mean_z": (2, 16, Z)}
@@ -82,15 +124,32 @@ def test_another_clip_folder_and_bfloat16(home, tmp_path, capsys):
 
 
 def test_interpolate_as_a_process(home, tmp_path):
-  done = process("interpolate", "--workdir", home / "run", "--prompt", "red circle", "--prompt", "green bar", "--steps",
-                 5, "--latents", 2, "--out", tmp_path / "walk.gif", "--strip", tmp_path / "walk.png")
+  done = process(
+    "interpolate",
+    "--workdir",
+    home / "run",
+    "--prompt",
+    "red circle",
+    "--prompt",
+    "green bar",
+    "--steps",
+    5,
+    "--latents",
+    2,
+    "--out",
+    tmp_path / "walk.gif",
+    "--strip",
+    tmp_path / "walk.png",
+  )
   assert done.returncode == 0 and "5 steps, 2 latents, psi 0.2, step 3" in done.stdout, done.stderr[-2000:]
   with Image.open(tmp_path / "walk.gif") as gif:
     assert gif.n_frames == 8 and gif.info["loop"] == 0  # five forth, three back
   assert pixels(tmp_path / "walk.png").shape[1] > 5 * 96
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (("sample", "--psi", "0,x"), "'x' is no number"),
     (("sample", "--psi", "0.1,1.5"), "1.5"),
     (("sample", "--psi", "nan"), "nan"),
@@ -122,7 +181,8 @@ def test_interpolate_as_a_process(home, tmp_path):
     (("interpolate", "--prompt", "b", "--out", "{tmp}/x.png"), "must end in .gif"),
     (("interpolate", "--prompt", "b", "--strip", "{tmp}/x.gif"), "must end in .png"),
     (("interpolate", "--prompt", "b", "--latents", "13"), "between 1 and 12, got 13"),
-])
+  ],
+)
 def test_bad_input_is_one_line_and_status_2(home, tmp_path, capsys, arguments, words):
   (tmp_path / "file").write_text("in the way")
   (tmp_path / "broken.npz").write_bytes(b"PK\xff\xfe")
@@ -140,11 +200,14 @@ def test_bad_input_is_one_line_and_status_2(home, tmp_path, capsys, arguments, w
   assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (("sample", "--psi", "2", "--out", "x.png"), "between 0 and 1, got 2"),
     (("sample", "--latents-file", "nowhere.npz", "--out", "x.png"), "file of latents not found: nowhere.npz"),
     (("interpolate", "--out", "x.gif"), "at least two --prompt TEXT, got 1"),
-])
+  ],
+)
 def test_bad_input_as_a_process(home, arguments, words):
   done = process(*arguments, "--workdir", home / "run", "--prompt", "a")
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done

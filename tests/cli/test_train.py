@@ -12,11 +12,12 @@ from PIL import Image
 from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
-from aurora_jax.training import fingerprint, run_folder, setup, stored_checkpoint
+from aurora_jax.runs import checkpoint_reader, fingerprint, workdir
+from aurora_jax.training import setup
 
 _ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / "tests/training"))
-import toy  # pylint: disable=wrong-import-position
+import toy
 
 _CONFIG = """
 from aurora_jax import config_files
@@ -57,8 +58,14 @@ def _prepare(monkeypatch):
 
 def _process(*arguments, **environment):
   return subprocess.run(
-      [sys.executable, "-m", "aurora_jax", *map(str, arguments)], capture_output=True, text=True, timeout=120,
-      check=False, cwd=_ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
+    [sys.executable, "-m", "aurora_jax", *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+    cwd=_ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+  )
 
 
 def _tree(folder):
@@ -82,9 +89,18 @@ def test_train_then_go_on_then_inspect(experiment, prepare, tmp_path, capsys):
 
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
-  for words in ("(small)", "step 9 of 9", "restarts   1", "step 6  went on", "with train.total_steps 6 -> 9",
-                "all steps are done", "saved      step 6 (", "newest 3", "samples    4, newest samples/step-00000009.png",
-                "gradient of G"):
+  for words in (
+    "(small)",
+    "step 9 of 9",
+    "restarts   1",
+    "step 6  went on",
+    "with train.total_steps 6 -> 9",
+    "all steps are done",
+    "saved      step 6 (",
+    "newest 3",
+    "samples    4, newest samples/step-00000009.png",
+    "gradient of G",
+  ):
     assert words in said, words
   assert len(said.splitlines()) < 30
 
@@ -118,7 +134,7 @@ def test_nan_is_status_3(experiment, monkeypatch, tmp_path, capsys):
   error = capsys.readouterr().err
   assert "step 5 was skipped (3 in a row): generator: loss/g is nan" in error
   assert "the last checkpoint, step 2, stands in" in error
-  assert stored_checkpoint.steps(tmp_path / "run/checkpoints") == [2]
+  assert checkpoint_reader.steps(tmp_path / "run/checkpoints") == [2]
   assert main.main(["inspect", str(tmp_path / "run")]) == 0
   said = capsys.readouterr().out
   assert "3 steps in a row were skipped up to step 5" in said and "loss/g is nan" in said
@@ -133,7 +149,9 @@ def test_profile_steps(experiment, prepare, tmp_path, capsys):
   assert list((tmp_path / "run/profile/plugins/profile").glob("*/*.xplane.pb"))
 
 
-@pytest.mark.parametrize("arguments,words", [
+@pytest.mark.parametrize(
+  "arguments,words",
+  [
     (["--workdir", "{tmp}/run"], "which config?"),
     (["--config", "configs/nowhere.py", "--workdir", "{tmp}/run"], "config file not found: configs/nowhere.py"),
     (["--config", "{config}", "--config.train.total_step=5", "--workdir", "{tmp}/run"], "total_step"),
@@ -142,7 +160,8 @@ def test_profile_steps(experiment, prepare, tmp_path, capsys):
     (["--config", "{config}", "--workdir", "{tmp}/small.py"], "small.py"),
     (["--config", "{config}", "--workdir", "/proc/nowhere/run"], "/proc/nowhere/run"),
     (["--config", "{config}"], "--workdir"),
-])
+  ],
+)
 def test_bad_input_is_one_line_and_status_2(experiment, tmp_path, arguments, words):
   before = _tree(tmp_path)
   done = _process("train", *[a.format(tmp=tmp_path, config=experiment) for a in arguments])
@@ -178,11 +197,16 @@ def test_inspect_tells_data_sets_and_experiments(tmp_path, experiment, capsys):
   assert f"{cfg.train.total_steps:,} steps" in said and "experts" in said and "discriminator:" in said
 
 
-@pytest.mark.parametrize("arguments,words", [
-    ([], "inspect what?"), (["nowhere"], "nowhere"), (["{tmp}"], "is no run"),
+@pytest.mark.parametrize(
+  "arguments,words",
+  [
+    ([], "inspect what?"),
+    (["nowhere"], "nowhere"),
+    (["{tmp}"], "is no run"),
     (["{tmp}", "--fingerprint"], "no checkpoint in"),
     (["configs/openmoji_32.py", "--fingerprint"], "--fingerprint is for a run"),
-])
+  ],
+)
 def test_inspect_bad_input(tmp_path, capsys, arguments, words):
   assert main.main(["inspect", *[a.format(tmp=tmp_path) for a in arguments]]) == 2
   error = capsys.readouterr().err
@@ -196,8 +220,13 @@ def test_inspect_for_a_reader_that_has_seen_enough(tmp_path):
   Image.new("RGB", (8, 8), "red").save(pictures / "red.png")
   (pictures / "red.txt").write_text("red dot")
   build.build(sources.folder(str(pictures)), str(tmp_path / "data"), resolution=8, shards=1, heldout_fraction=0.0)
-  process = subprocess.Popen([sys.executable, "-m", "aurora_jax", "inspect", str(tmp_path / "data")], cwd=_ROOT,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, "-m", "aurora_jax", "inspect", str(tmp_path / "data")],
+    cwd=_ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   process.stdout.close()
   error = process.stderr.read()
   assert (process.wait(), error) == (0, "")
@@ -209,6 +238,6 @@ def test_inspect_says_whether_a_run_is_going_on(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
   assert main.main(["inspect", str(tmp_path)]) == 0
   assert "its process was killed" in capsys.readouterr().out
-  with run_folder.held(tmp_path):
+  with workdir.held(tmp_path):
     assert main.main(["inspect", str(tmp_path)]) == 0
   assert "a process is training in it now" in capsys.readouterr().out

@@ -9,16 +9,35 @@ import subprocess
 import sys
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import build
-from aurora_jax.data import sources
+from aurora_jax.data import build, sources
 from aurora_jax.interop import clip_hf
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-SMALL = ("--resolution", 16, "--patch", 8, "--image-width", 16, "--image-layers", 1, "--text-width", 16,
-         "--text-layers", 1, "--heads", 2, "--embedding-width", 16, "--vocabulary-size", 600, "--batch-size", 8)
+SMALL = (
+  "--resolution",
+  16,
+  "--patch",
+  8,
+  "--image-width",
+  16,
+  "--image-layers",
+  1,
+  "--text-width",
+  16,
+  "--text-layers",
+  1,
+  "--heads",
+  2,
+  "--embedding-width",
+  16,
+  "--vocabulary-size",
+  600,
+  "--batch-size",
+  8,
+)
 
 
 def command(*arguments):
@@ -83,8 +102,14 @@ def test_trains_measures_and_writes(data, tmp_path):
 
 
 def test_interrupted_leaves_nothing(data, tmp_path):
-  process = subprocess.Popen(command("--data", data, "--out", tmp_path / "out", "--steps", 10**7, *SMALL), cwd=ROOT,
-                             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    command("--data", data, "--out", tmp_path / "out", "--steps", 10**7, *SMALL),
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   try:
     for line in process.stderr:
       if line.startswith("train-clip: step "):
@@ -98,7 +123,9 @@ def test_interrupted_leaves_nothing(data, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (("--data", "nowhere"), "data set nowhere does not exist"),
     (("--data", "empty"), "data set empty has no manifest.json"),
     (("--resolution", 64, "--steps", 1), "resolution 64"),
@@ -107,7 +134,8 @@ def test_interrupted_leaves_nothing(data, tmp_path):
     (("--seconds", -5), "nothing to train: -5.0 seconds"),
     (("--out", "file"), "file is a file, not a folder"),
     (("--out", "full"), "full is not empty"),
-])
+  ],
+)
 def test_bad_input(data, tmp_path, arguments, words):
   (tmp_path / "empty").mkdir()
   (tmp_path / "full").mkdir()

@@ -13,10 +13,11 @@ import time
 import pytest
 
 from aurora_jax.cli import main
-from aurora_jax.training import fingerprint, metrics, setup, stored_checkpoint
+from aurora_jax.runs import checkpoint_reader, fingerprint, metrics
+from aurora_jax.training import setup
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
-import toy  # pylint: disable=wrong-import-position
+import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -40,12 +41,14 @@ def _train(tmp_path, monkeypatch, capsys):
   def train(fault, step=6, *flags):
     def after_batch(number):
       if number == step:
-        while step > 4 and not stored_checkpoint.steps(run / "checkpoints"):
+        while step > 4 and not checkpoint_reader.steps(run / "checkpoints"):
           time.sleep(0.005)
         before.extend(fingerprint.of_checkpoint(run / "checkpoints") if step > 4 else ())
         fault(run)
 
-    monkeypatch.setattr(setup, "prepare", lambda values: toy.Toy(values, delay=0.002, width=5000, after_batch=after_batch))
+    monkeypatch.setattr(
+      setup, "prepare", lambda values: toy.Toy(values, delay=0.002, width=5000, after_batch=after_batch)
+    )
     status = main.main(["train", "--config", str(tmp_path / "small.py"), "--workdir", str(run), *flags])
     error = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("training:")]
     assert status == 2 and len(error) == 1, (status, error)
@@ -57,7 +60,7 @@ def _train(tmp_path, monkeypatch, capsys):
 
 def _intact(run, train):
   """The checkpoint of before the fault is the only one, bit by bit, and nothing else is taken for one."""
-  assert stored_checkpoint.steps(run / "checkpoints") == [4]
+  assert checkpoint_reader.steps(run / "checkpoints") == [4]
   assert list(fingerprint.of_checkpoint(run / "checkpoints")) == train.before
 
 
@@ -99,24 +102,42 @@ def test_a_file_system_that_has_become_read_only(tmp_path):
   (tmp_path / "small.py").write_text(CONFIG)
   run = tmp_path / "run"
   done = subprocess.run(
-      [sys.executable, "-c", _READ_ONLY, str(run), "train", "--config", str(tmp_path / "small.py"), "--workdir", str(run)],
-      capture_output=True, text=True, check=False, timeout=150, cwd=ROOT,
-      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"})
+    [
+      sys.executable,
+      "-c",
+      _READ_ONLY,
+      str(run),
+      "train",
+      "--config",
+      str(tmp_path / "small.py"),
+      "--workdir",
+      str(run),
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=150,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"},
+  )
   [error] = [line for line in done.stderr.splitlines() if line and not line.startswith("training:")]
   assert done.returncode == 2 and "could not be saved" in error and "Read-only file system" in error
-  last = stored_checkpoint.newest(run / "checkpoints")
+  last = checkpoint_reader.newest(run / "checkpoints")
   assert f"the last complete one is of step {last}" in error
   assert fingerprint.of_checkpoint(run / "checkpoints")[0] == last
 
 
 def test_a_save_whose_last_act_fails_in_the_background(train, monkeypatch):
   """All is written, but the folder cannot take its name, without which it counts for nothing."""
+
   def refuse(run):
     for name in ("rename", "replace"):
+
       def fail(source, target, *, move=getattr(os, name), **options):
         if str(target).endswith("checkpoints/8"):
           raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
         return move(source, target, **options)
+
       monkeypatch.setattr(os, name, fail)
 
   run, error = train(refuse)
@@ -127,7 +148,12 @@ def test_a_save_whose_last_act_fails_in_the_background(train, monkeypatch):
 @pytest.mark.parametrize("which", ["checkpoints", "."])
 def test_a_folder_that_vanishes_between_two_saves(train, which):
   """It is noticed within seconds, not at the next save, which is thousands of steps away."""
-  _, error = train(lambda run: shutil.rmtree(run / which), 3, "--config.train.checkpoint_every=1000000", "--config.train.total_steps=100000000")
+  _, error = train(
+    lambda run: shutil.rmtree(run / which),
+    3,
+    "--config.train.checkpoint_every=1000000",
+    "--config.train.total_steps=100000000",
+  )
   assert "has vanished" in error
 
 

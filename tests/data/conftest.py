@@ -1,11 +1,10 @@
 """A small data set that several tests read."""
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import build
-from aurora_jax.data import sources
+from aurora_jax.data import build, sources
 
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("square", "circle", "heart", "star", "moon")

@@ -1,8 +1,8 @@
 """Smooth warps: exact where they do nothing, geometrically right where they do something."""
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from aurora_jax.data import augment
 from aurora_jax.data.augment import Augment
@@ -33,7 +33,7 @@ def reduced(pixels):
 def centre(pixels):
   """Centre of the darkness of each channel, in fractions of the side, float [3, 2] (x, y)."""
   darkness = 255.0 - pixels
-  y, x = (np.mgrid[:len(pixels), :len(pixels)] + 0.5) / len(pixels)
+  y, x = (np.mgrid[: len(pixels), : len(pixels)] + 0.5) / len(pixels)
   return np.stack([(darkness * axis[..., None]).sum((0, 1)) / darkness.sum((0, 1)) for axis in (x, y)], axis=-1)
 
 
@@ -68,8 +68,10 @@ def test_rotate(side):
   after = centre(warped(picture(side), Augment(rotate=90), [0.5, 0.5, 0.5, 1.0, 0.0])) - 0.5
   np.testing.assert_allclose(after, np.stack([-y, x], axis=-1), atol=0.01)
   np.testing.assert_allclose(
-      warped(picture(side), Augment(rotate=180), [0.5, 0.5, 0.5, 1.0, 0.0]).astype(int),
-      reduced(picture(side))[::-1, ::-1].astype(int), atol=2)
+    warped(picture(side), Augment(rotate=180), [0.5, 0.5, 0.5, 1.0, 0.0]).astype(int),
+    reduced(picture(side))[::-1, ::-1].astype(int),
+    atol=2,
+  )
 
 
 @sides
@@ -106,12 +108,15 @@ def test_working_side():
   assert augment.working_side(32, 32) == 32
 
 
-@pytest.mark.parametrize("values, words", [
+@pytest.mark.parametrize(
+  "values, words",
+  [
     ({"shift": -0.1}, "augment shift must be between 0 and 1, not -0.1"),
     ({"scale": 11}, "augment scale must be between 0 and 10, not 11"),
     ({"rotate": 181}, "augment rotate must be between 0 and 180, not 181"),
     ({"rotate": float("nan")}, "not nan"),
-])
+  ],
+)
 def test_bad_values(values, words):
   with pytest.raises(UserError, match=words):
     Augment(**values)

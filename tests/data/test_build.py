@@ -5,17 +5,14 @@ import hashlib
 import json
 import os
 
-from PIL import Image
 import pytest
+from PIL import Image
 
 from aurora_jax.data import build as build_module
-from aurora_jax.data import images
-from aurora_jax.data import sources
-from aurora_jax.data.build import build
-from aurora_jax.data.build import choose_heldout
+from aurora_jax.data import images, sources
+from aurora_jax.data.build import build, choose_heldout
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.data.sources import Item
-from aurora_jax.data.sources import words
+from aurora_jax.data.sources import Item, words
 from aurora_jax.errors import UserError
 
 
@@ -90,8 +87,12 @@ def test_keep():
 
 
 def test_one_group_one_side():
-  items = [Item(str(n), (f"{shape} {tone}",), shape, "") for n, (shape, tone) in enumerate(
-      (f"shape{shape} of{shape % 3}", f"tone{tone}") for shape in range(12) for tone in range(3))]
+  items = [
+    Item(str(n), (f"{shape} {tone}",), shape, "")
+    for n, (shape, tone) in enumerate(
+      (f"shape{shape} of{shape % 3}", f"tone{tone}") for shape in range(12) for tone in range(3)
+    )
+  ]
   items += items_of(*(f"shape{shape}" for shape in range(12)))
   for seed in range(10):
     held = choose_heldout(items, 0.3, seed)
@@ -118,8 +119,13 @@ def test_manifest_tells_the_truth(tmp_path):
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   assert manifest == returned
   assert {name: manifest[name] for name in ("schema_version", "name", "source", "licence", "resolution", "seed")} == {
-      "schema_version": 1, "name": "made_up", "source": "made up for a test", "licence": "none", "resolution": 4,
-      "seed": 3}
+    "schema_version": 1,
+    "name": "made_up",
+    "source": "made up for a test",
+    "licence": "none",
+    "resolution": 4,
+    "seed": 3,
+  }
   assert manifest["rejected"] == {"count": 0, "listed": []}
   captions = {}
   for split, entry in manifest["splits"].items():
@@ -136,7 +142,8 @@ def test_manifest_tells_the_truth(tmp_path):
   files = [f"made_up-train-0000{n}-of-00005" for n in range(5)]
   files += [f"made_up-heldout-0000{n}-of-00002" for n in range(2)]
   assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json"} | {
-      file + suffix for file in files for suffix in (".tfrecord", ".index")}
+    file + suffix for file in files for suffix in (".tfrecord", ".index")
+  }
 
 
 def test_pictures_keep_their_captions(tmp_path):
@@ -181,11 +188,14 @@ def test_rejected_pictures_are_listed_and_do_not_count(tmp_path):
   manifest = build(source, tmp_path / "out", resolution=4, shards=2, heldout_fraction=0.2)
   assert manifest["rejected"]["count"] == 1 + 14
   assert manifest["rejected"]["listed"][:2] == [
-      {"key": "early", "reason": "no caption"}, {"key": "0", "reason": "not readable today: 0"}]
+    {"key": "early", "reason": "no caption"},
+    {"key": "0", "reason": "not readable today: 0"},
+  ]
   assert sum(entry["examples"] for entry in manifest["splits"].values()) == 28
   # The rule of the held-out choice holds for what was really written.
-  written = {split: [items[0] for items in Dataset.open(tmp_path / "out", split).captions()]
-             for split in ("train", "heldout")}
+  written = {
+    split: [items[0] for items in Dataset.open(tmp_path / "out", split).captions()] for split in ("train", "heldout")
+  }
   assert len(written["heldout"]) == 6
   assert_compositional(items_of(*written["train"], *written["heldout"]), set(range(22, 28)))
 
@@ -317,7 +327,9 @@ def test_out_is_a_file(tmp_path):
   assert (tmp_path / "out").read_text() == "x"
 
 
-@pytest.mark.parametrize("values, words_of_error", [
+@pytest.mark.parametrize(
+  "values, words_of_error",
+  [
     ({"resolution": 0}, "resolution must be between 1 and 4096, not 0"),
     ({"resolution": 5000}, "not 5000"),
     ({"shards": 0}, "shards must be between 1 and 99999, not 0"),
@@ -327,7 +339,8 @@ def test_out_is_a_file(tmp_path):
     ({"seed": -1}, "seed must be 0 or more, not -1"),
     ({"name": "a/b"}, "data set name 'a/b'"),
     ({"name": ""}, "data set name ''"),
-])
+  ],
+)
 def test_bad_values(tmp_path, values, words_of_error):
   with pytest.raises(UserError, match=words_of_error):
     build(source_of(grid()), tmp_path / "out", **({"resolution": 4, "shards": 1} | values))

@@ -5,13 +5,10 @@ import shutil
 import signal
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import damage
-from aurora_jax.data import images
-from aurora_jax.data import schema
-from aurora_jax.data import tfrecords
+from aurora_jax.data import corrupt_records, images, schema, tfrecords
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 
@@ -32,20 +29,20 @@ def _insert(rng, data, start, length, to):
 
 
 def _delete(rng, data, start, length, to):
-  del data[start:start + length]
+  del data[start : start + length]
 
 
 def _duplicate(rng, data, start, length, to):
-  data[to:to] = data[start:start + length]
+  data[to:to] = data[start : start + length]
 
 
 def _overwrite(rng, data, start, length, to):
-  chunk = data[start:start + length][:len(data) - to]
-  data[to:to + len(chunk)] = chunk
+  chunk = data[start : start + length][: len(data) - to]
+  data[to : to + len(chunk)] = chunk
 
 
 def _zero(rng, data, start, length, to):
-  data[start:start + length] = bytes(len(data[start:start + length]))
+  data[start : start + length] = bytes(len(data[start : start + length]))
 
 
 KINDS = (_flip, _truncate, _insert, _delete, _duplicate, _overwrite, _zero)
@@ -75,17 +72,32 @@ def _folder(tmp_path):
   # Two of the same length, so that one may stand exactly in the other's place.
   with tfrecords.ShardWriter(folder / "x-train-00000-of-00001.tfrecord") as writer:
     for number, picture in enumerate(pictures):
-      writer.write(schema.encode(schema.Example(picture, (f"number {number % 3}",) * (1 + number // 3), 2, 2, str(number))))
-  (folder / "manifest.json").write_text(json.dumps({
-      "schema_version": schema.SCHEMA_VERSION, "name": "x", "resolution": 2,
-      "splits": {"train": {"examples": RECORDS, "captions": RECORDS,
-                           "shards": [{"file": writer.path.name, "examples": RECORDS, "sha256": writer.sha256}]}}}))
+      writer.write(
+        schema.encode(schema.Example(picture, (f"number {number % 3}",) * (1 + number // 3), 2, 2, str(number)))
+      )
+  (folder / "manifest.json").write_text(
+    json.dumps(
+      {
+        "schema_version": schema.SCHEMA_VERSION,
+        "name": "x",
+        "resolution": 2,
+        "splits": {
+          "train": {
+            "examples": RECORDS,
+            "captions": RECORDS,
+            "shards": [{"file": writer.path.name, "examples": RECORDS, "sha256": writer.sha256}],
+          }
+        },
+      }
+    )
+  )
   return folder
 
 
 @pytest.fixture(name="in_time")
 def _in_time():
   """Whatever hangs is interrupted."""
+
   def stop(*_):
     raise TimeoutError(f"not done after {SECONDS} s")
 
@@ -112,7 +124,7 @@ def test_a_thousand_damaged_files(folder, in_time):
   whole, whole_index = shard.read_bytes(), index.read_bytes()
   places = tfrecords.load_index(shard).tolist()
   payloads = [tfrecords.read_record(shard, *place) for place in places]
-  frames = [whole[offset:offset + length + tfrecords.FRAME_BYTES] for offset, length in places]
+  frames = [whole[offset : offset + length + tfrecords.FRAME_BYTES] for offset, length in places]
   seen = dict.fromkeys(("whole record", "lost record", "refused at start", "opened as whole", "not to be opened"), 0)
   for case in range(1000):
     rng = np.random.default_rng(case)
@@ -155,12 +167,12 @@ def test_a_thousand_damaged_files(folder, in_time):
         seen["lost record" if got is None else "whole record"] += 1
         assert got is None or got in payloads
         # With the index at hand, only what is damaged is lost.
-        untouched = data[offset:offset + len(frames[number])] == frames[number]
+        untouched = data[offset : offset + len(frames[number])] == frames[number]
         untouched &= shard.exists() or reader is opened
         if reader is opened or stored == whole_index:
           assert (got == payloads[number]) if untouched else got != payloads[number]
     if case % 100 < 2 and len(readers) == 2:
-      assert len(list(damage.verify(readers[1]))) == sum(_read(readers[1], n) is None for n in range(RECORDS))
+      assert len(list(corrupt_records.verify(readers[1]))) == sum(_read(readers[1], n) is None for n in range(RECORDS))
   assert all(count > 20 for name, count in seen.items() if name != "not to be opened"), seen
   assert seen["not to be opened"], seen
 
@@ -187,7 +199,9 @@ def test_damage_beneath_a_right_checksum(folder, in_time):
 
 def test_every_record_is_looked_at(data_folder, tmp_path):
   folder = shutil.copytree(data_folder, tmp_path / "copy")
-  assert not list(damage.verify(Dataset.open(folder))) and not list(damage.changed_shards(Dataset.open(folder)))
+  assert not list(corrupt_records.verify(Dataset.open(folder))) and not list(
+    corrupt_records.changed_shards(Dataset.open(folder))
+  )
   shards = sorted(folder.glob("*-train-*.tfrecord"))
   last = tfrecords.load_index(shards[0])[-1]
   data = bytearray(shards[0].read_bytes())
@@ -198,12 +212,12 @@ def test_every_record_is_looked_at(data_folder, tmp_path):
   told = []
   opened = Dataset.open(folder, tolerate_damage=True)
   assert opened.problems == [f"shard {shards[1]} is missing"] and len(opened) == 16
-  found = list(damage.verify(opened, lambda done, total: told.append((done, total))))
+  found = list(corrupt_records.verify(opened, lambda done, total: told.append((done, total))))
   counts = [entry["examples"] for entry in opened.manifest["splits"]["train"]["shards"]]
   assert [skip.number for skip in found] == [counts[0] - 1, *range(counts[0], counts[0] + counts[1])]
   assert (found[0].offset, found[0].reason) == (int(last[0]), "has a wrong checksum")
   assert (found[1].offset, found[1].reason) == (-1, "is lost: nothing says where it begins")
-  assert list(damage.changed_shards(opened)) == [shards[0].name] and told == [(16, 16)]
+  assert list(corrupt_records.changed_shards(opened)) == [shards[0].name] and told == [(16, 16)]
 
 
 def test_manifests_that_are_damaged(data_folder, tmp_path):

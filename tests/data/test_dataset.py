@@ -12,8 +12,7 @@ import pytest
 import tensorflow as tf
 
 from aurora_jax.data import dataset as dataset_module
-from aurora_jax.data import images
-from aurora_jax.data import tfrecords
+from aurora_jax.data import images, tfrecords
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 
@@ -143,12 +142,15 @@ def test_unknown_split(data_folder):
     Dataset.open(data_folder, "test")
 
 
-@pytest.mark.parametrize("text, words", [
+@pytest.mark.parametrize(
+  "text, words",
+  [
     ("{", "manifest.json cannot be read"),
     ("[]", "schema version None"),
     ('{"schema_version": 99}', "schema version 99, this program reads 1"),
     ('{"schema_version": 1, "name": "x"}', "lacks resolution, splits"),
-])
+  ],
+)
 def test_bad_manifest(copy, text, words):
   (copy / "manifest.json").write_text(text)
   with pytest.raises(UserError, match=words):
@@ -186,7 +188,9 @@ def test_what_can_be_had_of_damaged_shards(copy, data_folder):
     Dataset.open(copy)
   dataset = Dataset.open(copy, tolerate_damage=True)
   assert len(dataset) == 16 and len(dataset.problems) == 3
-  for words, problem in zip(("it is truncated", "is missing", "record 2 at byte .* has a broken header"), dataset.problems):
+  for words, problem in zip(
+    ("it is truncated", "is missing", "record 2 at byte .* has a broken header"), dataset.problems
+  ):
     assert re.search(words, problem)
   good = {0, starts[2], starts[2] + 1}
   for number in range(16):

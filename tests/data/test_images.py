@@ -5,8 +5,8 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from aurora_jax.data import images
 
@@ -25,8 +25,15 @@ def png(width, height, depth, colour_type, rows, *chunks):
 
   header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
   data = zlib.compress(b"".join(b"\0" + row for row in rows))
-  return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *(chunk(*extra) for extra in chunks),
-                   chunk(b"IDAT", data), chunk(b"IEND", b"")])
+  return b"".join(
+    [
+      b"\x89PNG\r\n\x1a\n",
+      chunk(b"IHDR", header),
+      *(chunk(*extra) for extra in chunks),
+      chunk(b"IDAT", data),
+      chunk(b"IEND", b""),
+    ]
+  )
 
 
 def decode(data):
@@ -81,11 +88,14 @@ def test_palette():
   np.testing.assert_array_equal(decode(encoded(image)), [[RED, [0, 0, 255]]])
 
 
-@pytest.mark.parametrize("transparency, expected", [
+@pytest.mark.parametrize(
+  "transparency, expected",
+  [
     (0, [[WHITE, [0, 0, 255]]]),
     (bytes([128, 255]), [[PINK, [0, 0, 255]]]),
     (bytes([255, 0]), [[RED, WHITE]]),
-])
+  ],
+)
 def test_palette_with_transparency(transparency, expected):
   image = Image.new("P", (2, 1))
   image.putpalette([255, 0, 0, 0, 0, 255])
@@ -107,9 +117,15 @@ def test_one_transparent_colour():
   np.testing.assert_array_equal(decode(encoded(image, transparency=(1, 2, 3))), [[RED, WHITE]])
 
 
-@pytest.mark.parametrize("inks, colour", [
-    ((0, 0, 0, 0), WHITE), ((0, 255, 255, 0), RED), ((0, 0, 0, 255), [0, 0, 0]), ((255, 0, 0, 0), [0, 255, 255]),
-])
+@pytest.mark.parametrize(
+  "inks, colour",
+  [
+    ((0, 0, 0, 0), WHITE),
+    ((0, 255, 255, 0), RED),
+    ((0, 0, 0, 255), [0, 0, 0]),
+    ((255, 0, 0, 0), [0, 255, 255]),
+  ],
+)
 def test_cmyk_jpeg(inks, colour):
   data = encoded(Image.new("CMYK", (16, 16), inks), "JPEG", quality=95)
   assert Image.open(io.BytesIO(data)).mode == "CMYK"
@@ -138,13 +154,16 @@ def test_sixteen_bit_grey_with_alpha():
   np.testing.assert_array_equal(decode(png(2, 1, 16, 4, [row])), [[[100] * 3, WHITE]])
 
 
-@pytest.mark.parametrize("orientation, expected", [
+@pytest.mark.parametrize(
+  "orientation, expected",
+  [
     (1, [[1, 2, 3], [4, 5, 6]]),
     (2, [[3, 2, 1], [6, 5, 4]]),
     (3, [[6, 5, 4], [3, 2, 1]]),
     (6, [[4, 1], [5, 2], [6, 3]]),
     (8, [[3, 6], [2, 5], [1, 4]]),
-])
+  ],
+)
 def test_upright(orientation, expected):
   image = Image.fromarray(np.array([[10, 20, 30], [40, 50, 60]], np.uint8))
   exif = Image.Exif()
@@ -167,14 +186,18 @@ def test_broken_exif_does_not_cost_the_picture():
   np.testing.assert_allclose(decode(data), np.broadcast_to(RED, (8, 8, 3)), atol=6)
 
 
-@pytest.mark.parametrize("data", [
+@pytest.mark.parametrize(
+  "data",
+  [
     b"",
     b"this is a text",
     encoded(Image.effect_noise((64, 64), 50))[:-500],
     encoded(Image.effect_noise((64, 64), 50), "JPEG")[:600],
     encoded(Image.new("RGB", (8, 8)))[:20],
     png(2, 1, 8, 2, [b"\0\0\0"]),
-], ids=["empty", "text", "truncated PNG", "truncated JPEG", "header only", "too few pixels"])
+  ],
+  ids=["empty", "text", "truncated PNG", "truncated JPEG", "header only", "too few pixels"],
+)
 def test_not_readable(data):
   with pytest.raises(images.ImageError, match="not a readable picture: ."):
     images.decode_image(data)
@@ -194,7 +217,7 @@ def test_jpeg_may_be_reduced_while_decoding():
 def test_square_takes_the_centre(width, height):
   pixels = np.full((height, width, 3), 255, np.uint8)
   top, left = (height - 10) // 2, (width - 10) // 2
-  pixels[top:height - top, left:width - left] = 0
+  pixels[top : height - top, left : width - left] = 0
   result = images.square(Image.fromarray(pixels), 5)
   assert result.size == (5, 5)
   assert np.asarray(result)[:, 1:-1].max() == 0

@@ -9,16 +9,10 @@ import subprocess
 import sys
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import build
-from aurora_jax.data import images
-from aurora_jax.data import loader
-from aurora_jax.data import order
-from aurora_jax.data import schema
-from aurora_jax.data import sources
-from aurora_jax.data import tfrecords
+from aurora_jax.data import build, images, loader, schema, shuffle, sources, tfrecords
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.data.loader import train_batches
@@ -56,7 +50,7 @@ def damage(folder, shard, record):
 
 
 def test_what_a_batch_is(dataset):
-  batch, = first(dataset, 1, resolution=16)
+  (batch,) = first(dataset, 1, resolution=16)
   assert batch.keys() == {"image", "caption", "index", "caption_id"}
   assert batch["image"].shape == (4, 16, 16, 3) and batch["image"].dtype == np.float32
   assert batch["index"].dtype == np.int64 and batch["caption_id"].dtype == np.int32
@@ -72,7 +66,7 @@ def test_range_of_pixels():
 
 
 def test_smaller_pictures_are_averages(dataset):
-  batch, = first(dataset, 1, resolution=8)
+  (batch,) = first(dataset, 1, resolution=8)
   for image, number in zip(batch["image"], batch["index"]):
     pixels = images.decode_image(dataset[int(number)].image).astype(float)
     means = pixels.reshape(8, 2, 8, 2, 3).mean((1, 3))
@@ -84,7 +78,7 @@ def test_tokens(dataset):
     assert isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)
     return np.array([[len(caption), 7] for caption in captions])
 
-  batch, = first(dataset, 1, tokenizer=tokenizer)
+  (batch,) = first(dataset, 1, tokenizer=tokenizer)
   assert batch["tokens"].dtype == np.int32
   assert batch["tokens"].tolist() == [[len(caption), 7] for caption in batch["caption"]]
 
@@ -111,8 +105,11 @@ def test_hosts_share_one_global_batch(dataset, augment):
   for hosts in (2, 4):
     parts = [first(dataset, 5, slots=slots, **options) for slots in np.split(np.arange(8), hosts)]
     assert all(len(part[0]["index"]) == 8 // hosts for part in parts)
-    joined = [{name: np.concatenate([batch[name] for batch in batches]) for name in whole[0] if name != "caption"}
-              | {"caption": [caption for batch in batches for caption in batch["caption"]]} for batches in zip(*parts)]
+    joined = [
+      {name: np.concatenate([batch[name] for batch in batches]) for name in whole[0] if name != "caption"}
+      | {"caption": [caption for batch in batches for caption in batch["caption"]]}
+      for batches in zip(*parts)
+    ]
     assert_same(joined, whole)
 
 
@@ -124,8 +121,8 @@ def test_resumed_equals_uninterrupted(dataset, start):
 
 def test_resume_at_a_far_step(dataset):
   step = 10**12
-  batch, = first(dataset, 1, start_step=step)
-  assert batch["index"].tolist() == order.example_index(1, 16, 4, step, np.arange(4)).tolist()
+  (batch,) = first(dataset, 1, start_step=step)
+  assert batch["index"].tolist() == shuffle.example_index(1, 16, 4, step, np.arange(4)).tolist()
 
 
 def test_step_is_counted(dataset):
@@ -135,9 +132,16 @@ def test_step_is_counted(dataset):
     assert batches.step == 8
 
 
-@pytest.mark.parametrize("options", [
-    {"workers": 0}, {"workers": 4}, {"workers": 0, "cache_bytes": 0}, {"prefetch": 1}, {"prefetch": 50},
-])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"workers": 0},
+    {"workers": 4},
+    {"workers": 0, "cache_bytes": 0},
+    {"prefetch": 1},
+    {"prefetch": 50},
+  ],
+)
 def test_threads_and_cache_change_nothing(dataset, options):
   shared = {"augment": WILD, "primary_caption_probability": 0.5}
   assert_same(first(dataset, 12, **shared, **options), first(dataset, 12, **shared))
@@ -167,9 +171,11 @@ def test_pictures_of_one_caption_are_known_by_it(dataset):
 
 def test_which_caption(dataset):
   def captions(probability):
-    return [(caption, dataset[int(number)].captions)
-            for batch in first(dataset, 40, batch_size=16, primary_caption_probability=probability)
-            for caption, number in zip(batch["caption"], batch["index"])]
+    return [
+      (caption, dataset[int(number)].captions)
+      for batch in first(dataset, 40, batch_size=16, primary_caption_probability=probability)
+      for caption, number in zip(batch["caption"], batch["index"])
+    ]
 
   assert all(caption == known[0] for caption, known in captions(1.0))
   places = [known.index(caption) for caption, known in captions(0.0)]
@@ -197,8 +203,8 @@ def test_mild_augmentation_is_mild(tmp_path):
   for stored in (8, 16):
     build.build(sources.folder(tmp_path), tmp_path / "out", resolution=stored, shards=1, overwrite=True)
     dataset = Dataset.open(tmp_path / "out")
-    plain, = first(dataset, 1, batch_size=2)
-    moved, = first(dataset, 1, batch_size=2, augment=Augment(shift=0.03))
+    (plain,) = first(dataset, 1, batch_size=2)
+    (moved,) = first(dataset, 1, batch_size=2, augment=Augment(shift=0.03))
     inner = np.abs(plain["image"] - moved["image"])[:, 1:-1, 1:-1]
     assert 0 < inner.max() < 0.1
 
@@ -231,19 +237,37 @@ def _small_picture():
 
 # What is done to record 2 of shard 1 after the data set was opened, why it is skipped, and whether its key is known.
 _FAULTS = {
-    "flipped byte": (_flip, "has a wrong checksum", False),
-    "no Example": (lambda path, record: _rewrite(path, record, lambda payload: b"\xff" * len(payload)),
-                   "not a tf.train.Example", False),
-    "no picture": (lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"\x89PNG", b"\x89JPG")),
-                   "not a readable picture", True),
-    "cut picture": (lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"IDAT", b"IDAX")),
-                    "not a readable picture", True),
-    "wrong size": (lambda path, record: _rewrite(path, record, _example(image=_small_picture())),
-                   "8x8 pixels instead of 16x16", True),
-    "empty caption": (lambda path, record: _rewrite(path, record, _example(captions=(" ",))),
-                      "feature 'caption' has an empty value", True),
-    "no caption": (lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"caption", b"aption_")),
-                   "no feature 'caption'", True),
+  "flipped byte": (_flip, "has a wrong checksum", False),
+  "no Example": (
+    lambda path, record: _rewrite(path, record, lambda payload: b"\xff" * len(payload)),
+    "not a tf.train.Example",
+    False,
+  ),
+  "no picture": (
+    lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"\x89PNG", b"\x89JPG")),
+    "not a readable picture",
+    True,
+  ),
+  "cut picture": (
+    lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"IDAT", b"IDAX")),
+    "not a readable picture",
+    True,
+  ),
+  "wrong size": (
+    lambda path, record: _rewrite(path, record, _example(image=_small_picture())),
+    "8x8 pixels instead of 16x16",
+    True,
+  ),
+  "empty caption": (
+    lambda path, record: _rewrite(path, record, _example(captions=(" ",))),
+    "feature 'caption' has an empty value",
+    True,
+  ),
+  "no caption": (
+    lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"caption", b"aption_")),
+    "no feature 'caption'",
+    True,
+  ),
 }
 
 
@@ -261,14 +285,14 @@ def test_unreadable_records_are_replaced_and_told(data_folder, tmp_path, fault):
   stream = np.concatenate([batch["index"] for batch in expected])
   wanted = np.flatnonzero(stream == damaged)
   assert len(wanted) == 3  # epochs; told once
-  skip, = batches.skipped.values()
+  (skip,) = batches.skipped.values()
   assert (skip.number, skip.shard, skip.record) == (damaged, path.name, 2)
   assert skip.offset == tfrecords.load_index(path)[2, 0] and reason in skip.reason
   assert skip.key == (key if keyed else "") and skip.step == wanted[0] // 4
   # Only that record, and in its places the first readable one of the permutation of that step and slot.
   for place, number in enumerate(np.concatenate([batch["index"] for batch in got])):
     if place in wanted:
-      candidates = [order.stand_in(1, 16, place // 4, place % 4, attempt) for attempt in range(16)]
+      candidates = [shuffle.stand_in(1, 16, place // 4, place % 4, attempt) for attempt in range(16)]
       assert number == next(other for other in candidates if other != damaged)
     else:
       assert number == stream[place]
@@ -295,10 +319,10 @@ def test_replacements_depend_on_step_and_slot_alone(data_folder, tmp_path):
   stream = np.concatenate([batch["index"] for batch in whole])
   # All the good ones go on being seen, those after the damage of their shard too; nothing else is.
   assert sorted(set(stream.tolist())) == good
-  wanted = np.concatenate([order.example_index(1, 16, 8, step, np.arange(8)) for step in range(12)])
+  wanted = np.concatenate([shuffle.example_index(1, 16, 8, step, np.arange(8)) for step in range(12)])
   kept = np.isin(wanted, good)
   np.testing.assert_array_equal(stream[kept], wanted[kept])
-  assert len({tuple(stream[step * 8:step * 8 + 8][~kept[step * 8:step * 8 + 8]]) for step in range(12)}) == 12
+  assert len({tuple(stream[step * 8 : step * 8 + 8][~kept[step * 8 : step * 8 + 8]]) for step in range(12)}) == 12
   # Two hosts, a resume, the steps in another order: the same.
   parts = [first(opened, 12, slots=slots, **options) for slots in (np.arange(0, 8, 2), np.arange(1, 8, 2))]
   for slots, part in zip((slice(0, 8, 2), slice(1, 8, 2)), parts):
@@ -325,7 +349,10 @@ def test_hosts_come_to_the_same_list(data_folder, tmp_path):
   earliest = {number: min(part[number].step for part in (one, other) if number in part) for number in whole}
   assert earliest == {number: skip.step for number, skip in whole.items()}
   assert {skip.reason.split(":")[0] for skip in whole.values()} == {
-      "has a wrong checksum", "is cut off", "No such file or directory"}
+    "has a wrong checksum",
+    "is cut off",
+    "No such file or directory",
+  }
 
 
 def test_what_the_process_lacks_is_no_damage(dataset, monkeypatch):
@@ -343,8 +370,10 @@ def test_nothing_readable(data_folder, tmp_path):
     for record in range(len(tfrecords.load_index(path))):
       damage(folder, shard, record)
   for options in ({}, {"workers": 0, "cache_bytes": 0}):
-    with pytest.raises(loader.NothingReadable, match="no record of data set .* can be read for slot 0 of step 0, the last "
-                       "one: .*wrong checksum"):
+    with pytest.raises(
+      loader.NothingReadable,
+      match="no record of data set .* can be read for slot 0 of step 0, the last one: .*wrong checksum",
+    ):
       first(Dataset.open(folder), 1, **options)
 
 
@@ -368,13 +397,16 @@ def test_an_error_in_a_worker_arrives(dataset):
     first(dataset, 1, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("options, words", [
+@pytest.mark.parametrize(
+  "options, words",
+  [
     ({"resolution": 32}, "resolution 32 cannot be had from data set .*shapes, which was built at 16"),
     ({"resolution": 0}, "resolution 0"),
     ({"slots": [1, 4]}, "slot 4 is none of a batch of 4"),
     ({"batch_size": 0}, "batch size must be positive, got 0"),
     ({"primary_caption_probability": 1.5}, "primary caption probability must be between 0 and 1, not 1.5"),
-])
+  ],
+)
 def test_bad_values(dataset, options, words):
   with pytest.raises(UserError, match=words):
     first(dataset, 1, **options)
@@ -382,10 +414,12 @@ def test_bad_values(dataset, options, words):
 
 @pytest.mark.parametrize("end", ["", "batches.close()", "del batches"])
 def test_a_program_ends_quietly(data_folder, end):
-  code = (f"from aurora_jax.data import dataset, loader\n"
-          f"opened = dataset.Dataset.open({str(data_folder)!r})\n"
-          f"batches = loader.train_batches(opened, resolution=8, batch_size=4, seed=0)\n"
-          f"next(batches)\n{end}\n")
+  code = (
+    f"from aurora_jax.data import dataset, loader\n"
+    f"opened = dataset.Dataset.open({str(data_folder)!r})\n"
+    f"batches = loader.train_batches(opened, resolution=8, batch_size=4, seed=0)\n"
+    f"next(batches)\n{end}\n"
+  )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
   assert done.stderr == "" and done.stdout == ""
 
@@ -399,7 +433,7 @@ def test_load_images(dataset):
   np.testing.assert_array_equal(whole[5], images.decode_image(dataset[5].image))
   np.testing.assert_array_equal(loader.load_images(dataset, 16, [5, 2]), whole[[5, 2]])
   assert loader.load_images(dataset, 8, []).shape == (0, 8, 8, 3)
-  batch, = first(dataset, 1)
+  (batch,) = first(dataset, 1)
   np.testing.assert_array_equal(loader.to_float(loader.load_images(dataset, 8, batch["index"])), batch["image"])
 
 

@@ -11,12 +11,12 @@ from aurora_jax.data import schema
 from aurora_jax.data.schema import Example
 
 FULL = Example(
-    image=b"\x89PNG\x00\xff picture",
-    captions=("ein Äpfelchen 🍎", "apple"),
-    width=5,
-    height=2**33,
-    key="fruit/apple",
-    features={"score": np.array([0.25, -1.5], np.float32), "none": np.zeros(0, np.float32)},
+  image=b"\x89PNG\x00\xff picture",
+  captions=("ein Äpfelchen 🍎", "apple"),
+  width=5,
+  height=2**33,
+  key="fruit/apple",
+  features={"score": np.array([0.25, -1.5], np.float32), "none": np.zeros(0, np.float32)},
 )
 
 
@@ -34,20 +34,24 @@ def test_round_trip():
 
 
 def test_equal_examples_give_equal_bytes():
-  reordered = Example(FULL.image, FULL.captions, FULL.width, FULL.height, FULL.key,
-                      dict(reversed(FULL.features.items())))
+  reordered = Example(
+    FULL.image, FULL.captions, FULL.width, FULL.height, FULL.key, dict(reversed(FULL.features.items()))
+  )
   assert schema.encode(reordered) == schema.encode(FULL)
 
 
 def test_tensorflow_reads_ours():
-  parsed = tf.io.parse_single_example(schema.encode(FULL), {
+  parsed = tf.io.parse_single_example(
+    schema.encode(FULL),
+    {
       "image": tf.io.FixedLenFeature([], tf.string),
       "caption": tf.io.VarLenFeature(tf.string),
       "width": tf.io.FixedLenFeature([], tf.int64),
       "height": tf.io.FixedLenFeature([], tf.int64),
       "key": tf.io.FixedLenFeature([], tf.string),
       "score": tf.io.FixedLenFeature([2], tf.float32),
-  })
+    },
+  )
   assert parsed["image"].numpy() == FULL.image
   assert [caption.decode() for caption in parsed["caption"].values.numpy()] == list(FULL.captions)
   assert (parsed["width"].numpy(), parsed["height"].numpy()) == (5, 2**33)
@@ -67,24 +71,31 @@ def test_reads_what_tensorflow_writes():
   def integer_feature(value):
     return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
-  message = tf.train.Example(features=tf.train.Features(feature={
-      "image": bytes_feature(FULL.image),
-      "caption": bytes_feature(*(caption.encode() for caption in FULL.captions)),
-      "width": integer_feature(FULL.width),
-      "height": integer_feature(FULL.height),
-      "key": bytes_feature(FULL.key.encode()),
-      "score": tf.train.Feature(float_list=tf.train.FloatList(value=FULL.features["score"])),
-      "none": tf.train.Feature(float_list=tf.train.FloatList()),
-      "other": integer_feature(3),
-  }))
+  message = tf.train.Example(
+    features=tf.train.Features(
+      feature={
+        "image": bytes_feature(FULL.image),
+        "caption": bytes_feature(*(caption.encode() for caption in FULL.captions)),
+        "width": integer_feature(FULL.width),
+        "height": integer_feature(FULL.height),
+        "key": bytes_feature(FULL.key.encode()),
+        "score": tf.train.Feature(float_list=tf.train.FloatList(value=FULL.features["score"])),
+        "none": tf.train.Feature(float_list=tf.train.FloatList()),
+        "other": integer_feature(3),
+      }
+    )
+  )
   assert_same(schema.decode(message.SerializeToString()), FULL)
 
 
-@pytest.mark.parametrize("changes, words", [
+@pytest.mark.parametrize(
+  "changes, words",
+  [
     ({"image": b""}, "'k' has no image"),
     ({"captions": ()}, "'k' has no caption"),
     ({"features": {"key": np.zeros(1)}}, "'key' is taken"),
-])
+  ],
+)
 def test_encode_refuses(changes, words):
   example = {"image": b"x", "captions": ("c",), "width": 1, "height": 1, "key": "k"} | changes
   with pytest.raises(ValueError, match=words):
@@ -92,19 +103,25 @@ def test_encode_refuses(changes, words):
 
 
 def record(**features):
-  return tf.train.Example(features=tf.train.Features(feature={
-      name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values)) for name, values in features.items()
-  })).SerializeToString()
+  return tf.train.Example(
+    features=tf.train.Features(
+      feature={name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values)) for name, values in features.items()}
+    )
+  ).SerializeToString()
 
 
-@pytest.mark.parametrize("data, words", [
+@pytest.mark.parametrize(
+  "data, words",
+  [
     (b"\xff\xff not a message", r"not a tf.train.Example \(16 bytes\)"),
     (b"", r"no feature 'image'.*features: none"),
     (record(caption=[b"c"]), r"no feature 'image'.*features: caption"),
     (record(image=[b""], caption=[b"c"]), "no feature 'image'"),
     (record(image=[b"x"]), "no feature 'caption'"),
     (record(image=[b"x"], caption=[b"\xff"]), "not UTF-8"),
-], ids=["no message", "empty", "no image", "empty image", "no caption", "no text"])  # protobuf orders maps by chance
+  ],
+  ids=["no message", "empty", "no image", "empty image", "no caption", "no text"],
+)  # protobuf orders maps by chance
 def test_decode_refuses(data, words):
   with pytest.raises(ValueError, match=words):
     schema.decode(data)

@@ -6,11 +6,10 @@ import os
 import sys
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import images
-from aurora_jax.data import sources
+from aurora_jax.data import images, sources
 from aurora_jax.errors import UserError
 
 
@@ -72,7 +71,8 @@ def test_openmoji_captions_are_not_ambiguous(openmoji):
 
 def test_openmoji_without_aliases(openmoji):
   assert [item.captions for item in sources.openmoji(aliases=False).items] == [
-      item.captions[:1] for item in openmoji.items]
+    item.captions[:1] for item in openmoji.items
+  ]
   assert sum(len(item.captions) for item in openmoji.items) > len(openmoji.items) + 500
 
 
@@ -156,10 +156,10 @@ def test_folder_lists_what_has_no_caption(tmp_path):
   source = sources.folder(tmp_path)
   assert [item.key for item in source.items] == ["good.png"]
   assert dict(source.rejected) == {
-      "none.png": "no caption file none.txt",
-      "empty.png": "caption file empty.txt is empty",
-      "latin.png": "caption file latin.txt is not UTF-8",
-      "folder.png": "caption file folder.txt: Is a directory",
+    "none.png": "no caption file none.txt",
+    "empty.png": "caption file empty.txt is empty",
+    "latin.png": "caption file latin.txt is not UTF-8",
+    "folder.png": "caption file folder.txt: Is a directory",
   }
 
 
@@ -179,12 +179,15 @@ def test_folder_lists_subfolders_that_cannot_be_read(tmp_path, monkeypatch):
   assert len(source.items) == 1
 
 
-@pytest.mark.parametrize("prepare, words", [
+@pytest.mark.parametrize(
+  "prepare, words",
+  [
     (lambda folder: None, "pictures does not exist"),
     (lambda folder: folder.write_text("x"), "pictures is not a folder"),
     (lambda folder: folder.mkdir(), "has no picture .* with a caption file"),
     (lambda folder: save(folder / "a.png", None), "1 rejected, the first is a.png: no caption file a.txt"),
-])
+  ],
+)
 def test_folder_with_nothing(tmp_path, prepare, words):
   folder = tmp_path / "pictures"
   prepare(folder)
@@ -226,9 +229,14 @@ def test_folder_pictures_that_cannot_be_read(tmp_path):
       source.render(item, 8)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("My Pictures (2)", "my_pictures_2"), ("äöü", "pictures"), ("set-1", "set_1"),
-])
+@pytest.mark.parametrize(
+  "name, expected",
+  [
+    ("My Pictures (2)", "my_pictures_2"),
+    ("äöü", "pictures"),
+    ("set-1", "set_1"),
+  ],
+)
 def test_folder_name(tmp_path, name, expected):
   save(tmp_path / name / "a.png")
   assert sources.folder(tmp_path / name).name == expected

@@ -102,12 +102,15 @@ def test_empty_shard(tmp_path):
   assert tfrecords.load_index(path).shape == (0, 2)
 
 
-@pytest.mark.parametrize("position, words", [
+@pytest.mark.parametrize(
+  "position, words",
+  [
     (0, "record 2 at byte 37 has a broken header"),
     (9, "record 2 at byte 37 has a broken header"),
     (12 + 70000, "record 2 at byte 37 has a wrong checksum"),
     (12 + 76800, "record 2 at byte 37 has a wrong checksum"),
-])
+  ],
+)
 def test_damage_is_named(shard, position, words):
   index = tfrecords.load_index(shard).tolist()
   change_byte(shard, index[2][0] + position)
@@ -169,7 +172,9 @@ def test_missing_shard(tmp_path):
     tfrecords.load_index(tmp_path / "gone.tfrecord")
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (lambda data: data[:-3], "not whole pairs"),
     (lambda data: data[16:], "do not follow each other"),
     (lambda data: data[:8] + b"\xff" * 8 + data[16:], "do not follow each other"),
@@ -177,7 +182,8 @@ def test_missing_shard(tmp_path):
     # Sums that run over would follow each other and even end where the file ends.
     (lambda data: np.array([[0, 2**64 - 10], [6, 2**64 - 20]], "<u8").tobytes(), "do not follow each other"),
     (lambda data: data[:-8] + b"\xff" * 7 + b"\x7f", "do not follow each other"),
-])
+  ],
+)
 def test_broken_index(shard, change, words):
   index = tfrecords.index_path(shard)
   index.write_bytes(change(index.read_bytes()))

@@ -11,12 +11,27 @@ from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 
 CAPTIONS = [
-    "red heart", "blue heart", "red circle", "grinning face", "grinning cat with smiling eyes", "keycap: 10",
+  "red heart",
+  "blue heart",
+  "red circle",
+  "grinning face",
+  "grinning cat with smiling eyes",
+  "keycap: 10",
 ] * 3
 BYTES = 512  # a byte inside a word, and at its end
 ODD_TEXTS = [
-    "", " ", "\t two\n spaces ", "I'M HERE, they'll see", "naïve café Ünï", "猫と犬", "👩‍🚀🚀", "1234567890", "a_b-c!?",
-    "x" * 500, "\x00\x7f", "ﬁ ½ Ⅷ",
+  "",
+  " ",
+  "\t two\n spaces ",
+  "I'M HERE, they'll see",
+  "naïve café Ünï",
+  "猫と犬",
+  "👩‍🚀🚀",
+  "1234567890",
+  "a_b-c!?",
+  "x" * 500,
+  "\x00\x7f",
+  "ﬁ ½ Ⅷ",
 ]
 
 
@@ -30,7 +45,7 @@ def test_rows(tokenizer):
   assert rows.shape == (3, 10) and rows.dtype == np.int32
   first = rows[0].tolist()
   end = first.index(tokenizer.end_id)
-  assert first[0] == tokenizer.begin_id and first[end + 1:] == [0] * (9 - end)
+  assert first[0] == tokenizer.begin_id and first[end + 1 :] == [0] * (9 - end)
   assert tokenizer.begin_id not in first[1:]
   assert rows[1].tolist() == [tokenizer.begin_id, tokenizer.end_id] + [0] * 8
   assert (rows[2] == rows[0]).all()
@@ -100,8 +115,14 @@ def test_padding_and_truncation_of_the_file_do_not_count(tokenizer, tmp_path):
   path = tmp_path / "tokenizer.json"
   values = json.loads(path.read_text())
   values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-  values["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
-                       "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+  values["padding"] = {
+    "strategy": {"Fixed": 9},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "<|endoftext|>",
+  }
   path.write_text(json.dumps(values))
   assert (Tokenizer.load(tmp_path)(CAPTIONS) == tokenizer(CAPTIONS)).all()
 
@@ -113,7 +134,7 @@ def test_transformers_reads_it_and_agrees(tokenizer, tmp_path):
   longer = Tokenizer(tokenizer._backend, 2000)
   for text in ODD_TEXTS + CAPTIONS:
     ids = theirs(text).input_ids
-    assert longer([text])[0, :len(ids) + 1].tolist() == ids + [0]
+    assert longer([text])[0, : len(ids) + 1].tolist() == ids + [0]
 
 
 def test_travels_to_worker_processes(tokenizer):

@@ -3,15 +3,12 @@
 import types
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import build
-from aurora_jax.data import loader
-from aurora_jax.data import sources
+from aurora_jax.data import build, loader, sources
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.evaluation import caption_retrieval
-from aurora_jax.evaluation import judge
+from aurora_jax.evaluation import caption_retrieval, judge
 
 COLOURS = {"red ball": (255, 0, 0), "green ball": (0, 255, 0), "blue ball": (0, 0, 255)}
 SIZES = {"red ball": (4, 8, 16), "green ball": (8,), "blue ball": (4, 16)}  # three, one and two pictures
@@ -36,8 +33,9 @@ class Painter:
 
   def __init__(self, sizes):
     self.step, self._sizes, self.asked = 7, sizes, []
-    self.experiment = types.SimpleNamespace(generator=types.SimpleNamespace(resolution=SIDE),
-                                            train=types.SimpleNamespace(sample_prompts=()))
+    self.experiment = types.SimpleNamespace(
+      generator=types.SimpleNamespace(resolution=SIDE), train=types.SimpleNamespace(sample_prompts=())
+    )
 
   def sample(self, prompts, *, latents, seed, routing, on_batch):
     del seed, on_batch

@@ -45,9 +45,10 @@ def test_the_few_are_averaged_over_all_sets_of_distractors():
   right = rng.integers(0, 7, 9)
   similarity = images @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T
   wins = [
-      all(similarity[n, right[n]] > similarity[n, other] for other in chosen)
-      for n in range(9)
-      for chosen in itertools.combinations([c for c in range(7) if c != right[n]], 3)]
+    all(similarity[n, right[n]] > similarity[n, other] for other in chosen)
+    for n in range(9)
+    for chosen in itertools.combinations([c for c in range(7) if c != right[n]], 3)
+  ]
   result = judge.retrieval(images, right, texts, captions, few=4)
   assert result.top1_of_few == pytest.approx(np.mean(wins))
   assert 0 < result.top1_of_all <= result.top1_of_few < 1
@@ -119,7 +120,10 @@ def test_grey_has_no_hue_and_agrees_with_nothing():
   check = judge.check_colour("red heart", np.zeros((2, 4, 4, 3)), np.broadcast_to([1.0, -1, -1], (4, 4, 3)))
   assert math.isnan(check.generated.hue) and not check.agrees and check.real.hue == 0
   assert judge.colour_figures([check]) == {
-      "judge/colour/red_heart/hue_real": 0.0, "judge/colour/right": 0.0, "judge/colour/asked": 1.0}
+    "judge/colour/red_heart/hue_real": 0.0,
+    "judge/colour/right": 0.0,
+    "judge/colour/asked": 1.0,
+  }
 
 
 @pytest.mark.parametrize("hue, agrees", [(230, True), (210, True), (265, False), (0, False)])
@@ -166,8 +170,9 @@ def test_in_batches_pads_to_one_shape():
 def fake_judge(captions):
   """Reads the caption's position off the first pixel's red."""
   return judge.Judge(
-      embed_images=lambda images: np.eye(len(captions))[np.rint(np.asarray(images)[:, 0, 0, 0]).astype(int)],
-      embed_captions=lambda words: np.eye(len(captions))[[captions.index(w) for w in words]])
+    embed_images=lambda images: np.eye(len(captions))[np.rint(np.asarray(images)[:, 0, 0, 0]).astype(int)],
+    embed_captions=lambda words: np.eye(len(captions))[[captions.index(w) for w in words]],
+  )
 
 
 def test_frechet_distances_of_embeddings():
@@ -176,7 +181,7 @@ def test_frechet_distances_of_embeddings():
   half = rng.standard_normal((50, 3)).astype(np.float32)
   real = np.stack([half, half + np.array([0, 4, 0], np.float32)], axis=1).reshape(100, 3)
   features = {0: real, 1: real[::-1] + np.array([3, 0, 0], np.float32)}
-  clip = judge.Judge(lambda pictures: features[int(pictures[0, 0, 0, 0])][:len(pictures)], None)
+  clip = judge.Judge(lambda pictures: features[int(pictures[0, 0, 0, 0])][: len(pictures)], None)
   pictures = lambda kind, count=100: np.full((count, 2, 2, 3), kind, np.float32)
   figures = judge.frechet_figures(clip, pictures(1), pictures(0))
   assert figures == pytest.approx({"judge/frechet": 9, "judge/frechet_real_halves": 16}, rel=1e-5)

@@ -59,7 +59,9 @@ def test_mean_latents_that_the_file_lacks_are_drawn():
     latents.fit(arrays, "l", 2, Z, mean_latents=3)
 
 
-@pytest.mark.parametrize("arrays, words", [
+@pytest.mark.parametrize(
+  "arrays, words",
+  [
     ({"z": np.zeros((2, Z)), "w": np.zeros(2)}, "holds w, z"),
     ({"z": np.zeros(Z)}, "float64 [3]"),
     ({"z": np.zeros((1, 1, 1, Z))}, "[1, 1, 1, 3]"),
@@ -67,7 +69,8 @@ def test_mean_latents_that_the_file_lacks_are_drawn():
     ({"z": np.full((2, Z), np.nan)}, "finite"),
     ({"z": np.zeros((2, Z)), "mean_z": np.full((2, Z), np.inf)}, "'mean_z'"),
     ({"z": np.array([{}, {}], object)}, "allow_pickle"),
-])
+  ],
+)
 def test_files_that_are_refused(tmp_path, arrays, words):
   np.savez(tmp_path / "l.npz", **arrays)
   with pytest.raises(UserError) as error:
@@ -75,12 +78,15 @@ def test_files_that_are_refused(tmp_path, arrays, words):
   assert "l.npz" in str(error.value) and words in str(error.value)
 
 
-@pytest.mark.parametrize("arrays, words", [
+@pytest.mark.parametrize(
+  "arrays, words",
+  [
     ({"z": np.zeros((2, Z + 1))}, "4 wide, the generator's latents are 3"),
     ({"z": np.zeros((2, Z)), "mean_z": np.zeros((2, 2))}, "'mean_z' is 2 wide"),
     ({"z": np.zeros((3, 1, Z))}, "for 3 prompts, there are 2"),
     ({"z": np.zeros((0, Z))}, "empty"),
-])
+  ],
+)
 def test_latents_that_do_not_fit(arrays, words):
   with pytest.raises(UserError, match=words):
     latents.fit(arrays, "l.npz", 2, Z)

@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from aurora_jax.errors import UserError
-from aurora_jax.evaluation import interpolation, latents, pictures, sampling
-from aurora_jax.interop import aurora_torch
-from aurora_jax.models import generator as generator_lib
+from aurora_jax.evaluation import interpolation, latents, sampling
+from aurora_jax.reporting import image_sheets
+from aurora_jax.systems.aurora import generator as generator_lib
+from aurora_jax.systems.aurora import released as released_lib
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
@@ -39,8 +40,8 @@ class Plain:
 
 @pytest.fixture(scope="module")
 def golden():
-  cfg = aurora_torch.config_from_released(json.loads((GOLDENS / "tiny16.config.json").read_text()))
-  variables = aurora_torch.import_generator(load_file(GOLDENS / "tiny16.state_dict.safetensors"), cfg)
+  cfg = released_lib.config_from_released(json.loads((GOLDENS / "tiny16.config.json").read_text()))
+  variables = released_lib.import_generator(load_file(GOLDENS / "tiny16.state_dict.safetensors"), cfg)
   return cfg, variables, load_file(GOLDENS / "tiny16.io.safetensors")
 
 
@@ -69,7 +70,7 @@ def test_double_truncation_is_the_released_scripts(scripted):
   given, sweep = latents.draw(4, range(2), 2, 16, 8), (0.0, 0.05, 0.2, 0.8)
   images = sampler(variables, prompts, given=given, psi=sweep).images
   for p in range(2):
-    global_text, local_text = plain.encode(prompts.features[p:p + 1], prompts.eot[p:p + 1])
+    global_text, local_text = plain.encode(prompts.features[p : p + 1], prompts.eot[p : p + 1])
     mean = sum(plain.w(z, global_text) for z in given.mean_z[p]) / 16
     for n in range(2):
       w = plain.w(given.z[p, n], global_text)
@@ -83,7 +84,7 @@ def test_double_truncation_is_the_released_scripts(scripted):
 
 def bytes_that_differ(ours, released):
   """Share of the bytes that differ; by more than one none may."""
-  difference = np.abs(pictures.to_uint8(ours).astype(int) - released)
+  difference = np.abs(image_sheets.to_uint8(ours).astype(int) - released)
   assert difference.max() <= 1 and released.std() > 20
   return (difference != 0).mean()
 
@@ -103,8 +104,9 @@ def test_the_released_interpolation_script_showed_the_same_pictures(scripted, na
   sampler, variables, prompts, _ = scripted
   script = load_file(GOLDENS / "tiny16.scripts.safetensors")
   given = latents.Latents(script[f"{name}.z"][None], script[f"{name}.mean_z"][None])
-  images = interpolation.interpolate(sampler, variables, prompts, given, move_global=move_global,
-                                     psi=float(script[f"{name}.psi"][0]))
+  images = interpolation.interpolate(
+    sampler, variables, prompts, given, move_global=move_global, psi=float(script[f"{name}.psi"][0])
+  )
   assert bytes_that_differ(images[0], script[f"{name}.images"]) < 1e-3
 
 
@@ -116,7 +118,8 @@ def test_interpolation_is_the_released_scripts(scripted, move_global, means):
   images = interpolation.interpolate(sampler, variables, prompts, given, steps=steps, move_global=move_global, psi=psi)
   assert images.shape == (2, steps, 16, 16, 3)
   (source, source_local), (target, target_local) = (
-      map(np.asarray, plain.encode(prompts.features[p:p + 1], prompts.eot[p:p + 1])) for p in range(2))
+    map(np.asarray, plain.encode(prompts.features[p : p + 1], prompts.eot[p : p + 1])) for p in range(2)
+  )
   assert prompts.eot[0] != prompts.eot[1]  # the texts are of different lengths; padding moves along
   for step, weight in enumerate(np.linspace(0, 1, steps)):
     local_text = (source_local + weight * (target_local - source_local)).astype(np.float32)

@@ -80,7 +80,8 @@ def test_a_long_list_in_parts():
   whole = sample(5, latents=2, psi=0.5)
   prompts = make_prompts(5)
   part = sampling.make_sampler(FakeGenerator(), Z, 4)(
-      VARIABLES, sampling.Prompts(prompts.features[3:], prompts.eot[3:]), latents=2, psi=0.5, first_prompt=3)
+    VARIABLES, sampling.Prompts(prompts.features[3:], prompts.eot[3:]), latents=2, psi=0.5, first_prompt=3
+  )
   np.testing.assert_allclose(part.images, whole.images[3:], rtol=1e-6)
 
 
@@ -156,8 +157,9 @@ def test_progress_counts_rows_to_the_end():
   assert seen[-1] == (9, 9) and [d for d, _ in seen] == sorted({d for d, _ in seen})
 
 
-@pytest.mark.parametrize("arguments", [
-    {"count": 0}, {"latents": 0}, {"psi": -0.1}, {"psi": 1.1}, {"psi": float("nan")}])
+@pytest.mark.parametrize(
+  "arguments", [{"count": 0}, {"latents": 0}, {"psi": -0.1}, {"psi": 1.1}, {"psi": float("nan")}]
+)
 def test_bad_requests_name_the_value(arguments):
   value = str(list(arguments.values())[0])
   with pytest.raises(UserError, match=value.replace(".", r"\.")):

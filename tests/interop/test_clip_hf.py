@@ -26,12 +26,22 @@ def random_bundle(activation="quick_gelu", eot_id=None, **image):
   """Small towers of unlike sizes with random weights."""
   tokenizer = Tokenizer.train(CAPTIONS * 2, 530, 10)
   config = clip.ClipConfig(
-      text=clip.TextConfig(
-          width=24, layers=2, heads=3, mlp_width=40, activation=activation, vocabulary_size=tokenizer.vocabulary_size,
-          context_length=10, eot_id=tokenizer.end_id if eot_id is None else eot_id, layer_norm_epsilon=1e-3),
-      image=clip.ImageConfig(
-          **(dict(width=32, layers=3, heads=4, mlp_width=48, activation=activation, size=24, patch=8) | image)),
-      embedding_width=16)
+    text=clip.TextConfig(
+      width=24,
+      layers=2,
+      heads=3,
+      mlp_width=40,
+      activation=activation,
+      vocabulary_size=tokenizer.vocabulary_size,
+      context_length=10,
+      eot_id=tokenizer.end_id if eot_id is None else eot_id,
+      layer_norm_epsilon=1e-3,
+    ),
+    image=clip.ImageConfig(
+      **(dict(width=32, layers=3, heads=4, mlp_width=48, activation=activation, size=24, patch=8) | image)
+    ),
+    embedding_width=16,
+  )
   generator = np.random.default_rng(0)
   draw = lambda leaf: generator.normal(size=leaf.shape, scale=0.3).astype(np.float32)
   return clip_hf.ClipBundle(config, jax.tree.map(draw, clip.abstract_variables(config)), tokenizer)
@@ -81,11 +91,11 @@ def their_outputs(model, tokens, images, config):
     text = model.text_model(input_ids=torch.tensor(tokens).long())
     image = model.vision_model(pixel_values=pixels)
     return {
-        "features": text.last_hidden_state.numpy(),
-        "pooled": text.pooler_output.numpy(),
-        "text": model.text_projection(text.pooler_output).numpy(),
-        "image": model.visual_projection(image.pooler_output).numpy(),
-        "scale": model.logit_scale.exp().item(),
+      "features": text.last_hidden_state.numpy(),
+      "pooled": text.pooler_output.numpy(),
+      "text": model.text_projection(text.pooler_output).numpy(),
+      "image": model.visual_projection(image.pooler_output).numpy(),
+      "scale": model.logit_scale.exp().item(),
     }
 
 
@@ -93,11 +103,11 @@ def our_outputs(bundle, tokens, images):
   module = bundle.module()
   text = jax.jit(lambda v, t: module.apply(v, t, method="encode_text"))(bundle.variables, tokens)
   return {
-      "features": text.features,
-      "pooled": np.stack([row[end] for row, end in zip(text.features, text.eot)]),
-      "text": text.embedding,
-      "image": jax.jit(lambda v, x: module.apply(v, x, method="encode_image"))(bundle.variables, images),
-      "scale": module.apply(bundle.variables, method="logit_scale").item(),
+    "features": text.features,
+    "pooled": np.stack([row[end] for row, end in zip(text.features, text.eot)]),
+    "text": text.embedding,
+    "image": jax.jit(lambda v, x: module.apply(v, x, method="encode_image"))(bundle.variables, images),
+    "scale": module.apply(bundle.variables, method="logit_scale").item(),
   }
 
 
@@ -150,7 +160,10 @@ def test_defaults_are_those_of_transformers(tmp_path, bundle):
   for tower, their_tower in ((ours.text, theirs.text_config), (ours.image, theirs.vision_config)):
     assert clip_hf._their_tower(tower).items() <= their_tower.to_dict().items()
   assert (ours.text.vocabulary_size, ours.text.context_length, ours.text.eot_id) == (
-      theirs.text_config.vocab_size, theirs.text_config.max_position_embeddings, theirs.text_config.eos_token_id)
+    theirs.text_config.vocab_size,
+    theirs.text_config.max_position_embeddings,
+    theirs.text_config.eos_token_id,
+  )
   assert (ours.image.size, ours.image.patch) == (theirs.vision_config.image_size, theirs.vision_config.patch_size)
 
 
@@ -246,8 +259,16 @@ def test_torch_files_without_torch(folder, bundle, monkeypatch, kind):
 
 def test_old_configs(folder, bundle):
   """They carry position numbers as weights, and a tower's values under a second name, which wins."""
-  rewrite(folder, lambda state: state | {
-      "text_model.embeddings.position_ids": np.arange(10)[None], "vision_model.embeddings.position_ids": np.arange(10)})
+  rewrite(
+    folder,
+    lambda state: (
+      state
+      | {
+        "text_model.embeddings.position_ids": np.arange(10)[None],
+        "vision_model.embeddings.position_ids": np.arange(10),
+      }
+    ),
+  )
 
   def change(values):
     values["text_config_dict"] = {"num_hidden_layers": values["text_config"]["num_hidden_layers"]}
@@ -327,14 +348,17 @@ def test_weights_of_another_size(folder):
     clip_hf.load(folder)
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (lambda v: v.update(model_type="bert"), "of type 'bert', not 'clip'"),
     (lambda v: v["text_config"].update(hidden_size=25), "width 25 is not a multiple of 3 heads"),
     (lambda v: v["vision_config"].update(hidden_act="mish"), "unknown activation 'mish'"),
     (lambda v: v["vision_config"].update(num_channels=4), "images of 4 channels"),
     (lambda v: v["text_config"].update(vocab_size=400), "entries, the model only 400"),
     (lambda v: v["text_config"].update(num_hidden_layers="two"), "num_hidden_layers is 'two'"),
-])
+  ],
+)
 def test_bad_configs(folder, change, words):
   edit_config(folder, change)
   with pytest.raises(UserError) as raised:

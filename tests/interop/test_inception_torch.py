@@ -23,7 +23,9 @@ class Oracle:
 
   def __init__(self, patch):
     found = importlib.util.find_spec("torch_fidelity")
-    assert found, "torch-fidelity is not installed: bash launch/setup.sh --dev, or pip install --no-deps -r requirements-oracles.txt"
+    assert found, (
+      "torch-fidelity is not installed: bash launch/setup.sh --dev, or pip install --no-deps -r requirements-oracles.txt"
+    )
     # The package imports all of itself and with it torchvision, which is not there (requirements-oracles.txt).
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(found.submodule_search_locations)
@@ -111,10 +113,13 @@ def test_pictures_count_as_their_bytes(monkeypatch):
   np.testing.assert_array_equal(np.ravel(seen[-1]), [0, 255])
 
 
-@pytest.mark.parametrize("name,write", [
+@pytest.mark.parametrize(
+  "name,write",
+  [
     ("x.safetensors", safetensors.torch.save_file),
     ("x.pth", functools.partial(torch.save, _use_new_zipfile_serialization=False)),
-])
+  ],
+)
 def test_other_ways_to_write_the_file(oracle, variables, tmp_path, monkeypatch, name, write):
   """And without the counts of batches, which older files do not have; read without PyTorch."""
   state = {key: value for key, value in oracle.state_dict().items() if not key.endswith("num_batches_tracked")}
@@ -127,16 +132,23 @@ def _without(*names):
   return lambda state: [state.pop(name) for name in names]
 
 
-@pytest.mark.parametrize("change,words", [
+@pytest.mark.parametrize(
+  "change,words",
+  [
     (_without("Mixed_7c.branch_pool.bn.running_var"), "missing: Mixed_7c.branch_pool.bn.running_var"),
     (lambda state: state.update({"AuxLogits.fc.bias": torch.zeros(1000)}), "left over: AuxLogits.fc.bias"),
     (lambda state: state.update(epoch=3), "left over: epoch"),
     (lambda state: state.update({"fc.bias": torch.zeros(1000)}), "misshapen: fc.bias [1000] instead of [1008]"),
     (lambda state: state.update({"fc.bias": "none"}), "missing: fc.bias"),
     (lambda state: _without(*[name for name in state if name.startswith("Mixed_6e")])(state), "and 46 more"),
-    (lambda state: state.update({name: state.pop(name)[..., 0] for name in ("fc.weight", "Conv2d_2a_3x3.conv.weight")}),
-     "misshapen: fc.weight [1008] instead of [1008, 2048], Conv2d_2a_3x3.conv.weight [32, 32, 3] instead of [32, 32, 3, 3]"),
-])
+    (
+      lambda state: state.update(
+        {name: state.pop(name)[..., 0] for name in ("fc.weight", "Conv2d_2a_3x3.conv.weight")}
+      ),
+      "misshapen: fc.weight [1008] instead of [1008, 2048], Conv2d_2a_3x3.conv.weight [32, 32, 3] instead of [32, 32, 3, 3]",
+    ),
+  ],
+)
 def test_weights_of_another_model_are_named_in_one_line(oracle, tmp_path, change, words):
   state, path = oracle.state_dict(), tmp_path / "x.pth"
   change(state)

@@ -44,11 +44,28 @@ def tensors():
   generator = torch.Generator().manual_seed(0)
   base = torch.randn(6, 5, generator=generator)
   made = collections.OrderedDict(
-      float32=base, again=base, transposed=base.T, part=base[2:5, 1::2], expanded=base[0].expand(3, 5),
-      scalar=base[0, 0], parameter=torch.nn.Parameter(base * 2), empty=torch.zeros(0, 3), truth=base > 0,
-      channels_last=torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last))
-  for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-                torch.uint8, torch.uint16):
+    float32=base,
+    again=base,
+    transposed=base.T,
+    part=base[2:5, 1::2],
+    expanded=base[0].expand(3, 5),
+    scalar=base[0, 0],
+    parameter=torch.nn.Parameter(base * 2),
+    empty=torch.zeros(0, 3),
+    truth=base > 0,
+    channels_last=torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last),
+  )
+  for dtype in (
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+  ):
     made[str(dtype).removeprefix("torch.")] = (base.double() * 20).abs().to(dtype)
   return made
 
@@ -63,8 +80,19 @@ def as_numpy(tensor):
 def test_torch_files_bit_by_bit(tmp_path, monkeypatch):
   made, path = tensors(), tmp_path / "x.pth"
   expected = {name: as_numpy(tensor) for name, tensor in made.items()}
-  torch.save({"generator_smooth": made, "running_metadata": {"iter": 7, "lr": [0.1, None], "size": torch.Size([2, 3]),
-                                                             "dtype": torch.float32, "at": torch.device("cpu")}}, path)
+  torch.save(
+    {
+      "generator_smooth": made,
+      "running_metadata": {
+        "iter": 7,
+        "lr": [0.1, None],
+        "size": torch.Size([2, 3]),
+        "dtype": torch.float32,
+        "at": torch.device("cpu"),
+      },
+    },
+    path,
+  )
   monkeypatch.setitem(sys.modules, "torch", None)
   content = tensor_files.read(path)
   assert content["running_metadata"] == {"iter": 7, "lr": [0.1, None], "size": [2, 3], "dtype": "float32", "at": "cpu"}
@@ -97,7 +125,9 @@ def test_the_format_before_1_6(tmp_path, monkeypatch):
   assert content["iter"] == 7 and list(weights) == list(expected)
   for name, array in expected.items():
     read = weights[name].read()
-    assert tensor_files.is_array(weights[name]) and (weights[name].shape, read.dtype) == (array.shape, array.dtype), name
+    assert tensor_files.is_array(weights[name]) and (weights[name].shape, read.dtype) == (array.shape, array.dtype), (
+      name
+    )
     np.testing.assert_array_equal(bits(read), bits(array), err_msg=name)
 
 
@@ -110,9 +140,11 @@ def test_damaged_files_of_the_format_before_1_6(tmp_path):
     assert "cut off" in one_line(path) or length < 10
   before, after = data.split(b"little_endian")
   count = data.rindex((1000).to_bytes(8, "little"))
-  for bad, words in ((data[:count] + (999).to_bytes(8, "little") + data[count + 8:], "another size than 1000"),
-                     (before + b"little_endian" + after.replace(b"\x88", b"\x89", 1), "only little-endian"),
-                     (pickle.dumps({"w": 1}), "no file of PyTorch's")):
+  for bad, words in (
+    (data[:count] + (999).to_bytes(8, "little") + data[count + 8 :], "another size than 1000"),
+    (before + b"little_endian" + after.replace(b"\x88", b"\x89", 1), "only little-endian"),
+    (pickle.dumps({"w": 1}), "no file of PyTorch's"),
+  ):
     path.write_bytes(bad)
     assert words in one_line(path)
 
@@ -126,10 +158,10 @@ class Evil:
 
 
 _WRITERS = {
-    "zip": torch.save,
-    "before 1.6": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
-    "pickle": lambda value, path: path.write_bytes(pickle.dumps(value)),
-    "text pickle": lambda value, path: path.write_bytes(pickle.dumps(value, protocol=0)),
+  "zip": torch.save,
+  "before 1.6": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
+  "pickle": lambda value, path: path.write_bytes(pickle.dumps(value)),
+  "text pickle": lambda value, path: path.write_bytes(pickle.dumps(value, protocol=0)),
 }
 
 
@@ -139,10 +171,15 @@ def test_code_is_named_and_does_not_run(tmp_path, writer, with_and_without_torch
   if "torch" in sys.modules and sys.modules["torch"] is None:
     monkeypatch.setitem(sys.modules, "torch", torch)
   for function, argument, name in (
-      (os.system, f"touch {canary}", "posix.system"), (exec, f"open({str(canary)!r}, 'w')", "exec"),
-      (os.mkdir, str(canary), "posix.mkdir")):
-    value = {"generator": {"w": torch.zeros(3)}, "x": Evil(function, argument)} if "pickle" not in writer else [
-        Evil(function, argument)]
+    (os.system, f"touch {canary}", "posix.system"),
+    (exec, f"open({str(canary)!r}, 'w')", "exec"),
+    (os.mkdir, str(canary), "posix.mkdir"),
+  ):
+    value = (
+      {"generator": {"w": torch.zeros(3)}, "x": Evil(function, argument)}
+      if "pickle" not in writer
+      else [Evil(function, argument)]
+    )
     _WRITERS[writer](value, path)
     if with_and_without_torch == "without torch":
       monkeypatch.setitem(sys.modules, "torch", None)
@@ -166,20 +203,22 @@ def test_a_pickle_cannot_reach_beyond_its_own_tensors(tmp_path):
   """Hand-made pickles that use the permitted globals for something else."""
   torch.save({"w": torch.zeros(3)}, tmp_path / "good.pth")
   path = tmp_path / "bad.pth"
-  tensor = (b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI3\ntQI0\n"
-            b"(I%d\nt(I%d\ntI00\nccollections\nOrderedDict\n)RtR")
+  tensor = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI3\ntQI0\n"
+    b"(I%d\nt(I%d\ntI00\nccollections\nOrderedDict\n)RtR"
+  )
   build = lambda shape, stride: tensor % (shape, stride)
   cases = {
-      b"}S'w'\n" + build(3, 1) + b"s.": None,  # well-behaved
-      b"}S'w'\n" + build(4, 1) + b"s.": "in a storage of 12",
-      b"}S'w'\n" + build(2, -1) + b"s.": "strides",
-      b"}S'w'\n" + build(3, 1) + b"}S'path'\nS'/etc/passwd'\nsbs.": "damaged",  # to set an attribute of the tensor
-      b"}S'w'\nctorch\nFloatStorage\n}S'x'\nI1\nsbs.": "damaged",
-      b"}S'w'\nctorch\nload\n(S'x'\ntRs.": "torch.load",
-      b"}S'w'\ncaurora_jax.interop.torch_zip\nread\n(S'x'\ntRs.": "aurora_jax.interop.torch_zip.read",
-      b"\x80\x04}\x8c\x01w\x8c\x0bcollections\x8c\x1dOrderedDict.__init_subclass__\x93s.": "OrderedDict.__init_sub",
-      b"(S'w'\nt.": "holds a list",
-      b"}": "damaged",
+    b"}S'w'\n" + build(3, 1) + b"s.": None,  # well-behaved
+    b"}S'w'\n" + build(4, 1) + b"s.": "in a storage of 12",
+    b"}S'w'\n" + build(2, -1) + b"s.": "strides",
+    b"}S'w'\n" + build(3, 1) + b"}S'path'\nS'/etc/passwd'\nsbs.": "damaged",  # to set an attribute of the tensor
+    b"}S'w'\nctorch\nFloatStorage\n}S'x'\nI1\nsbs.": "damaged",
+    b"}S'w'\nctorch\nload\n(S'x'\ntRs.": "torch.load",
+    b"}S'w'\ncaurora_jax.interop.torch_zip\nread\n(S'x'\ntRs.": "aurora_jax.interop.torch_zip.read",
+    b"\x80\x04}\x8c\x01w\x8c\x0bcollections\x8c\x1dOrderedDict.__init_subclass__\x93s.": "OrderedDict.__init_sub",
+    b"(S'w'\nt.": "holds a list",
+    b"}": "damaged",
   }
   for data, words in cases.items():
     rezip(tmp_path / "good.pth", path, lambda _, data=data: data)
@@ -195,14 +234,14 @@ def test_files_of_other_kinds(tmp_path, with_and_without_torch):
   with zipfile.ZipFile(buffer, "w") as archive:
     archive.writestr("a/readme.txt", "hello")
   cases = {
-      "empty.pth": (b"", "is empty"),
-      "empty.safetensors": (b"", "is empty"),
-      "page.pth": (b"<!DOCTYPE html><html>not found</html>", "a text file, not weights (it begins with '<!DOCTYPE"),
-      "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git-lfs"),
-      "other.pth": (buffer.getvalue(), "it has no data.pkl"),
-      "noise.pth": (bytes(range(128, 256)), ""),
-      "noise.safetensors": (bytes(range(128, 256)), "no safetensors file"),
-      "x.txt": (b"x", "weights are read from"),
+    "empty.pth": (b"", "is empty"),
+    "empty.safetensors": (b"", "is empty"),
+    "page.pth": (b"<!DOCTYPE html><html>not found</html>", "a text file, not weights (it begins with '<!DOCTYPE"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git-lfs"),
+    "other.pth": (buffer.getvalue(), "it has no data.pkl"),
+    "noise.pth": (bytes(range(128, 256)), ""),
+    "noise.safetensors": (bytes(range(128, 256)), "no safetensors file"),
+    "x.txt": (b"x", "weights are read from"),
   }
   for name, (data, words) in cases.items():
     (tmp_path / name).write_bytes(data)
@@ -232,8 +271,12 @@ def test_cut_off_files(tmp_path, with_and_without_torch, monkeypatch):
 
 
 def test_safetensors_as_their_own_library_reads_them(tmp_path):
-  arrays = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "scalar": np.float32(2.5).reshape(()),
-            "empty": np.zeros((0, 2), np.float32), "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+  arrays = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "scalar": np.float32(2.5).reshape(()),
+    "empty": np.zeros((0, 2), np.float32),
+    "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+  }
   shapes = {name: array.shape for name, array in arrays.items()}
   tensor_files.write_safetensors(tmp_path / "x.safetensors", shapes, reversed(arrays.items()))
   theirs = safetensors.numpy.load_file(tmp_path / "x.safetensors")

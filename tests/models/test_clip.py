@@ -88,7 +88,8 @@ def test_images_of_other_sizes_are_resized(variables, images):
   large = np.random.default_rng(1).uniform(-1, 1, (3, 40, 40, 3)).astype(np.float32)
   by_hand = jax.image.resize(large, images.shape, "bicubic")
   np.testing.assert_allclose(
-      apply(variables, large, method="encode_image"), apply(variables, by_hand, method="encode_image"), atol=1e-5)
+    apply(variables, large, method="encode_image"), apply(variables, by_hand, method="encode_image"), atol=1e-5
+  )
 
 
 def test_colours_are_normalised(variables):
@@ -100,8 +101,10 @@ def test_colours_are_normalised(variables):
     image = np.broadcast_to(2 * (mean + value * deviation) - 1, (1, 16, 16, 3)).astype(np.float32)
     as_it_comes = np.full((1, 16, 16, 3), value, np.float32)
     np.testing.assert_allclose(
-        apply(variables, image, method="encode_image"),
-        apply(variables, as_it_comes, method="encode_image", config=plain), atol=1e-5)
+      apply(variables, image, method="encode_image"),
+      apply(variables, as_it_comes, method="encode_image", config=plain),
+      atol=1e-5,
+    )
 
 
 def test_every_pixel_counts(variables, images):

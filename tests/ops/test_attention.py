@@ -33,7 +33,10 @@ def test_dot_attention_equals_torch(inputs):
 
 def test_chunks_change_neither_values_nor_gradients(inputs):
   def run(chunk):
-    return jax.value_and_grad(lambda q: jnp.sum(jnp.sin(attention.l2_attention(q, *inputs[1:], chunk=chunk))))(inputs[0])
+    return jax.value_and_grad(lambda q: jnp.sum(jnp.sin(attention.l2_attention(q, *inputs[1:], chunk=chunk))))(
+      inputs[0]
+    )
+
   (value, gradient), (chunked_value, chunked_gradient) = run(None), run(4)
   assert value == pytest.approx(float(chunked_value), rel=1e-5)
   np.testing.assert_allclose(gradient, chunked_gradient, rtol=1e-4, atol=1e-6)
@@ -43,8 +46,10 @@ def test_chunks_change_neither_values_nor_gradients(inputs):
 
 def test_zero_distance_has_a_zero_gradient(inputs):
   same = inputs[1]
-  gradient = jax.grad(lambda t: jnp.sum(attention.l2_attention(t, t, inputs[2])**2))(same)
+  gradient = jax.grad(lambda t: jnp.sum(attention.l2_attention(t, t, inputs[2]) ** 2))(same)
   assert bool(jnp.all(jnp.isfinite(gradient)))
   assert float(jax.grad(attention.safe_sqrt)(0.0)) == 0.0
-  second = jax.grad(lambda t: jnp.sum(jax.grad(lambda u: jnp.sum(attention.l2_attention(u, u, inputs[2])**2))(t)**2))(same)
+  second = jax.grad(
+    lambda t: jnp.sum(jax.grad(lambda u: jnp.sum(attention.l2_attention(u, u, inputs[2]) ** 2))(t) ** 2)
+  )(same)
   assert bool(jnp.all(jnp.isfinite(second)))

@@ -10,7 +10,7 @@ from aurora_jax.ops import frechet
 def moments(samples, batch=7):
   found = frechet.Moments(samples.shape[1])
   for first in range(0, len(samples), batch):
-    found.add(samples[first:first + batch])
+    found.add(samples[first : first + batch])
   return found
 
 
@@ -50,7 +50,7 @@ def test_closed_forms():
   turned = [of([0, 0], turn @ np.diag(values) @ turn.T) for values in ([4, 9], [1, 16])]
   assert frechet.distance(*turned) == pytest.approx(2, rel=1e-12)
   # Two dimensions that do not: tr (C1 C2)^(1/2) = sqrt(tr C1 C2 + 2 sqrt(det C1 C2)).
-  first, second = np.array([[2, 1], [1, 3.]]), np.array([[5, -2], [-2, 1.5]])
+  first, second = np.array([[2, 1], [1, 3.0]]), np.array([[5, -2], [-2, 1.5]])
   product = first @ second
   expected = np.trace(first + second) - 2 * np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
   assert frechet.distance(of([1, 1], first), of([1, 1], second)) == pytest.approx(expected, rel=1e-12)

@@ -49,8 +49,9 @@ def test_products_of_patches_are_the_convolution_of_each_sample(size):
   x, target = (jax.random.normal(key, (3, 5, 6, features)) for key, features in zip(keys, (4, 7)))
   kernels = jax.random.normal(keys[2], (3, size, size, 4, 7))
   plain = lambda x, kernels: jnp.concatenate(
-      [modulated_conv._conv(image[None], kernel, "SAME") for image, kernel in zip(x, kernels)])  # pylint: disable=protected-access
-  patches = modulated_conv._conv_by_patches  # pylint: disable=protected-access
+    [modulated_conv._conv(image[None], kernel, "SAME") for image, kernel in zip(x, kernels)]
+  )
+  patches = modulated_conv._conv_by_patches
   run = lambda way: jax.value_and_grad(lambda *args: jnp.sum(way(*args) * target), (0, 1))(x, kernels)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(plain), run(patches))
 
@@ -76,8 +77,13 @@ def test_bilinear_taps_against_torch_grid_sample():
     y = rows + tap // 3 - 1 + np.asarray(offsets[0, :, :, tap, 0])
     x_position = columns + tap % 3 - 1 + np.asarray(offsets[0, :, :, tap, 1])
     grid = np.stack([(2 * x_position + 1) / 6 - 1, (2 * y + 1) / 6 - 1], -1)[None].astype(np.float32)
-    theirs = torch.nn.functional.grid_sample(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2), torch.tensor(grid),
-                                             padding_mode="zeros", align_corners=False)[0].permute(1, 2, 0).numpy()
+    theirs = (
+      torch.nn.functional.grid_sample(
+        torch.tensor(np.asarray(x)).permute(0, 3, 1, 2), torch.tensor(grid), padding_mode="zeros", align_corners=False
+      )[0]
+      .permute(1, 2, 0)
+      .numpy()
+    )
     np.testing.assert_allclose(ours[:, :, tap], theirs * np.asarray(mask[0, :, :, tap, None]), rtol=1e-3, atol=1e-4)
 
 

@@ -18,10 +18,10 @@ def params():
 
 
 ROUTINGS = {
-    "uniform": np.arange(TOKENS) % EXPERTS,
-    "skewed": np.where(np.arange(TOKENS) % 3, 1, np.arange(TOKENS) % EXPERTS),
-    "one expert": np.full(TOKENS, 2),
-    "last token alone": np.r_[np.zeros(TOKENS - 1, int), 3],
+  "uniform": np.arange(TOKENS) % EXPERTS,
+  "skewed": np.where(np.arange(TOKENS) % 3, 1, np.arange(TOKENS) % EXPERTS),
+  "one expert": np.full(TOKENS, 2),
+  "last token alone": np.r_[np.zeros(TOKENS - 1, int), 3],
 }
 
 
@@ -35,12 +35,16 @@ def test_backends_agree_in_values_and_gradients(params, routing):
     def loss(x, params):
       out = moe.expert_ffn(x, expert, params, backend)
       return jnp.sum(out * target), out
+
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, params)
     return out, gradients
 
-  by_hand = np.stack([
-      np.asarray(moe.geglu_ffn(x[t:t + 1], jax.tree.map(lambda p: p[ROUTINGS[routing][t]], params)))[0]
-      for t in range(0, TOKENS, 37)])
+  by_hand = np.stack(
+    [
+      np.asarray(moe.geglu_ffn(x[t : t + 1], jax.tree.map(lambda p: p[ROUTINGS[routing][t]], params)))[0]
+      for t in range(0, TOKENS, 37)
+    ]
+  )
   expected, expected_gradients = run("dense")
   np.testing.assert_allclose(expected[::37], by_hand, rtol=1e-4, atol=1e-4)
   for backend in ("bucket", "grouped"):
@@ -59,7 +63,7 @@ def test_position_in_expert_counts_in_order():
 def test_router_losses_by_hand():
   # Two images of two tokens, three experts; uniform logits: log Z = log 3, balance = E * sum f_e / E = 1.
   z_loss, balance = moe.router_losses(jnp.zeros((2, 2, 3)), jnp.array([[0, 1], [2, 2]]))
-  assert z_loss == pytest.approx(np.log(3)**2, rel=1e-6)
+  assert z_loss == pytest.approx(np.log(3) ** 2, rel=1e-6)
   assert balance == pytest.approx(1.0, rel=1e-6)
   # All tokens to expert 0 with certainty: f = P = (1, 0, 0), E^2 * mean over experts of f P = 9 / 3.
   _, balance = moe.router_losses(jnp.array([[[50.0, 0, 0]] * 2]), jnp.zeros((1, 2), jnp.int32))

@@ -17,12 +17,13 @@ import pytest
 
 from aurora_jax import config, config_files
 from aurora_jax.models import clip as clip_lib
-from aurora_jax.models import generator as generator_lib
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
 from aurora_jax.ops import moe
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import mesh as mesh_lib
-from aurora_jax.training import ahead, checkpoint
+from aurora_jax.runs import checkpoint_manager
+from aurora_jax.systems.aurora import generator as generator_lib
+from aurora_jax.training import ahead
 from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import state as state_lib
 from aurora_jax.training import step as step_lib
@@ -47,25 +48,46 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
   """
   base, replace = config_files.load([f"--config={CONFIG}:test"]), dataclasses.replace
   return replace(
-      base,
-      generator=replace(
-          base.generator, resolution=8, blocks={4: 1, 8: 1}, adaptive_kernels={4: 1, 8: 2}, output_resolutions=(4, 8),
-          attention_depth={4: 1, 8: 1}, experts={4: 4, 8: 8}, text_attention="uniform", mapping_layers=1,
-          deformable_max_resolution=4),
-      discriminator=replace(
-          base.discriminator, resolution=8, blocks={8: 1, 4: 1}, attention_depth={}, input_resolutions=(8, 4),
-          exit_resolutions=(4, 1), minibatch_std=4, compare_pairs=True),
-      loss=replace(base.loss, clip_augment=True, clip_bank=3, clip_min_resolution=4, generator_matching_weight=0.5),
-      optimizer=replace(base.optimizer, generator_lr=0.02, discriminator_lr=0.02, eps=1e-2),
-      mesh=config.Mesh(data, expert, bool(fsdp), fsdp or "all", exchange, CAPACITY), train=replace(base.train, batch_size=BATCH))
+    base,
+    generator=replace(
+      base.generator,
+      resolution=8,
+      blocks={4: 1, 8: 1},
+      adaptive_kernels={4: 1, 8: 2},
+      output_resolutions=(4, 8),
+      attention_depth={4: 1, 8: 1},
+      experts={4: 4, 8: 8},
+      text_attention="uniform",
+      mapping_layers=1,
+      deformable_max_resolution=4,
+    ),
+    discriminator=replace(
+      base.discriminator,
+      resolution=8,
+      blocks={8: 1, 4: 1},
+      attention_depth={},
+      input_resolutions=(8, 4),
+      exit_resolutions=(4, 1),
+      minibatch_std=4,
+      compare_pairs=True,
+    ),
+    loss=replace(base.loss, clip_augment=True, clip_bank=3, clip_min_resolution=4, generator_matching_weight=0.5),
+    optimizer=replace(base.optimizer, generator_lr=0.02, discriminator_lr=0.02, eps=1e-2),
+    mesh=config.Mesh(data, expert, bool(fsdp), fsdp or "all", exchange, CAPACITY),
+    train=replace(base.train, batch_size=BATCH),
+  )
 
 
 @functools.cache
 def clip_module():
   tower = dict(width=32, layers=1, heads=2, mlp_width=64)
-  return clip_lib.Clip(ClipConfig(
+  return clip_lib.Clip(
+    ClipConfig(
       text=TextConfig(vocabulary_size=50, context_length=8, eot_id=49, **tower),
-      image=ImageConfig(size=8, patch=4, **tower), embedding_width=16))
+      image=ImageConfig(size=8, patch=4, **tower),
+      embedding_width=16,
+    )
+  )
 
 
 def to_host(tree):
@@ -79,9 +101,16 @@ def inputs():
   tokens = np.array([[48, 3 + i // 2, 5 + i, 49, 0, 0, 0, 0] for i in range(BATCH)], np.int32)
   image = jax.random.uniform(keys[0], (BATCH, 8, 8, 3), minval=-1)
   bank = jax.random.normal(keys[2], (3, 16))
-  frozen = step_lib.Frozen(clip_module().init(keys[1], tokens, image),
-                           bank / jnp.linalg.norm(bank, axis=1, keepdims=True), jnp.array([0, 4, 20]))
-  return to_host(frozen), {"image": np.asarray(image), "tokens": tokens, "caption_id": np.arange(BATCH, dtype=np.int32) // 2}
+  frozen = step_lib.Frozen(
+    clip_module().init(keys[1], tokens, image),
+    bank / jnp.linalg.norm(bank, axis=1, keepdims=True),
+    jnp.array([0, 4, 20]),
+  )
+  return to_host(frozen), {
+    "image": np.asarray(image),
+    "tokens": tokens,
+    "caption_id": np.arange(BATCH, dtype=np.int32) // 2,
+  }
 
 
 @functools.cache
@@ -120,8 +149,9 @@ def one_step(placed, routing):
   """A step and then R1. Returns (state, metrics) on the host."""
   layout = placed.layout
   frozen, batch = inputs()
-  state = jax.tree.map(lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), first_state(routing),
-                       placed.abstract_state)
+  state = jax.tree.map(
+    lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), first_state(routing), placed.abstract_state
+  )
   frozen, batch = jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch)
   state, metrics = step_lib.run_step(placed.programs, state, frozen, batch, measure=True)
   state, more = placed.programs.r1_step(state, frozen, batch)
@@ -137,17 +167,27 @@ def reference(routing):
 def routings(devices):
   """Experts of TOKENS tokens: spread, all to one, and such that devices differ in how uneven their own tokens are."""
   token = np.arange(TOKENS)
-  return {"balanced": token % 8, "all to one": np.full(TOKENS, 2),
-          "one device uneven": np.where(token < TOKENS // devices, 2, token % 8),
-          "to one half": 4 + token % 4}
+  return {
+    "balanced": token % 8,
+    "all to one": np.full(TOKENS, 2),
+    "one device uneven": np.where(token < TOKENS // devices, 2, token % 8),
+    "to one half": 4 + token % 4,
+  }
 
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 
 # Mesh and experts per layer, which decide how its expert axis is cut; the layer at hand has 8.
-CUTS = [((8, 1), (8,)), ((4, 2), (8,)), ((2, 4), (8,)), ((2, 4), (2, 8)), ((1, 8), (8,)), ((1, 8), (4, 8)),
-        ((1, 8), (2, 4, 8))]
+CUTS = [
+  ((8, 1), (8,)),
+  ((4, 2), (8,)),
+  ((2, 4), (8,)),
+  ((2, 4), (2, 8)),
+  ((1, 8), (8,)),
+  ((1, 8), (4, 8)),
+  ((1, 8), (2, 4, 8)),
+]
 BACKENDS = [(*cut, "bucket") for cut in CUTS] + [(*cut, "grouped") for cut in CUTS[3::3]]
 
 
@@ -157,8 +197,9 @@ def test_exchange_equals_dense_forward_and_backward(mesh, counts, mode, backend)
   sizes = mesh_lib.sub_axes(mesh[1], counts)
   names = ("data", *(f"expert{i}" for i in range(len(sizes))))
   types = (jax.sharding.AxisType.Auto,) * len(names)
-  layout = mesh_lib.Layout(jax.make_mesh((mesh[0], *sizes), names, axis_types=types),
-                           mesh_lib.Rules(batch=names, experts=names[1:]))
+  layout = mesh_lib.Layout(
+    jax.make_mesh((mesh[0], *sizes), names, axis_types=types), mesh_lib.Rules(batch=names, experts=names[1:])
+  )
   exchange = experts_lib.Exchange(layout, mode)
   keys = jax.random.split(jax.random.key(0), 6)
   shapes = (8, WIDTH, 2 * HIDDEN), (8, 2 * HIDDEN), (8, HIDDEN, WIDTH), (8, WIDTH)
@@ -169,6 +210,7 @@ def test_exchange_equals_dense_forward_and_backward(mesh, counts, mode, backend)
     def loss(x, params, expert):
       out = expert_ffn(x, expert, params, how)
       return jnp.sum(out * target), out
+
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
   ours, oracle = run(exchange, backend), run(moe.expert_ffn, "dense")
@@ -192,8 +234,10 @@ def differences(expected, got):
   Second moments are compared by their roots, the gradients they were made of. To a gradient 1e-7 of the network's
   largest is allowed besides: it is the rounding error of sums that all but cancel.
   """
-  leaves = [(jax.tree_util.keystr(path), a, b) for (path, a), b in zip(
-      jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(got), strict=True)]
+  leaves = [
+    (jax.tree_util.keystr(path), a, b)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(got), strict=True)
+  ]
   second = lambda name: ".nu" in name
   network = lambda name: name.split("_opt")[0]
   largest = {}
@@ -222,7 +266,8 @@ def overflowing(peers):
   def route(state):
     text = clip_module().apply(frozen.clip, batch["tokens"], method="encode_text")
     out = generator_lib.Generator(cfg).apply(
-        {"params": state.generator, "buffers": state.buffers}, z, text.features, text.eot)
+      {"params": state.generator, "buffers": state.buffers}, z, text.features, text.eot
+    )
     return {name: item.expert for name, item in out.routing.items()}
 
   found = {}
@@ -240,8 +285,13 @@ def overflowing(peers):
 # too. A whole step by the exchange of weights, without fsdp or with it over both axes, runs with ALL_MESHES only; that
 # exchange by itself is tested above.
 CHOSEN = [(2, 4, "expert", "tokens"), (8, 1, "all", "auto")]
-EVERY = [(*mesh, fsdp, mode) for mesh in MESHES for fsdp in ("", "all", "expert") if mesh[1] > 1 or fsdp != "expert"
-         for mode in ("tokens", "weights")]
+EVERY = [
+  (*mesh, fsdp, mode)
+  for mesh in MESHES
+  for fsdp in ("", "all", "expert")
+  if mesh[1] > 1 or fsdp != "expert"
+  for mode in ("tokens", "weights")
+]
 
 
 @functools.cache
@@ -302,15 +352,16 @@ def test_a_run_moves_between_meshes(tmp_path):
 
   def next_step(placed, state):
     layout = placed.layout
-    _, metrics = step_lib.run_step(placed.programs, state, jax.device_put(frozen, layout.replicated),
-                                   jax.device_put(batch, layout.batch))
+    _, metrics = step_lib.run_step(
+      placed.programs, state, jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch)
+    )
     return to_host({name: value for name, value in metrics.items() if name.startswith("loss/")})
 
   wanted, whole = experiment(*CHOSEN[1]), on_mesh(*CHOSEN[1])
   state = jax.tree.map(lambda leaf, a: jax.device_put(leaf, a.sharding), first_state("spread"), whole.abstract_state)
   pieces = state.discriminator["r8_block0"]["conv1"]["weight"].addressable_shards
   assert len({str(piece.index) for piece in pieces}) == 8  # it is cut indeed
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+  with checkpoint_manager.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(3, state, config_files.to_mapping(wanted))
     saved = to_host(state)
     expected = next_step(whole, state)  # the uninterrupted run goes on while the files are written

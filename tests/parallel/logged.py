@@ -14,10 +14,10 @@ import numpy as np
 
 from aurora_jax.cli import main
 from aurora_jax.data import loader
-from aurora_jax.training import checkpoint
+from aurora_jax.runs import checkpoint_manager
 
 _make = loader.BatchMaker.__call__
-_restore = checkpoint.Checkpoints.restore
+_restore = checkpoint_manager.Checkpoints.restore
 
 
 def make(maker, step):
@@ -40,6 +40,6 @@ def restore(*args):
 
 
 if __name__ == "__main__":
-  checkpoint.Checkpoints.restore = restore
+  checkpoint_manager.Checkpoints.restore = restore
   loader.BatchMaker.__call__ = make
   sys.exit(main.main())

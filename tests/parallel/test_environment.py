@@ -6,13 +6,27 @@ from aurora_jax.errors import UserError
 from aurora_jax.parallel import environment
 from aurora_jax.parallel.environment import Job
 
-STEP = {"SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "gpu[07-09,12]", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
-        "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "32", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+STEP = {
+  "SLURM_JOB_ID": "4242",
+  "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+  "SLURM_PROCID": "2",
+  "SLURM_LOCALID": "0",
+  "SLURM_STEP_NUM_TASKS": "4",
+  "SLURM_NTASKS": "32",
+  "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+}
 GKE = {"TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc", "TPU_WORKER_ID": "1", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-PODS = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JAX_COORDINATOR_ADDRESS": "aurora-workers-0-0.aurora:8476",
-        "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"}
-VM = {"agent-worker-number": "2", "worker-network-endpoints": "unknown:8470:10.0.0.5,unknown:8470:10.0.0.6,u:8470:10.0.0.7",
-      "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nZONE: 'us-west4-a'\n"}
+PODS = {
+  "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+  "JAX_COORDINATOR_ADDRESS": "aurora-workers-0-0.aurora:8476",
+  "JAX_NUM_PROCESSES": "4",
+  "JOB_COMPLETION_INDEX": "3",
+}
+VM = {
+  "agent-worker-number": "2",
+  "worker-network-endpoints": "unknown:8470:10.0.0.5,unknown:8470:10.0.0.6,u:8470:10.0.0.7",
+  "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nZONE: 'us-west4-a'\n",
+}
 
 
 def find(environ, flags=(None, None, None), metadata=lambda name: None):
@@ -36,18 +50,29 @@ def test_slurm():
   assert job.hosts == ("gpu07", "gpu08", "gpu09", "gpu12") and job.local_devices is None
   assert job.name(2) == "process 2 (host gpu09)"
   # A task per GPU: each takes its own, unless SLURM shows it no other.
-  per_gpu = STEP | {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "4(x4)", "SLURM_LOCALID": "3",
-                    "SLURM_PROCID": "7", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+  per_gpu = STEP | {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x4)",
+    "SLURM_LOCALID": "3",
+    "SLURM_PROCID": "7",
+    "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+  }
   assert find(per_gpu).local_devices == (3,) and find(per_gpu).name(7) == "process 7 (host gpu08)"
   assert find(per_gpu | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
   assert find(per_gpu | {"SLURM_DISTRIBUTION": "cyclic"}).hosts == ()
   assert find(STEP | {"JAX_COORDINATOR_PORT": "99"}).coordinator == "gpu07:99"
 
 
-@pytest.mark.parametrize("words,nodes", [
-    ("node1", ("node1",)), ("a,b", ("a", "b")), ("n[08-10],x", ("n08", "n09", "n10", "x")),
-    ("n[1,3-4]-ib", ("n1-ib", "n3-ib", "n4-ib")), ("r[1-2]n[1-2]", ("r1n1", "r1n2", "r2n1", "r2n2")),
-])
+@pytest.mark.parametrize(
+  "words,nodes",
+  [
+    ("node1", ("node1",)),
+    ("a,b", ("a", "b")),
+    ("n[08-10],x", ("n08", "n09", "n10", "x")),
+    ("n[1,3-4]-ib", ("n1-ib", "n3-ib", "n4-ib")),
+    ("r[1-2]n[1-2]", ("r1n1", "r1n2", "r2n1", "r2n2")),
+  ],
+)
 def test_names_of_nodes(words, nodes):
   assert environment.expand_nodes(words) == nodes
 
@@ -64,21 +89,26 @@ def test_cloud_tpu_vm():
   assert find({}, metadata=VM.get) == Job("Cloud TPU (VM)", "10.0.0.5:8476", 3, 2, hosts)
   new = VM | {"worker-network-endpoints": "w0,w1,w2"}
   assert find({}, metadata=new.get).hosts == ("w0", "w1", "w2")
-  slices = VM | {"tpu-env": VM["tpu-env"] + "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
-                 "MEGASCALE_COORDINATOR_ADDRESS: '10.0.1.1'\n"}
+  slices = VM | {
+    "tpu-env": VM["tpu-env"] + "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+    "MEGASCALE_COORDINATOR_ADDRESS: '10.0.1.1'\n"
+  }
   assert find({}, metadata=slices.get) == Job("Cloud TPU (VM), slice 1 of 2", "10.0.1.1:8476", 6, 5)
   assert find({"TPU_SKIP_MDS_QUERY": "1"}, metadata=VM.get) == Job()
 
 
 def test_kubernetes():
-  assert find(PODS) == Job("Kubernetes", "aurora-workers-0-0.aurora:8476", 4, 3,
-                           tuple(f"aurora-workers-0-{i}.aurora" for i in range(4)))
+  assert find(PODS) == Job(
+    "Kubernetes", "aurora-workers-0-0.aurora:8476", 4, 3, tuple(f"aurora-workers-0-{i}.aurora" for i in range(4))
+  )
   assert find(PODS | {"JAX_COORDINATOR_ADDRESS": "there"}).coordinator == "there:8476"
   by_hand = {"JAX_COORDINATOR_ADDRESS": "x-0:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
   assert find(by_hand) == Job("JAX_COORDINATOR_ADDRESS", "x-0:1", 2, 1)
 
 
-@pytest.mark.parametrize("environ,flags,words", [
+@pytest.mark.parametrize(
+  "environ,flags,words",
+  [
     ({}, ("here:1", None, 0), "--coordinator and --process without --processes"),
     ({}, ("here", 2, 0), "coordinator 'here' .from flags. is not HOST:PORT"),
     ({}, ("here:1", 2, 2), "process 2 of 2 .from flags.: processes count from 0"),
@@ -88,7 +118,8 @@ def test_kubernetes():
     (PODS | {"JAX_NUM_PROCESSES": ""}, (None, None, None), "JAX_COORDINATOR_ADDRESS=aurora.* needs JAX_NUM_PROCESSES"),
     ({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "2"}, (None, None, None), "pod 2 of an indexed Job, but"),
     (STEP | {"SLURM_STEP_NODELIST": ""}, (None, None, None), "SLURM_STEP_NODELIST '' names no nodes"),
-])
+  ],
+)
 def test_what_makes_no_sense_is_refused(environ, flags, words):
   with pytest.raises(UserError, match=words) as error:
     find(environ, flags)

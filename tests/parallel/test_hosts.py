@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax.errors import UserError
-from aurora_jax.parallel import environment, hosts, roll_call
+from aurora_jax.parallel import environment, hosts, rendezvous
 from aurora_jax.parallel.environment import Job
 
 
@@ -27,7 +27,7 @@ def call(jobs, timeout=20, fingerprints=()):
 
   def answer(i):
     try:
-      roll_call.answer(jobs[i], timeout, fingerprints[i] if fingerprints else "")
+      rendezvous.answer(jobs[i], timeout, fingerprints[i] if fingerprints else "")
     except UserError as error:
       outcomes[i] = str(error)
 
@@ -62,7 +62,9 @@ def test_the_missing_are_named_to_everybody():
 
 def test_without_the_first_the_address_is_said():
   [said] = call(jobs([1], 2, ("n1", "n2")), timeout=0.5)
-  assert said.startswith("process 0 (host n1) of 2 does not answer at 127.0.0.1:") and "this is process 1 on host" in said
+  assert (
+    said.startswith("process 0 (host n1) of 2 does not answer at 127.0.0.1:") and "this is process 1 on host" in said
+  )
 
 
 def test_two_with_the_same_number_and_strangers():

@@ -20,24 +20,46 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch=64, over="all"):
   base = config_files.load([f"--config={CONFIGS / 'aurora_64.py'}"])
   generator = dataclasses.replace(base.generator, experts=config.PerResolution(counts)) if counts else base.generator
-  return dataclasses.replace(base, generator=generator, mesh=config.Mesh(data, expert, fsdp, over, exchange),
-                             train=dataclasses.replace(base.train, batch_size=batch))
+  return dataclasses.replace(
+    base,
+    generator=generator,
+    mesh=config.Mesh(data, expert, fsdp, over, exchange),
+    train=dataclasses.replace(base.train, batch_size=batch),
+  )
 
 
-@pytest.mark.parametrize("size,counts,expected", [
-    (16, (4, 8, 16, 16), (4, 2, 2)), (8, (4, 8, 16), (4, 2)), (4, (4, 8, 16), (4,)), (2, (4, 8, 16), (2,)),
-    (1, (4, 8), (1,)), (16, (4, 8), (4, 2, 2)), (12, (3, 4), (3, 4)), (12, (4, 6), (4, 3)), (5, (4,), (5,)),
+@pytest.mark.parametrize(
+  "size,counts,expected",
+  [
+    (16, (4, 8, 16, 16), (4, 2, 2)),
+    (8, (4, 8, 16), (4, 2)),
+    (4, (4, 8, 16), (4,)),
+    (2, (4, 8, 16), (2,)),
+    (1, (4, 8), (1,)),
+    (16, (4, 8), (4, 2, 2)),
+    (12, (3, 4), (3, 4)),
+    (12, (4, 6), (4, 3)),
+    (5, (4,), (5,)),
     (1, (), (1,)),
-])
+  ],
+)
 def test_sub_axes(size, counts, expected):
   assert mesh.sub_axes(size, counts) == expected
   assert math.prod(expected) == size
 
 
-@pytest.mark.parametrize("sizes,count,expected", [
-    ((4, 2, 2), 16, (0, 3)), ((4, 2, 2), 8, (0, 2)), ((4, 2, 2), 4, (0, 1)), ((4, 2, 2), 12, (0, 1)),
-    ((3, 4), 4, (1, 2)), ((3, 4), 12, (0, 2)), ((5,), 4, (0, 0)),
-])
+@pytest.mark.parametrize(
+  "sizes,count,expected",
+  [
+    ((4, 2, 2), 16, (0, 3)),
+    ((4, 2, 2), 8, (0, 2)),
+    ((4, 2, 2), 4, (0, 1)),
+    ((4, 2, 2), 12, (0, 1)),
+    ((3, 4), 4, (1, 2)),
+    ((3, 4), 12, (0, 2)),
+    ((5,), 4, (0, 0)),
+  ],
+)
 def test_longest_run(sizes, count, expected):
   assert mesh.longest_run(sizes, count) == expected
 
@@ -54,9 +76,18 @@ def test_rules_name_axes_and_find_collisions():
     rules.spec("width")
 
 
-@pytest.mark.parametrize("wanted,devices,words", [
-    (experiment(2, 3), 8, ["mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8", "experts 4 at 8 px, 8 at 16 px",
-                           "data x expert that fit: 8x1, 4x2, 2x4, 1x8"]),
+@pytest.mark.parametrize(
+  "wanted,devices,words",
+  [
+    (
+      experiment(2, 3),
+      8,
+      [
+        "mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8",
+        "experts 4 at 8 px, 8 at 16 px",
+        "data x expert that fit: 8x1, 4x2, 2x4, 1x8",
+      ],
+    ),
     (experiment(2, 2), 1, ["mesh.data=2 x mesh.expert=2 makes 4 devices, there are 1", "fit: 1x1"]),
     (experiment(8, 1, batch=12), 8, ["train.batch_size=12 is no multiple of the 8 devices", "fit: none"]),
     (experiment(1, 6, batch=6), 6, ["mesh.expert=6 is 3 times what the experts can be spread over", "fit: 6x1, 3x2"]),
@@ -64,7 +95,8 @@ def test_rules_name_axes_and_find_collisions():
     (experiment(1, 32), 32, ["mesh.expert=32 is 2 times what the experts can be", "fit: 32x1, 16x2, 8x4, 4x8, 2x16"]),
     (experiment(4, 2, counts={8: 1, 16: 1, 32: 1, 64: 1}), 8, ["mesh.expert=2, but no layer has more than one expert"]),
     (experiment(0, 3), 8, ["mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8"]),
-])
+  ],
+)
 def test_a_mesh_that_does_not_divide_is_refused_with_the_table(wanted, devices, words):
   with pytest.raises(UserError) as error:
     mesh.build(wanted, devices)
@@ -89,8 +121,10 @@ def state():
 
 def leaves(layout, tree):
   """[(name, leaf, sharding)]."""
-  return [(jax.tree_util.keystr(path), leaf, layout.parameter(path, leaf.shape))
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+  return [
+    (jax.tree_util.keystr(path), leaf, layout.parameter(path, leaf.shape))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  ]
 
 
 def test_each_expert_lives_along_its_run_with_its_optimiser_state_and_average(state):

@@ -22,7 +22,7 @@ from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import loader, tfrecords
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.training import stored_checkpoint
+from aurora_jax.runs import checkpoint_reader
 from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -62,11 +62,56 @@ def home(tmp_path_factory):
   for i in range(RECORDS):
     Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(home / f"pictures/{i}.png")
     (home / f"pictures/{i}.txt").write_text(f"picture number {i}\n")
-  assert main.main(["build-data", "--source", "folder", "--path", str(home / "pictures"), "--out", str(home / "data"),
-                    "--resolution", "8", "--shards", "3", "--heldout", "0"]) == 0
-  assert main.main(["train-clip", "--data", str(home / "data"), "--out", str(home / "clip"), "--steps", "1",
-                    "--resolution", "8", "--image-width", "32", "--text-width", "32", "--image-layers", "1",
-                    "--text-layers", "1", "--heads", "2", "--embedding-width", "16", "--batch-size", "4"]) == 0
+  assert (
+    main.main(
+      [
+        "build-data",
+        "--source",
+        "folder",
+        "--path",
+        str(home / "pictures"),
+        "--out",
+        str(home / "data"),
+        "--resolution",
+        "8",
+        "--shards",
+        "3",
+        "--heldout",
+        "0",
+      ]
+    )
+    == 0
+  )
+  assert (
+    main.main(
+      [
+        "train-clip",
+        "--data",
+        str(home / "data"),
+        "--out",
+        str(home / "clip"),
+        "--steps",
+        "1",
+        "--resolution",
+        "8",
+        "--image-width",
+        "32",
+        "--text-width",
+        "32",
+        "--image-layers",
+        "1",
+        "--text-layers",
+        "1",
+        "--heads",
+        "2",
+        "--embedding-width",
+        "16",
+        "--batch-size",
+        "4",
+      ]
+    )
+    == 0
+  )
   damage(home / "data")
   return home
 
@@ -87,25 +132,61 @@ def damage(folder):
 def start(home, run, devices, *more, records="records", largest_file=None):
   """Starts `train` with so many CPU devices, and perhaps on a disk that takes no file of more than so many KiB."""
   flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags,
-                              "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "RECORDS": str(home / records),
-                              "PYTHONPATH": str(ROOT),
-                              # Threads of XLA's CPU client, otherwise as many as cores or devices. A collective holds its
-                              # thread until all devices are there; with few threads, devices that begin two of them in
-                              # different orders wait for each other for ever.
-                              "NPROC": "32", "PJRT_NPROC": "32"}
-  limit = ("bash", "-c", f"ulimit -f {largest_file} && exec \"$@\"", "bash") if largest_file else ()
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "XLA_FLAGS": flags,
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "RECORDS": str(home / records),
+    "PYTHONPATH": str(ROOT),
+    # Threads of XLA's CPU client, otherwise as many as cores or devices. A collective holds its
+    # thread until all devices are there; with few threads, devices that begin two of them in
+    # different orders wait for each other for ever.
+    "NPROC": "32",
+    "PJRT_NPROC": "32",
+  }
+  limit = ("bash", "-c", f'ulimit -f {largest_file} && exec "$@"', "bash") if largest_file else ()
   return subprocess.Popen(
-      [*limit, sys.executable, str(ROOT / "tests/parallel/logged.py"), "train", "--config", str(home / "small.py"),
-       "--workdir", str(home / run), f"--config.data.path={home / 'data'}", f"--config.text.clip={home / 'clip'}", *map(str, more)],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    [
+      *limit,
+      sys.executable,
+      str(ROOT / "tests/parallel/logged.py"),
+      "train",
+      "--config",
+      str(home / "small.py"),
+      "--workdir",
+      str(home / run),
+      f"--config.data.path={home / 'data'}",
+      f"--config.text.clip={home / 'clip'}",
+      *map(str, more),
+    ],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def start_two(home, run, *more, port=None):
   """The same command twice, as processes 0 and 1 of two."""
   port = port or free_port()
-  return [start(home, run, 2, "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i, *more,
-                records=f"{run}-records-{i}") for i in range(2)]
+  return [
+    start(
+      home,
+      run,
+      2,
+      "--coordinator",
+      f"127.0.0.1:{port}",
+      "--processes",
+      2,
+      "--process",
+      i,
+      *more,
+      records=f"{run}-records-{i}",
+    )
+    for i in range(2)
+  ]
 
 
 def free_port():
@@ -120,8 +201,10 @@ def finish(processes, timeout=500):
     # All at once: one that waits for its full pipe to be read would keep the others waiting.
     with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
       said = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
-    return [(process.returncode, re.sub(r"^\[Gloo\].*\n", "", out, flags=re.MULTILINE), error)
-            for process, (out, error) in zip(processes, said)]
+    return [
+      (process.returncode, re.sub(r"^\[Gloo\].*\n", "", out, flags=re.MULTILINE), error)
+      for process, (out, error) in zip(processes, said)
+    ]
   finally:
     for process in processes:
       if process.poll() is None:
@@ -179,7 +262,9 @@ def test_the_same_losses_as_one_process(home, one, two):
   alone, together = losses(one), losses(home / "two")
   assert alone.keys() == together.keys() and "loss/g_adversarial" in alone
   for name, values in alone.items():
-    np.testing.assert_allclose(np.array(together[name], float), np.array(values, float), rtol=1e-5, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(
+      np.array(together[name], float), np.array(values, float), rtol=1e-5, atol=1e-7, err_msg=name
+    )
 
 
 def test_each_record_is_read_once(home, one, two):
@@ -196,8 +281,12 @@ def test_the_first_process_alone_talks_and_writes(home, one, two):
   # Gloo's threads say, interleaved, "[Gloo] Rank 1 is connected to 1 peer ranks. ..."; whether it comes out depends on timing.
   gloo = ("[Gloo]", "peer ranks")
   assert [line for line in second.splitlines() if line.strip() and not any(words in line for words in gloo)] == []
-  for words in ("2 processes (found by flags)", "devices: 4 x cpu (cpu); 2 processes by flags",
-                "mesh: data 2, expert 2; 1 of 4 images per device", "(SIGTERM); saved in"):
+  for words in (
+    "2 processes (found by flags)",
+    "devices: 4 x cpu (cpu); 2 processes by flags",
+    "mesh: data 2, expert 2; 1 of 4 images per device",
+    "(SIGTERM); saved in",
+  ):
     assert words in first, first
   run = home / "two"
   kinds = [row["kind"] for row in lines(run / "metrics.jsonl")]
@@ -207,7 +296,8 @@ def test_the_first_process_alone_talks_and_writes(home, one, two):
   pictures = {path.name for path in (run / "samples").iterdir()}
   assert len(pictures) == kinds.count("samples") and {"step-00000000.png", "step-00000003.png"} <= pictures
   assert {path.name for path in run.iterdir()} == {path.name for path in one.iterdir()} - {"report.html"} | {
-      "skipped_records.jsonl"}
+    "skipped_records.jsonl"
+  }
   steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
   assert steps[-1] == lines(run / "metrics.jsonl")[-1]["step"] and all(step % 2 == 0 for step in steps[:-1])
 
@@ -238,7 +328,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(home, one, moved):
     for row in lines(home / f"moved-records-{i}"):
       if "leaf" in row:
         pieces.setdefault(row["leaf"], {})[json.dumps(row["where"])] = row["sha256"]
-  _, saved = stored_checkpoint.read(home / "moved/checkpoints", vars(abstract_state(home)), step=2)
+  _, saved = checkpoint_reader.read(home / "moved/checkpoints", vars(abstract_state(home)), step=2)
   for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]:
     found, leaf = pieces.pop(jax.tree_util.keystr(path)), np.asarray(leaf)
     for where, digest in found.items():
@@ -247,8 +337,9 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(home, one, moved):
   assert not pieces
 
   expected, log = losses(one), lines(home / "moved/metrics.jsonl")
-  [row] = [row for row in log[1 + max(i for i, row in enumerate(log) if row["kind"] == "resume"):]
-           if row["kind"] == "train"]
+  [row] = [
+    row for row in log[1 + max(i for i, row in enumerate(log) if row["kind"] == "resume") :] if row["kind"] == "train"
+  ]
   for name in [name for name in expected if name.startswith("loss/")]:
     np.testing.assert_allclose(row[name], expected[name][2], rtol=1e-6, err_msg=name)
 

@@ -7,21 +7,30 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
-from aurora_jax.data import build
-from aurora_jax.data import loader
-from aurora_jax.data import sources
+from aurora_jax.data import build, loader, sources
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
+from aurora_jax.ops import augment as augment_lib
+from aurora_jax.ops.augment import Augmentation
 from aurora_jax.training import clip
-from aurora_jax.training import clip_augment
-from aurora_jax.training.clip_augment import Augmentation
 
 NOTHING = Augmentation(shift=0, scale=0, rotate=0, coarsen=0, colour=0, noise=0)
-TINY = clip.ClipTraining(resolution=16, patch=4, image_width=16, image_layers=1, text_width=16, text_layers=1, heads=2,
-                         embedding_width=16, vocabulary_size=600, batch_size=12, warmup_steps=20)
+TINY = clip.ClipTraining(
+  resolution=16,
+  patch=4,
+  image_width=16,
+  image_layers=1,
+  text_width=16,
+  text_layers=1,
+  heads=2,
+  embedding_width=16,
+  vocabulary_size=600,
+  batch_size=12,
+  warmup_steps=20,
+)
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "black": (0, 0, 0)}
 PLACES = {"left": (0, 4, 8, 12), "right": (8, 4, 16, 12), "top": (4, 0, 12, 8), "bottom": (4, 8, 12, 16)}
 
@@ -54,7 +63,7 @@ def dots():
 
 def augment(images, seed=0, **ranges):
   changed = dataclasses.replace(NOTHING, **ranges)
-  return np.asarray(jax.jit(lambda key, x: clip_augment.augment(key, x, changed))(jax.random.key(seed), images))
+  return np.asarray(jax.jit(lambda key, x: augment_lib.augment(key, x, changed))(jax.random.key(seed), images))
 
 
 def centres(images):
@@ -206,8 +215,9 @@ def test_it_learns_and_the_same_steps_give_the_same_weights(data):
   again, _ = clip.train_clip(dataset, TINY, steps=300)
   jax.tree.map(np.testing.assert_array_equal, bundle.variables, again.variables)
   other, _ = clip.train_clip(dataset, dataclasses.replace(TINY, seed=1), steps=2)
-  assert not np.allclose(bundle.variables["params"]["image"]["patch_embedding"],
-                         other.variables["params"]["image"]["patch_embedding"])
+  assert not np.allclose(
+    bundle.variables["params"]["image"]["patch_embedding"], other.variables["params"]["image"]["patch_embedding"]
+  )
 
 
 def test_seconds_become_steps(data, monkeypatch):
@@ -240,10 +250,12 @@ def test_joined_splits(data):
   assert joined.captions() == train.captions() + heldout.captions()
   assert [joined[i].captions[0] for i in range(16)] == [captions[0] for captions in joined.captions()]
   assert joined.place(len(train)) == heldout.place(0) and joined.place(0) == train.place(0)
-  np.testing.assert_array_equal(loader.load_images(joined, 16)[len(train):], loader.load_images(heldout, 16))
+  np.testing.assert_array_equal(loader.load_images(joined, 16)[len(train) :], loader.load_images(heldout, 16))
 
 
-@pytest.mark.parametrize("change, length, words", [
+@pytest.mark.parametrize(
+  "change, length, words",
+  [
     ({}, {}, "either a number of steps or of seconds"),
     ({}, {"steps": 0}, "nothing to train: 0 steps"),
     ({}, {"seconds": -1.0}, "nothing to train: -1.0 seconds"),
@@ -253,7 +265,8 @@ def test_joined_splits(data):
     ({"resolution": 32}, {"steps": 2}, "resolution 32"),
     ({"vocabulary_size": 100}, {"steps": 2}, "vocabulary of 100 is too small"),
     ({"learning_rate": 1e30}, {"steps": 30}, "training diverged: the loss is nan"),
-])
+  ],
+)
 def test_bad_settings(data, change, length, words):
   with pytest.raises(UserError, match=words):
     clip.train_clip(Dataset.open(data), dataclasses.replace(TINY, **change), **length)

@@ -15,13 +15,15 @@ from aurora_jax import config_files
 from aurora_jax.cli import main
 from aurora_jax.data import build, loader, sources
 from aurora_jax.interop import inception_torch
-from aurora_jax.models import discriminator, growth, inception
+from aurora_jax.models import inception
 from aurora_jax.ops import frechet
-from aurora_jax.training import loop, setup, stored_checkpoint
-from aurora_jax.training import fingerprint as fingerprint_lib
+from aurora_jax.runs import checkpoint_reader
+from aurora_jax.runs import fingerprint as fingerprint_lib
+from aurora_jax.systems.aurora import discriminator, growth
+from aurora_jax.training import loop, setup
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import random_run  # pylint: disable=wrong-import-position
+import random_run
 
 RECORDS, SET = 11, 5
 
@@ -35,7 +37,9 @@ def home(tmp_path_factory):
   for i in range(RECORDS):
     Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(home / f"pictures/{i}.png")
     (home / f"pictures/{i}.txt").write_text(f"{' '.join(str(i) * 2)} red\n")
-  build.build(sources.folder(home / "pictures"), home / "data", resolution=16, shards=2, heldout_fraction=0, name="small")
+  build.build(
+    sources.folder(home / "pictures"), home / "data", resolution=16, shards=2, heldout_fraction=0, name="small"
+  )
   random_run.make_clip(home / "clip")
   return home
 
@@ -43,12 +47,24 @@ def home(tmp_path_factory):
 def experiment(home, total_steps=6):
   """4 pixels for two steps, 8 for two, 16 for two: nothing beats its reference."""
   flags = {
-      "generator.text_layers": 0, "generator.mapping_layers": 1, "generator.deformable_max_resolution": 0,
-      "generator.experts[16]": 2, "generator.moe_backend": "dense",
-      "discriminator.text_layers": 0, "loss.r1_gamma": 0.0, "loss.clip_weight": 0.0,
-      "schedule.resolutions": (4, 8, 16), "schedule.factor": 1e-9, "train.total_steps": total_steps,
-      "train.checkpoint_every": 2, "train.keep_checkpoints": 0, "train.sample_prompts": (), "data.path": home / "data",
-      "text.clip": home / "clip", "optimizer.attention_weight_decay": 0.1}
+    "generator.text_layers": 0,
+    "generator.mapping_layers": 1,
+    "generator.deformable_max_resolution": 0,
+    "generator.experts[16]": 2,
+    "generator.moe_backend": "dense",
+    "discriminator.text_layers": 0,
+    "loss.r1_gamma": 0.0,
+    "loss.clip_weight": 0.0,
+    "schedule.resolutions": (4, 8, 16),
+    "schedule.factor": 1e-9,
+    "train.total_steps": total_steps,
+    "train.checkpoint_every": 2,
+    "train.keep_checkpoints": 0,
+    "train.sample_prompts": (),
+    "data.path": home / "data",
+    "text.clip": home / "clip",
+    "optimizer.attention_weight_decay": 0.1,
+  }
   values = config_files.to_mapping(config_files.load([f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test"]))
   for name, value in flags.items():
     group, _, field = name.partition(".")
@@ -79,13 +95,15 @@ def states(whole):
   first = run.init()
   found = {0: {name: getattr(first, name) for name in parts}}
   for step in (2, 4, 6):
-    found[step] = stored_checkpoint.read(folder / "checkpoints", abstract, step)[1]
+    found[step] = checkpoint_reader.read(folder / "checkpoints", abstract, step)[1]
   return jax.tree.map(np.asarray, found)
 
 
 def leaves(tree):
-  return {jax.tree_util.keystr(path): (growth.lowest_resolution(path), leaf)
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  return {
+    jax.tree_util.keystr(path): (growth.lowest_resolution(path), leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
 
 
 def test_what_is_not_in_use_stays_bit_by_bit_and_then_moves(whole):
@@ -96,14 +114,23 @@ def test_what_is_not_in_use_stays_bit_by_bit_and_then_moves(whole):
         if resolution > reached:
           np.testing.assert_array_equal(leaf, leaves(found[0][part])[name][1], err_msg=f"{part} {name}")
     for part in ("generator_opt", "discriminator_opt"):
-      assert all(not leaf.any() for resolution, leaf in leaves(found[step][part][0].nu).values() if resolution > reached)
-  moved = lambda part, name, before, after: not np.array_equal(
-      *(leaves(found[step][part])[name][1] for step in (before, after)))
-  for part, names in (("generator", "['synthesis']['r{}_rgb']['weight']"), ("ema", "['synthesis']['r{}_rgb']['weight']"),
-                      ("discriminator", "['r{}_from_rgb']['weight']")):
+      assert all(
+        not leaf.any() for resolution, leaf in leaves(found[step][part][0].nu).values() if resolution > reached
+      )
+  moved = lambda part, name, before, after: (
+    not np.array_equal(*(leaves(found[step][part])[name][1] for step in (before, after)))
+  )
+  for part, names in (
+    ("generator", "['synthesis']['r{}_rgb']['weight']"),
+    ("ema", "['synthesis']['r{}_rgb']['weight']"),
+    ("discriminator", "['r{}_from_rgb']['weight']"),
+  ):
     # What was trained before is trained on.
     assert [[moved(part, names.format(r), step, step + 2) for r in (4, 8, 16)] for step in (0, 2, 4)] == [
-        [True, False, False], [True, True, False], [True, True, True]]
+      [True, False, False],
+      [True, True, False],
+      [True, True, True],
+    ]
   for part in ("generator_opt", "discriminator_opt"):
     assert found[6][part][0].count.tolist() == [6, 4, 2]
   # The second moments of layers trained before go on: a change of stage begins none of them anew.
@@ -117,11 +144,16 @@ def test_resumed_across_a_change_of_stage_equals_uninterrupted(home, whole, stop
   folder = home / f"stopped-{stop}"
   assert loop.run(dataclasses.replace(whole[1], experiment=experiment(home, stop)), folder).step == stop
   assert loop.run(whole[1], folder).reason == loop.DONE
-  assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(whole[0] / "checkpoints")
-  stored = [stored_checkpoint.stored_progress(path / "checkpoints", 6)["schedule"] for path in (folder, whole[0])]
+  assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(
+    whole[0] / "checkpoints"
+  )
+  stored = [checkpoint_reader.stored_progress(path / "checkpoints", 6)["schedule"] for path in (folder, whole[0])]
   assert stored[0] == stored[1]
   assert [(stage["resolution"], stage["step"], stage["reason"]) for stage in stored[0]["stages"]] == [
-      (4, 0, "start"), (8, 2, "cap"), (16, 4, "cap")]
+    (4, 0, "start"),
+    (8, 2, "cap"),
+    (16, 4, "cap"),
+  ]
   assert [(one["step"], one["resolution"]) for one in stored[0]["measurements"]] == [(2, 4), (4, 8), (6, 16)]
 
 
@@ -153,7 +185,9 @@ def test_a_generator_that_drew_the_second_set_would_have_the_references_distance
   features = np.asarray(run.clip.module().apply(run.clip.variables, small, method="encode_image"))
   tokens = run.clip.tokenizer([run.dataset[int(number)].captions[0] for number in numbers])
   own = {row.tobytes(): feature for row, feature in zip(np.asarray(tokens, np.int32), features)}
-  drawn = lambda ema, buffers, clip, extractor, tokens, number, key: np.stack([own[row.tobytes()] for row in np.asarray(tokens)])
+  drawn = lambda ema, buffers, clip, extractor, tokens, number, key: np.stack(
+    [own[row.tobytes()] for row in np.asarray(tokens)]
+  )
   monkeypatch.setattr(run.distances, "_generator", {8: drawn})
   assert run.distances.generated(8, run.init(), lambda: True) == pytest.approx(reference, rel=1e-4)
 
@@ -167,7 +201,8 @@ def inception_file(home):
   state = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
   for name, (rows, columns, given, width) in kernels.items():
     state[f"{name}.conv.weight"] = rng.standard_normal((width, given, rows, columns), np.float32) * np.float32(
-        (2 / (given * rows * columns)) ** 0.5)
+      (2 / (given * rows * columns)) ** 0.5
+    )
     state |= {f"{name}.{part}": np.full(width, value, np.float32) for part, value in constant.items()}
   safetensors.numpy.save_file(state, home / "inception.safetensors")
   return home / "inception.safetensors"
@@ -175,7 +210,9 @@ def inception_file(home):
 
 def by_inception(home, path):
   given = experiment(home)
-  return dataclasses.replace(given, schedule=dataclasses.replace(given.schedule, features="inception", inception=str(path)))
+  return dataclasses.replace(
+    given, schedule=dataclasses.replace(given.schedule, features="inception", inception=str(path))
+  )
 
 
 def test_distances_by_inception(home, whole, inception_file, monkeypatch):
@@ -199,10 +236,16 @@ def test_distances_by_inception(home, whole, inception_file, monkeypatch):
 
 
 def test_inception_is_read_when_a_run_is_prepared(home, capsys):
-  fields = {"schedule.features": "inception", "schedule.inception": home / "nowhere.pth", "data.path": home / "data",
-            "text.clip": home / "clip"}
-  flags = [f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test",
-           *(f"--config.{name}={value}" for name, value in fields.items())]
+  fields = {
+    "schedule.features": "inception",
+    "schedule.inception": home / "nowhere.pth",
+    "data.path": home / "data",
+    "text.clip": home / "clip",
+  }
+  flags = [
+    f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test",
+    *(f"--config.{name}={value}" for name, value in fields.items()),
+  ]
   assert main.main(["train", *flags, "--config.schedule.resolutions=(4, 8, 16)", f"--workdir={home / 'none'}"]) == 2
   error = capsys.readouterr().err
   assert error == f"aurora_jax train: {home / 'nowhere.pth'} cannot be read: No such file or directory\n"

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from aurora_jax.errors import UserError
-from aurora_jax.training import fingerprint, loop, metrics, run_folder, stored_checkpoint
+from aurora_jax.runs import checkpoint_reader, fingerprint, metrics
+from aurora_jax.runs import workdir as workdir_lib
+from aurora_jax.training import loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import toy  # pylint: disable=wrong-import-position
+import toy
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TIMES = ("seconds", "images_per_second")
@@ -29,16 +31,22 @@ def _fingerprint(workdir):
 
 def _train_lines(workdir):
   """What was logged, without the times."""
-  return [{name: value for name, value in row.items() if name not in _TIMES and not name.startswith("time/")}
-          for row in metrics.history(pathlib.Path(workdir) / "metrics.jsonl") if row["kind"] == "train"]
+  return [
+    {name: value for name, value in row.items() if name not in _TIMES and not name.startswith("time/")}
+    for row in metrics.history(pathlib.Path(workdir) / "metrics.jsonl")
+    if row["kind"] == "train"
+  ]
 
 
 def _start(workdir, *arguments, **environment):
   """The toy in a process of its own."""
   return subprocess.Popen(
-      [sys.executable, str(_ROOT / "tests/training/toy.py"), str(workdir), *arguments], text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"} | environment)
+    [sys.executable, str(_ROOT / "tests/training/toy.py"), str(workdir), *arguments],
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    env=os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+  )
 
 
 def _wait_for_step(workdir, step, process):
@@ -53,10 +61,12 @@ def _wait_for_step(workdir, step, process):
 
 def _signal_at(step, number=signal.SIGINT):
   """For `Toy.after_batch`: sends this process a signal while the step after `step` is prepared."""
+
   def send(batch_step):
     if batch_step == step:
       os.kill(os.getpid(), number)
       time.sleep(0.05)  # the thread that reads signals takes it
+
   return send
 
 
@@ -72,11 +82,17 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_leaves_its_folder(uninterrupted, capsys):
   folder, toy_run = uninterrupted
   assert json.loads((folder / "config.json").read_text())["name"] == "toy"
-  assert stored_checkpoint.steps(folder / "checkpoints") == [4, 8, 12]
+  assert checkpoint_reader.steps(folder / "checkpoints") == [4, 8, 12]
   assert list((folder / "tensorboard").glob("*tfevents*"))
   lines = metrics.read(folder / "metrics.jsonl")
   assert [(row["kind"], row["step"]) for row in lines if row["kind"] != "samples"] == [
-      ("start", 0), ("train", 3), ("train", 6), ("train", 9), ("train", 12), ("stop", 12)]
+    ("start", 0),
+    ("train", 3),
+    ("train", 6),
+    ("train", 9),
+    ("train", 12),
+    ("stop", 12),
+  ]
   assert [row["step"] for row in lines if row["kind"] == "samples"] == [0, 6, 12]
   # The time of each phase, whole in the last line.
   stop = lines[-1]["phases"]
@@ -90,7 +106,7 @@ def test_logged_values_are_averages_over_the_steps_that_had_them(tmp_path):
   toy.run(tmp_path / "every", **{"train.log_every": 4})
   each, every = _train_lines(tmp_path / "each"), _train_lines(tmp_path / "every")
   for window, row in enumerate(every):
-    inside = each[4 * window:4 * window + 4]
+    inside = each[4 * window : 4 * window + 4]
     np.testing.assert_allclose(row["loss/g"], np.mean([r["loss/g"] for r in inside]), rtol=1e-6)
     np.testing.assert_allclose(row["r1"], np.mean([r["r1"] for r in inside if "r1" in r]), rtol=1e-6)
     np.testing.assert_allclose(row["moe/load/layer/2"] - row["moe/load/layer/0"], 2, rtol=1e-5)
@@ -103,7 +119,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, r
   _, outcome = toy.run(tmp_path, toy=first)
   assert outcome.reason == reason and outcome.status == 0
   assert 5 <= outcome.step < 9 and outcome.step % 4  # not a step at which it would have been saved anyway
-  assert stored_checkpoint.newest(tmp_path / "checkpoints") == outcome.step
+  assert checkpoint_reader.newest(tmp_path / "checkpoints") == outcome.step
   said = capsys.readouterr().out
   assert f"stopped at step {outcome.step} of 12" in said and "the same command goes on" in said
 
@@ -111,7 +127,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, r
   assert f"going on from the checkpoint of step {outcome.step}" in capsys.readouterr().out
   assert last.reason == loop.DONE
   assert _fingerprint(tmp_path) == _fingerprint(whole)
-  assert first.seen[:outcome.step] + second.seen[:12 - outcome.step] == whole_toy.seen[:12]
+  assert first.seen[: outcome.step] + second.seen[: 12 - outcome.step] == whole_toy.seen[:12]
   assert _train_lines(tmp_path) == _train_lines(whole)
   rows = metrics.read(tmp_path / "metrics.jsonl")
   kinds = [(row["kind"], row["step"]) for row in rows if row["kind"] not in ("train", "samples")]
@@ -136,14 +152,14 @@ def test_a_resumed_run_uses_the_programs_of_a_fresh_one(tmp_path):
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
   process = _start(tmp_path, "--set", "train.total_steps=100000", "--set", "train.log_every=1", "--delay", "0.4")
   _wait_for_step(tmp_path, 1, process)
-  before = stored_checkpoint.newest(tmp_path / "checkpoints")
+  before = checkpoint_reader.newest(tmp_path / "checkpoints")
   process.send_signal(signal.SIGINT)
   time.sleep(0.1)
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130
   assert "stopped at once" in err and "Traceback" not in err
-  assert stored_checkpoint.newest(tmp_path / "checkpoints") == before
+  assert checkpoint_reader.newest(tmp_path / "checkpoints") == before
 
 
 def test_max_seconds_stops_and_saves(tmp_path, capsys):
@@ -153,7 +169,7 @@ def test_max_seconds_stops_and_saves(tmp_path, capsys):
   toy_run = toy.Toy(toy.experiment(**settings), delay=0.02)
   _, outcome = toy.run(tmp_path, toy=toy_run, hooks=hooks)
   assert outcome.reason == loop.TIME and outcome.status == 0 and 0 < outcome.step < 100
-  assert stored_checkpoint.newest(tmp_path / "checkpoints") == outcome.step
+  assert checkpoint_reader.newest(tmp_path / "checkpoints") == outcome.step
   assert drawn == [0, outcome.step]
   assert "train.max_seconds = 1 are over" in capsys.readouterr().out
 
@@ -182,7 +198,6 @@ def test_nan_in_one_batch_is_skipped_and_training_goes_on(tmp_path, capsys):
   states = []
 
   class Watched(toy.Toy):
-
     def step(self, step, state, batch):
       with jax.transfer_guard("allow"):
         states.append(jax.device_get(state))
@@ -213,9 +228,11 @@ def test_nan_in_every_batch_stops_with_the_last_good_checkpoint_intact(tmp_path,
   assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 9)
   error = capsys.readouterr().err
   assert "step 9 was skipped (5 in a row)" in error
-  assert ("5 steps in a row were skipped up to step 9 (train.max_skipped_in_a_row=5); training stopped; the last "
-          f"checkpoint, step 4, stands in {tmp_path}/checkpoints") in error
-  assert stored_checkpoint.steps(tmp_path / "checkpoints") == [4]  # not of step 8, in the midst of the trouble
+  assert (
+    "5 steps in a row were skipped up to step 9 (train.max_skipped_in_a_row=5); training stopped; the last "
+    f"checkpoint, step 4, stands in {tmp_path}/checkpoints"
+  ) in error
+  assert checkpoint_reader.steps(tmp_path / "checkpoints") == [4]  # not of step 8, in the midst of the trouble
   stop = metrics.read(tmp_path / "metrics.jsonl")[-1]
   assert (stop["reason"], stop["metric"], stop["value"]) == ("non-finite", "loss/g", "nan")
   toy.run(tmp_path / "four", **{"train.total_steps": 4})
@@ -238,7 +255,7 @@ def test_without_the_guard_nan_stops_at_once(tmp_path, capsys):
   assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 6)
   error = capsys.readouterr().err
   assert "is nan at step 6; training stopped; the last checkpoint, step 4, stands in" in error
-  assert stored_checkpoint.steps(tmp_path / "checkpoints") == [4]
+  assert checkpoint_reader.steps(tmp_path / "checkpoints") == [4]
 
 
 def test_warnings_are_said_and_written_once(tmp_path, capsys):
@@ -263,7 +280,6 @@ def test_a_profile_is_taken_and_changes_nothing(uninterrupted, tmp_path, capsys)
 
 def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):
   class Poisoned(toy.Toy):
-
     def step(self, step, state, batch):
       state, values = super().step(step, state, batch)
       with jax.transfer_guard("allow"):
@@ -271,7 +287,7 @@ def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):
 
   _, outcome = toy.run(tmp_path, toy=Poisoned(toy.experiment()))
   assert outcome.reason == loop.NON_FINITE
-  assert stored_checkpoint.steps(tmp_path / "checkpoints") == [4]
+  assert checkpoint_reader.steps(tmp_path / "checkpoints") == [4]
   assert "state.ema['b'] is not finite at step 8" in capsys.readouterr().err
 
 
@@ -294,7 +310,10 @@ def test_a_differing_config_is_refused(tmp_path):
   assert outcome.reason == loop.DONE
   resumed = next(row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "resume")
   assert resumed["changed"] == {
-      "loss.clip_weight": [0.2, 0.5], "train.total_steps": [4, 12], "train.checkpoint_every": [4, 5]}
+    "loss.clip_weight": [0.2, 0.5],
+    "train.total_steps": [4, 12],
+    "train.checkpoint_every": [4, 5],
+  }
   assert json.loads((tmp_path / "config.json").read_text())["loss"]["clip_weight"] == 0.5
 
 
@@ -330,7 +349,7 @@ def test_an_unwritable_workdir(tmp_path, where):
 
 
 def test_one_trainer_at_a_time(tmp_path):
-  with run_folder.held(tmp_path):
+  with workdir_lib.held(tmp_path):
     with pytest.raises(UserError, match="another process is training in it"):
       toy.run(tmp_path)
   assert toy.run(tmp_path)[1].reason == loop.DONE
@@ -338,7 +357,6 @@ def test_one_trainer_at_a_time(tmp_path):
 
 def test_an_unasked_transfer_is_an_error(tmp_path):
   class Careless(toy.Toy):
-
     def step(self, step, state, batch):
       return super().step(step, state, batch | {"poison": np.zeros(1, np.float32)})
 
@@ -351,7 +369,6 @@ def test_the_next_batch_is_fetched_while_a_step_runs(tmp_path):
   ahead = []
 
   class Watched(toy.Toy):
-
     def step(self, step, state, batch):
       ahead.append(len(self.seen) - step)
       return super().step(step, state, batch)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from aurora_jax import config
-from aurora_jax.training import muon
-from aurora_jax.training import state
+from aurora_jax.training import muon, state
 
 CFG = config.Optimizer(method="muon", attention_weight_decay=0.0, muon_iterations=5)
 
@@ -33,8 +32,9 @@ def test_a_step_is_that_of_torch(shape):
   moved = steps(state.optimizer(CFG, 0.99), params, [{"weight": gradient}])["weight"]
   matrix = torch.tensor(np.asarray(gradient)).reshape(-1, shape[-1])
   theirs = torch.nn.Parameter(torch.zeros_like(matrix))
-  muon = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, momentum=CFG.muon_momentum, ns_steps=5,
-                          adjust_lr_fn="match_rms_adamw")
+  muon = torch.optim.Muon(
+    [theirs], lr=1.0, weight_decay=0.0, momentum=CFG.muon_momentum, ns_steps=5, adjust_lr_fn="match_rms_adamw"
+  )
   theirs.grad = matrix
   muon.step()
   expected = theirs.detach().numpy() / 0.2  # theirs is of a fifth of the size; it iterates in bfloat16
@@ -49,8 +49,11 @@ def test_each_kernel_and_each_expert_is_a_matrix_of_its_own(shape):
   optimizer = state.optimizer(CFG, 0.99)
   stacked = steps(optimizer, {"weight": jnp.zeros(shape)}, gradients)["weight"]
   for i in range(shape[0]):
-    alone = steps(optimizer, {"weight": jnp.zeros(shape[1:]).reshape(-1, shape[-1])},
-                  [{"weight": g["weight"][i].reshape(-1, shape[-1])} for g in gradients])["weight"]
+    alone = steps(
+      optimizer,
+      {"weight": jnp.zeros(shape[1:]).reshape(-1, shape[-1])},
+      [{"weight": g["weight"][i].reshape(-1, shape[-1])} for g in gradients],
+    )["weight"]
     np.testing.assert_allclose(stacked[i].reshape(alone.shape), alone, rtol=1e-4, atol=1e-5)
 
 
@@ -83,7 +86,7 @@ def test_the_momentum_of_an_expert_without_tokens_fades_away():
 
 def test_biases_and_norms_are_adams():
   params = {"a": {"weight": draw(8, 8), "bias": draw(8)}, "norm": {"scale": draw(8)}}
-  gradients = [jax.tree.map(lambda x: draw(*x.shape, seed=seed), params) for seed in range(4)]  # pylint: disable=cell-var-from-loop
+  gradients = [jax.tree.map(lambda x: draw(*x.shape, seed=seed), params) for seed in range(4)]
   ours = steps(state.optimizer(CFG, 0.99), params, gradients, 0.01)
   adam = steps(state.optimizer(config.Optimizer(attention_weight_decay=0.0), 0.99), params, gradients, 0.01)
   np.testing.assert_array_equal(ours["a"]["bias"], adam["a"]["bias"])

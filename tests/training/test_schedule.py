@@ -14,23 +14,29 @@ import numpy as np
 import pytest
 
 from aurora_jax import config, config_files
-from aurora_jax.training import checkpoint, loop, metrics, schedule, stored_checkpoint
-from aurora_jax.training import fingerprint as fingerprint_lib
+from aurora_jax.runs import checkpoint_manager, checkpoint_reader, metrics
+from aurora_jax.runs import fingerprint as fingerprint_lib
+from aurora_jax.training import loop, schedule
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import toy  # pylint: disable=wrong-import-position
+import toy
 
-CFG = config.Schedule(resolutions=(4, 8, 16), factor=1.5, every_images=40,
-                      max_images=config.PerResolution({4: 100, 8: 200}))
+CFG = config.Schedule(
+  resolutions=(4, 8, 16), factor=1.5, every_images=40, max_images=config.PerResolution({4: 100, 8: 200})
+)
 
 
 def progress(resolution, step, reference, *measured):
   """A stage that began at `step`, and (step, distance) measured in it."""
-  return schedule.Progress((schedule.Stage(resolution, step, schedule.START, reference),),
-                           tuple(schedule.Measurement(at, resolution, distance) for at, distance in measured))
+  return schedule.Progress(
+    (schedule.Stage(resolution, step, schedule.START, reference),),
+    tuple(schedule.Measurement(at, resolution, distance) for at, distance in measured),
+  )
 
 
-@pytest.mark.parametrize("resolution,measured,step,expected", [
+@pytest.mark.parametrize(
+  "resolution,measured,step,expected",
+  [
     (4, (), 11, None),
     (4, ((14, 3.1),), 14, None),  # not better than 1.5 x 2
     (4, ((14, 3.0),), 14, None),  # nor if as good
@@ -41,7 +47,8 @@ def progress(resolution, step, reference, *measured):
     (4, ((18, 9.0),), 20, None),  # first its measurement
     (8, ((20, 9.0),), 20, None),  # 8 pixels have a cap of their own
     (16, ((400, 0.1),), 400, None),  # the last stage has no end
-])
+  ],
+)
 def test_a_stage_ends_when_its_reference_is_beaten_or_at_its_cap(resolution, measured, step, expected):
   assert schedule.next_stage(CFG, progress(resolution, 10, 2.0, *measured), step, batch_size=10) == expected
 
@@ -113,8 +120,15 @@ def _run(folder, distances=None, after_batch=None):
 
 
 def _rows(folder, *kinds):
-  return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")
-           and not name.startswith("time/")} for row in metrics.history(folder / "metrics.jsonl") if row["kind"] in kinds]
+  return [
+    {
+      name: value
+      for name, value in row.items()
+      if name not in ("seconds", "images_per_second") and not name.startswith("time/")
+    }
+    for row in metrics.history(folder / "metrics.jsonl")
+    if row["kind"] in kinds
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +144,17 @@ def test_the_loop_goes_through_the_stages(whole):
   folder, _ = whole
   stages = _rows(folder, "stage")
   assert [(row["step"], row["resolution"], row["reason"]) for row in stages] == [
-      (0, 4, "start"), (3, 8, "cap"), (9, 64, "reference beaten")]
+    (0, 4, "start"),
+    (3, 8, "cap"),
+    (9, 64, "reference beaten"),
+  ]
   assert [row["frechet_toy/reference_" + str(row["resolution"])] for row in stages] == [4.1, 8.1, 64.1]
   measured = _rows(folder, "evaluation")
   assert [(row["step"], row["resolution"]) for row in measured] == [(2, 4), (3, 4), (5, 8), (7, 8), (9, 8), (11, 64)]
   assert measured[4]["frechet_toy/8"] == pytest.approx(7.8) and measured[4]["frechet_toy/reference_8"] == 8.1
   assert {row["features"] for row in stages + measured} == {"toy features"}
   assert [row["resolution"] for row in _rows(folder, "train")] == [4, 8, 8, 64]  # of the window's last step
-  stored = stored_checkpoint.stored_progress(folder / "checkpoints", 12)["schedule"]
+  stored = checkpoint_reader.stored_progress(folder / "checkpoints", 12)["schedule"]
   assert [(stage["resolution"], stage["step"]) for stage in stored["stages"]] == [(4, 0), (8, 3), (64, 9)]
   assert list((folder / "tensorboard").glob("*tfevents*"))[0].read_bytes().count(b"frechet_toy/8") == 3
 
@@ -167,19 +184,22 @@ def test_a_measurement_that_is_cut_short_is_taken_when_the_run_goes_on(whole, tm
 def _same_in_the_end(whole, folder):
   _, last = _run(folder)
   assert last.reason == loop.DONE
-  assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(whole[0] / "checkpoints")
+  assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(
+    whole[0] / "checkpoints"
+  )
   for kinds in (("train",), ("stage", "evaluation")):
     assert _rows(folder, *kinds) == _rows(whole[0], *kinds)
-  stored = lambda path: stored_checkpoint.stored_progress(path / "checkpoints", 12)["schedule"]
+  stored = lambda path: checkpoint_reader.stored_progress(path / "checkpoints", 12)["schedule"]
   assert stored(folder) == stored(whole[0])
 
 
 def test_a_run_that_begins_with_anothers_networks_begins_at_their_stage(whole, tmp_path):
   first = lambda source: schedule.first_resolution(
-      dataclasses.replace(_experiment(), train=dataclasses.replace(_experiment().train, init_from=str(source))))
+    dataclasses.replace(_experiment(), train=dataclasses.replace(_experiment().train, init_from=str(source)))
+  )
   assert schedule.first_resolution(_experiment()) == 4
   assert first(whole[0]) == 64
   assert first(whole[0] / "checkpoints" / "4") == 8
   parts = {"generator": {"weight": np.zeros(2, np.float32)}}
-  checkpoint.write_parts(tmp_path / "converted" / "checkpoints", 0, parts, {})
+  checkpoint_manager.write_parts(tmp_path / "converted" / "checkpoints", 0, parts, {})
   assert first(tmp_path / "converted") == 64  # nothing is said of stages: all of it is there

@@ -50,8 +50,10 @@ def test_an_update_that_may_be_left_out_is_bitwise_nothing_then_and_needs_no_mem
 
 def test_weight_decay_reaches_attention_matrices_only():
   cfg = config.Optimizer(attention_weight_decay=0.1)
-  params = {"r8_block0_attention": {"in": {"weight": jnp.ones(2)}, "norm": {"norm": {"bias": jnp.ones(2)}}},
-            "r8_block0_conv": {"weight": jnp.ones(2)}}
+  params = {
+    "r8_block0_attention": {"in": {"weight": jnp.ones(2)}, "norm": {"norm": {"bias": jnp.ones(2)}}},
+    "r8_block0_conv": {"weight": jnp.ones(2)},
+  }
   optimizer = state.optimizer(cfg, 0.99)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updated, _ = state.update(cfg, optimizer, zeros, optimizer.init(params), params, 0.5)
@@ -62,7 +64,9 @@ def test_weight_decay_reaches_attention_matrices_only():
 
 def test_weight_decay_leaves_feed_forward_layers_alone():
   cfg = config.Optimizer(attention_weight_decay=0.1)
-  names = [("r8_block0_attention", "layer_0", part, "weight") for part in ("self_attention", "cross_attention", "feed_forward")]
+  names = [
+    ("r8_block0_attention", "layer_0", part, "weight") for part in ("self_attention", "cross_attention", "feed_forward")
+  ]
   names += [("r8_attention0", part, "weight") for part in ("qk", "out", "mlp_in", "mlp_out")]
   params = flax.traverse_util.unflatten_dict({name: jnp.ones(1) for name in names})
   optimizer = state.optimizer(cfg, 0.99)
@@ -95,7 +99,8 @@ def test_adam_leaves_alone_what_a_stage_does_not_use_and_begins_it_as_if_new():
       for name in names:
         if from_stage.get(name, 0) <= stage:
           alone[name], alone_states[name] = state.update(
-              cfg, plain, {name: gradients[name]}, alone_states[name], alone[name], 0.01)
+            cfg, plain, {name: gradients[name]}, alone_states[name], alone[name], 0.01
+          )
         else:
           np.testing.assert_array_equal(params[name]["weight"], first[name]["weight"])
           assert not opt_state[0].nu[name]["weight"].any()

@@ -13,12 +13,11 @@ import pytest
 
 from aurora_jax import config_files
 from aurora_jax.models import clip as clip_lib
-from aurora_jax.models import critic, discriminator
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
+from aurora_jax.ops import losses
 from aurora_jax.parallel import mesh
-from aurora_jax.training import ahead
-from aurora_jax.training import guard
-from aurora_jax.training import losses
+from aurora_jax.systems.aurora import critic, discriminator
+from aurora_jax.training import ahead, guard
 from aurora_jax.training import placed as placed_lib
 from aurora_jax.training import state as state_lib
 from aurora_jax.training import step as step_lib
@@ -43,14 +42,31 @@ def system():
   shardings = jax.tree.map(lambda leaf: leaf.sharding, placed.abstract_state)
   first = jax.jit(programs.init, out_shardings=shardings)(jax.random.key(0))
   kept = lambda run: lambda state, *rest, **how: run(jax.tree.map(jnp.copy, state), *rest, **how)
-  return types.SimpleNamespace(experiment=experiment, layout=layout, frozen=frozen, batch=batch, first=first, programs=programs,
-                               step=kept(functools.partial(step_lib.run_step, programs)), r1_step=kept(programs.r1_step))
+  return types.SimpleNamespace(
+    experiment=experiment,
+    layout=layout,
+    frozen=frozen,
+    batch=batch,
+    first=first,
+    programs=programs,
+    step=kept(functools.partial(step_lib.run_step, programs)),
+    r1_step=kept(programs.r1_step),
+  )
 
 
-@pytest.mark.parametrize("name,group", [
-    ("r32_block0/conv1/weight", "r32_conv"), ("r8_attention1/norm1/scale", "r8_attention"), ("r32_from_rgb/bias", "r32_rgb"),
-    ("r8_unconditional/weight", "r8_heads"), ("synthesis/r8_block0_conv/conv1/weight", "r8_conv"),
-    ("synthesis/r8_block1_attention/in/weight", "r8_attention"), ("mapping_0/weight", "mapping"), ("last/bias", "last")])
+@pytest.mark.parametrize(
+  "name,group",
+  [
+    ("r32_block0/conv1/weight", "r32_conv"),
+    ("r8_attention1/norm1/scale", "r8_attention"),
+    ("r32_from_rgb/bias", "r32_rgb"),
+    ("r8_unconditional/weight", "r8_heads"),
+    ("synthesis/r8_block0_conv/conv1/weight", "r8_conv"),
+    ("synthesis/r8_block1_attention/in/weight", "r8_attention"),
+    ("mapping_0/weight", "mapping"),
+    ("last/bias", "last"),
+  ],
+)
 def test_arrays_are_logged_by_kind_and_resolution(name, group):
   assert guard.group_of(name) == group
 
@@ -86,8 +102,11 @@ def test_norms_of_modules_make_up_the_whole(system):
     parts = [value for name, value in metrics.items() if name.startswith(f"{kind}/")]
     assert 5 < len(parts) < 15 and np.linalg.norm(parts) == pytest.approx(metrics[kind], rel=1e-5)
   # One array by hand.
-  moves = [np.linalg.norm(state.generator[name][key] - system.first.generator[name][key])
-           for name in ("mapping_0", "mapping_1") for key in system.first.generator[name]]
+  moves = [
+    np.linalg.norm(state.generator[name][key] - system.first.generator[name][key])
+    for name in ("mapping_0", "mapping_1")
+    for key in system.first.generator[name]
+  ]
   assert metrics["update_norm/g/mapping"] == pytest.approx(np.linalg.norm(moves), rel=1e-5)
 
 
@@ -174,8 +193,9 @@ def test_averages_follow_their_formulas(system):
   for ours, theirs in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected)):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
   assert np.abs(state.buffers["w_avg"]).max() > 0
-  np.testing.assert_array_equal(state.buffers["synthesis"]["input"]["freqs"],
-                                system.first.buffers["synthesis"]["input"]["freqs"])
+  np.testing.assert_array_equal(
+    state.buffers["synthesis"]["input"]["freqs"], system.first.buffers["synthesis"]["input"]["freqs"]
+  )
 
 
 def test_the_gradient_of_several_levels_by_clip(system):
@@ -185,16 +205,22 @@ def test_the_gradient_of_several_levels_by_clip(system):
   text = clip.apply(system.frozen.clip, system.batch["tokens"], method="encode_text")
 
   def cotangent(clip_weight):
-    loss = dataclasses.replace(system.experiment.loss, clip_weight=clip_weight, clip_min_resolution=8, clip_augment=False,
-                               clip_bank=0)
+    loss = dataclasses.replace(
+      system.experiment.loss, clip_weight=clip_weight, clip_min_resolution=8, clip_augment=False, clip_bank=0
+    )
     programs = step_lib.build(dataclasses.replace(system.experiment, loss=loss), clip)
-    return jax.jit(programs.judge)(system.first.discriminator, system.first.step, system.frozen, pyramid, text,
-                                   system.batch["caption_id"], True)[0]
+    return jax.jit(programs.judge)(
+      system.first.discriminator, system.first.step, system.frozen, pyramid, text, system.batch["caption_id"], True
+    )[0]
 
   def mean_loss(images):
     scale = system.experiment.loss.clip_logit_scale or clip.apply(system.frozen.clip, method="logit_scale")
-    return sum(losses.contrastive_loss(clip.apply(system.frozen.clip, images[r], method="encode_image"), text.embedding,
-                                       scale)[0] for r in levels) / len(levels)
+    return sum(
+      losses.contrastive_loss(clip.apply(system.frozen.clip, images[r], method="encode_image"), text.embedding, scale)[
+        0
+      ]
+      for r in levels
+    ) / len(levels)
 
   expected = jax.jit(jax.grad(mean_loss))({r: pyramid[r] for r in levels})
   without = cotangent(0.0)
@@ -208,21 +234,27 @@ def test_r1_moves_the_discriminator_only(system):
   state, metrics = system.r1_step(system.first, system.frozen, system.batch)
   assert np.isfinite(metrics["loss/r1"]) and metrics["loss/r1"] > 0
   assert moved(system.first.discriminator, state.discriminator)
-  assert not moved((system.first.generator, system.first.ema, system.first.buffers, system.first.step),
-                   (state.generator, state.ema, state.buffers, state.step))
+  assert not moved(
+    (system.first.generator, system.first.ema, system.first.buffers, system.first.step),
+    (state.generator, state.ema, state.buffers, state.step),
+  )
 
 
 def test_lazy_r1_shrinks_rate_and_decay_of_the_discriminator(system):
   """StyleGAN2, appendix B: by interval / (interval + 1), here 2 / 3. Adam's first step is the rate, whatever the gradient."""
   state, metrics = system.step(system.first, system.frozen, system.batch)
   optimizer, lazy = system.experiment.optimizer, 2 / 3
-  for network, decay, rate in (("discriminator", optimizer.beta2**lazy, optimizer.discriminator_lr * lazy),
-                               ("generator", optimizer.beta2, optimizer.generator_lr)):
+  for network, decay, rate in (
+    ("discriminator", optimizer.beta2**lazy, optimizer.discriminator_lr * lazy),
+    ("generator", optimizer.beta2, optimizer.generator_lr),
+  ):
     nu = jax.tree.leaves(getattr(state, f"{network}_opt")[0].nu)
     squares = sum(float(jnp.sum(leaf)) for leaf in nu) / (1 - decay)  # of the gradients, if this is their decay
-    assert squares == pytest.approx(float(metrics[f"grad_norm/{network[0]}"])**2, rel=1e-4)
+    assert squares == pytest.approx(float(metrics[f"grad_norm/{network[0]}"]) ** 2, rel=1e-4)
     name = {"discriminator": "r16_from_rgb", "generator": "r16_rgb"}[network]
-    tree = lambda values: {"discriminator": values.discriminator, "generator": values.generator["synthesis"]}[network][name]
+    tree = lambda values: {"discriminator": values.discriminator, "generator": values.generator["synthesis"]}[network][
+      name
+    ]
     moved = np.abs(np.asarray(tree(state)["weight"]) - np.asarray(tree(system.first)["weight"])).max()
     assert moved == pytest.approx(rate, rel=1e-3)
   after, _ = system.r1_step(state, system.frozen, system.batch)
@@ -258,8 +290,10 @@ class ProjectedCritic(nn.Module):
     return self.text(jnp.take_along_axis(text, eot[:, None, None], axis=1)[:, 0])
 
   def judge(self, features, text):
-    return [discriminator.Logit((self.head(x) + jnp.sum(x * text, -1, keepdims=True))[..., None], level=16, exit=1)
-            for x in features]
+    return [
+      discriminator.Logit((self.head(x) + jnp.sum(x * text, -1, keepdims=True))[..., None], level=16, exit=1)
+      for x in features
+    ]
 
   def __call__(self, pyramid, text, eot):
     return self.judge(self.features(pyramid), self.encode_text(text, eot))
@@ -279,11 +313,21 @@ def test_generator_descends_on_its_own_loss(system):
   healthy = jax.device_put(True, system.layout.replicated)
   for _ in range(40):
     made = programs.generate(state.generator, state.buffers, state.step, system.frozen.clip, batch["tokens"])
-    cotangent, _, metrics = programs.judge(state.discriminator, state.step, system.frozen, made.pyramid, made.text,
-                                           batch["caption_id"], healthy)
+    cotangent, _, metrics = programs.judge(
+      state.discriminator, state.step, system.frozen, made.pyramid, made.text, batch["caption_id"], healthy
+    )
     generator, opt, ema, buffers, step, _ = programs.learn(
-        state.generator, state.generator_opt, state.ema, state.buffers, state.step, cotangent, made.w_mean, made.moe_loss,
-        made.residuals, healthy)
+      state.generator,
+      state.generator_opt,
+      state.ema,
+      state.buffers,
+      state.step,
+      cotangent,
+      made.w_mean,
+      made.moe_loss,
+      made.residuals,
+      healthy,
+    )
     state = state.replace(generator=generator, generator_opt=opt, ema=ema, buffers=buffers, step=step)
     losses.append([float(metrics["loss/g_adversarial"]), float(metrics["loss/g_clip"])])
   assert (np.mean(losses[-8:], axis=0) < np.mean(losses[:8], axis=0)).all(), losses
@@ -291,5 +335,8 @@ def test_generator_descends_on_its_own_loss(system):
 
 def _clip_config():
   tower = dict(width=32, layers=1, heads=2, mlp_width=64)
-  return ClipConfig(text=TextConfig(vocabulary_size=50, context_length=8, eot_id=49, **tower),
-                    image=ImageConfig(size=16, patch=8, **tower), embedding_width=16)
+  return ClipConfig(
+    text=TextConfig(vocabulary_size=50, context_length=8, eot_id=49, **tower),
+    image=ImageConfig(size=16, patch=8, **tower),
+    embedding_width=16,
+  )

@@ -1,6 +1,6 @@
 """A tiny training problem with the interface of `training/setup.py`; run as a script it trains in a process of its own.
 
-    python tests/training/toy.py WORKDIR [--set train.total_steps=20 ...] [--delay 0.01] [--nan-from 7]
+python tests/training/toy.py WORKDIR [--set train.total_steps=20 ...] [--delay 0.01] [--nan-from 7]
 """
 
 import argparse
@@ -43,8 +43,14 @@ class Samples:
 def experiment(**fields):
   """An `Experiment` with some fields set: experiment(**{"train.total_steps": 20})."""
   values = config_files.to_mapping(config.Experiment())
-  defaults = {"train.total_steps": 12, "train.checkpoint_every": 4, "train.log_every": 3, "train.sample_every": 6,
-              "train.batch_size": 8, "name": "toy"}
+  defaults = {
+    "train.total_steps": 12,
+    "train.checkpoint_every": 4,
+    "train.log_every": 3,
+    "train.sample_every": 6,
+    "train.batch_size": 8,
+    "name": "toy",
+  }
   for name, value in (defaults | fields).items():
     group = values
     *path, last = name.split(".")
@@ -114,8 +120,12 @@ class Toy:
       rng = np.random.default_rng((self.experiment.train.seed, step))
       self.seen.append(step)
       time.sleep(self.delay)
-      yield {"image": rng.standard_normal((8, 16)).astype(np.float32), "index": np.arange(8) + step,
-             "poison": np.full(1, np.nan if step in self.nan_at else 0.0, np.float32), "caption": ["a"] * 8}
+      yield {
+        "image": rng.standard_normal((8, 16)).astype(np.float32),
+        "index": np.arange(8) + step,
+        "poison": np.full(1, np.nan if step in self.nan_at else 0.0, np.float32),
+        "caption": ["a"] * 8,
+      }
       if self.after_batch is not None:
         self.after_batch(step)
       step += 1
@@ -140,7 +150,7 @@ def main():
   parser.add_argument("--delay", type=float, default=0.0)
   parser.add_argument("--nan-from", type=int, default=10**9)
   args = parser.parse_args()
-  fields = {name: json.loads(value) for name, value in (entry.split("=") for entry in getattr(args, "set"))}
+  fields = {name: json.loads(value) for name, value in (entry.split("=") for entry in args.set)}
   try:
     _, outcome = run(args.workdir, toy=Toy(experiment(**fields), delay=args.delay, nan_at=range(args.nan_from, 10**9)))
   except UserError as error:

@@ -1,0 +1,236 @@
+"""What a compiled program needs of a machine: memory, arithmetic, traffic, and which expert lives where.
+
+Sizes of the state come from its shardings and are exact. Only the temporaries are the compiler's word; its cost model is
+not asked (it counts a loop's body once).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from aurora_jax.parallel import mesh as mesh_lib
+from aurora_jax.performance import collectives as collectives_lib
+from aurora_jax.performance import topology as topology_lib
+
+
+class Memory(NamedTuple):
+  """What one run of a program takes on a device beside its arguments, in bytes, as the compiler says.
+
+  Attributes:
+    arguments: the arguments, in the layouts that the compiler gave them.
+    outputs: results that do not take the place of an argument.
+    temporaries: the largest sum of what lives at a time.
+    code: the program.
+    aliased: results that do.
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  code: int
+  aliased: int = 0
+
+
+def memory_of(compiled) -> Memory:
+  """`Memory` of a `jax.stages.Compiled`."""
+  stats = compiled.memory_analysis()
+  return Memory(
+    stats.argument_size_in_bytes,
+    stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    stats.temp_size_in_bytes,
+    stats.generated_code_size_in_bytes,
+    stats.alias_size_in_bytes,
+  )
+
+
+def bytes_per_device(tree) -> int:
+  """Bytes of a tree's leaves (arrays or shapes, with shardings) on one device; every device has as many."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def experts(parameters, devices) -> list[dict[str, Any]]:
+  """Which expert lives where.
+
+  Args:
+    parameters: of the generator, leaves with shardings (of a compiled program, say).
+    devices: of the mesh, in its order.
+
+  Returns:
+    [{"layer", "expert", "device"}], `device` a list of places in the mesh: all that have the expert.
+  """
+  places, entries = {device: place for place, device in enumerate(devices)}, []
+  for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
+    if not mesh_lib.is_expert(path) or str(path[-1].key) != "in_weight":
+      continue
+    homes = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+      for expert in range(*index[0].indices(leaf.shape[0])):
+        homes.setdefault(expert, []).append(places[device])
+    layer = "/".join(str(entry.key) for entry in path[:-1])
+    entries += [{"layer": layer, "expert": expert, "device": sorted(homes[expert])} for expert in sorted(homes)]
+  return entries
+
+
+def link_seconds(item: collectives_lib.Collective, chip: topology_lib.Chip, node_of: list[int]) -> float | None:
+  """The least seconds of a collective on a chip's links.
+
+  Between nodes only what a node lacks has to cross, once, through the ports of all its members in the group; within them
+  the rest. Both go on at the same time.
+
+  Args:
+    item: the collective.
+    chip: rates.
+    node_of: node of each place in the mesh.
+
+  Returns:
+    Seconds, or None where the chip's rates are unknown.
+  """
+  if chip.link_rate is None:
+    return None
+  within = item.received / chip.link_rate
+  if item.kind == "collective-permute":
+    crosses = any(node_of[source] != node_of[target] for source, target in item.groups)
+    return item.size / chip.network_rate if crosses else within
+  group = max(item.groups, key=len)
+  nodes = {node_of[place] for place in group}
+  if len(nodes) == 1:
+    return within
+  members = len(group) // len(nodes)
+  if item.kind == "all-to-all":
+    across = item.size * (len(group) - members) / len(group)
+  else:
+    across = item.size * (len(nodes) - 1) / len(nodes) / members * (2 if item.kind == "all-reduce" else 1)
+  return max(within, across / chip.network_rate)
+
+
+ASSUMPTIONS = (
+  "arithmetic: products and convolutions at the chip's peak for the compute type, nothing else takes time",
+  "memory: arguments are read once, results written once, temporaries written and read once, at the data sheet's rate",
+  "interconnect: every collective by the best algorithm over all of a chip's links at once, one after the other",
+  "the three may overlap: the largest is the bound",
+)
+
+
+def step_seconds(
+  chip: topology_lib.Chip, dtype: str, flops: float, traffic: float, link: float | None
+) -> dict[str, Any]:
+  """The report's `step_seconds_bound`.
+
+  Args:
+    chip: rates.
+    dtype: of the products, "float32" or "bfloat16".
+    flops: per device and step.
+    traffic: bytes to and from memory per device and step.
+    link: seconds of all collectives of a step.
+
+  Returns:
+    {"arithmetic", "memory", "interconnect", "bound", "assumptions"}; None where a rate is unknown.
+  """
+  peak = chip.peak(dtype)
+  parts = {
+    "arithmetic": flops / peak if peak else None,
+    "memory": traffic / chip.memory_rate if chip.memory_rate else None,
+    "interconnect": link,
+  }
+  known = [seconds for seconds in parts.values() if seconds is not None]
+  return parts | {"bound": max(known, default=None), "assumptions": list(ASSUMPTIONS)}
+
+
+def summed(found: Mapping[collectives_lib.Collective, int], program: str) -> list[dict[str, Any]]:
+  """The report's `collectives` of one program: by kind and axes, the most bytes first."""
+  rows = {}
+  for item, times in found.items():
+    row = rows.setdefault((item.kind, item.axes, item.fallback), [0, 0])
+    row[0] += times
+    row[1] += times * item.received
+  return [
+    {"program": program, "kind": kind, "axes": list(axes), "count": count, "bytes": size, "fallback": fallback}
+    for (kind, axes, fallback), (count, size) in sorted(rows.items(), key=lambda entry: -entry[1][1])
+  ]
+
+
+def nodes(devices, per_node: int) -> list[int]:
+  """Node of each device in the mesh's order. Devices are numbered node by node, where there are several."""
+  if per_node >= len(devices):
+    return [0] * len(devices)
+  return [device.id // per_node for device in np.asarray(devices).flat]
+
+
+def lines(report: Mapping[str, Any]):
+  """A report in words, for a terminal."""
+  sizes, total = report["bytes_per_device"], report["bytes_per_device"]["total"]
+  axes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+  yield f"{report['name']} on {report['topology']}: {report['devices']} x {report['chip']}, mesh {axes}"
+  yield f"CLIP: {report['clip']}"
+  if report["stage"]:
+    yield f"the last and largest of the stages of progressive growing, {report['stage']}"
+  yield ""
+  unit, scale = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+  yield f"per device                 {unit}"
+  for name, size in sizes.items():
+    if name != "limit":
+      yield f"  {name:20s} {size / scale:8.3f}"
+  verdict = "fits" if report["fits"] else "DOES NOT FIT"
+  yield f"{verdict}: {total / scale:,.2f} of {sizes['limit'] / scale:,.2f} {unit} per device"
+  if report["compiler_message"]:
+    yield f"the compiler: {report['compiler_message']}"
+  yield ""
+  every, useful = report["flops_per_device"], report["useful_flops_per_device"]
+  yield (
+    f"arithmetic: {every / 1e9:,.4g} GFLOP per device and step, of which {(every - useful) / 1e9:,.4g} "
+    f"({(every - useful) / max(useful, 1):.1%} of the useful ones) recomputed"
+  )
+  yield from _program_lines(report["programs"])
+  bound = report["step_seconds_bound"]
+  in_words = lambda seconds: "unknown" if seconds is None else f"{seconds * 1e3:,.4g} ms"
+  yield (
+    f"a step takes at least {in_words(bound['bound'])} (arithmetic {in_words(bound['arithmetic'])}, memory "
+    f"{in_words(bound['memory'])}, interconnect {in_words(bound['interconnect'])}), if:"
+  )
+  for assumption in bound["assumptions"]:
+    yield f"  {assumption}"
+  yield ""
+  yield "collectives          program       along                         count   received per device"
+  for row in report["collectives"]:
+    mark = "  (fall-back, if the buffers of the exchange are too small)" if row["fallback"] else ""
+    yield (
+      f"  {row['kind']:18s} {row['program']:13s} {' x '.join(row['axes']) or '-':26s} {row['count']:8,d} "
+      f"{row['bytes'] / 1e6:16,.3f} MB{mark}"
+    )
+  if not report["collectives"]:
+    yield "  none" if not report["compiler_message"] else "  unknown: there is no program"
+  if report["experts"]:
+    yield ""
+    yield "experts"
+    yield from _expert_lines(report["experts"], report["devices"])
+
+
+def _program_lines(programs):
+  yield "programs             of the steps  compiled in   GFLOP  recomputed  arguments  temporaries    results (MiB)"
+  for name, program in programs.items():
+    every, useful = program["flops_per_device"], program["useful_flops_per_device"]
+    sizes = program.get("bytes_per_device")
+    columns = [sizes[part] for part in ("arguments", "temporaries", "outputs")] if sizes else []
+    yield (
+      f"  {name:18s} {program['share_of_steps']:12.1%} {program['compile_seconds']:10,.0f} s {every / 1e9:9,.4g} "
+      f"{(every - useful) / max(useful, 1):10.1%} " + "  ".join(f"{size / 2**20:10,.1f}" for size in columns)
+    )
+
+
+def _expert_lines(entries, devices):
+  layers = {}
+  for entry in entries:
+    layers.setdefault(entry["layer"], []).append(entry["device"])
+  alike = {}
+  for layer, homes in layers.items():
+    alike.setdefault(repr(homes), []).append(layer)
+  for names in alike.values():
+    homes = layers[names[0]]
+    each = sum(map(len, homes)) // devices
+    yield f"  {len(homes)} experts, {each} per device: {', '.join(names)}"
+    for expert, places in enumerate(homes):
+      shown = ", ".join(map(str, places[:8])) + (f", ... ({len(places)} devices)" if len(places) > 8 else "")
+      yield f"    expert {expert:2d} on {shown}"

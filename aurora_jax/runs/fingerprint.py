@@ -1,0 +1,69 @@
+"""One SHA-256 of a whole training state, to tell whether two runs agree in every bit."""
+
+import hashlib
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from aurora_jax.errors import UserError
+from aurora_jax.runs import checkpoint_reader, orbax_errors
+
+# Leaves are read and hashed in groups of about this many bytes, so that little memory is needed.
+_GROUP_BYTES = 1 << 28
+
+
+def of_checkpoint(folder, step=None):
+  """One SHA-256 over a checkpoint's whole state: names, types, shapes and bytes of all leaves, in order of name.
+
+  It needs neither the model nor the mesh, so it is the same wherever and however the state was written.
+
+  Returns:
+    (step, hexadecimal digits).
+
+  Raises:
+    UserError: no such checkpoint, or one that cannot be read.
+  """
+  import orbax.checkpoint as ocp
+
+  step = checkpoint_reader.chosen(folder, step)
+  path = pathlib.Path(os.path.abspath(folder)) / str(step)
+  digest = hashlib.sha256()
+  orbax_errors.quieten()
+  try:
+    tree = checkpoint_reader.stored_tree(path)
+    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [checkpoint_reader.leaf_name(keys) for keys, _ in paths_and_leaves]
+    leaves = [leaf for _, leaf in paths_and_leaves]
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      for group in _groups(sorted(range(len(names)), key=names.__getitem__), leaves):
+        chosen = set(group)
+        item = structure.unflatten([leaf if i in chosen else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)])
+        how = structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray) for _ in leaves])
+        values = structure.flatten_up_to(
+          checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+        )
+        for i in group:
+          value = np.asarray(values[i])
+          digest.update(f"{names[i]} {value.dtype} {value.shape}\n".encode())
+          digest.update(np.ascontiguousarray(value).view(np.uint8).tobytes() if value.ndim else value.tobytes())
+  except UserError:
+    raise
+  except Exception as error:
+    raise orbax_errors.unreadable(path, error) from error
+  return step, digest.hexdigest()
+
+
+def _groups(order, leaves):
+  """Cuts a list of leaf numbers into runs of about _GROUP_BYTES."""
+  group, size = [], 0
+  for i in order:
+    bytes_here = int(np.prod(leaves[i].shape)) * np.dtype(leaves[i].dtype).itemsize
+    if group and size + bytes_here > _GROUP_BYTES:
+      yield group
+      group, size = [], 0
+    group.append(i)
+    size += bytes_here
+  if group:
+    yield group

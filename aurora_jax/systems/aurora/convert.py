@@ -1,0 +1,252 @@
+"""Whole checkpoints to and from the released PyTorch code: its weight files, and folders of ours.
+
+A released file holds `generator_smooth` (the average) and `generator`, or one of them, or a bare state dict. Ours
+becomes the folder of a run with one checkpoint of step 0 that has the parts `generator`, `ema` and `buffers`: to sample
+from, to look at, to begin a training with (`train.init_from`).
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from aurora_jax import config as config_lib
+from aurora_jax import config_files, files
+from aurora_jax.errors import UserError
+from aurora_jax.interop import tensor_files
+from aurora_jax.runs import checkpoint_manager, checkpoint_reader
+from aurora_jax.runs import workdir as workdir_lib
+from aurora_jax.systems.aurora import generator as generator_lib
+from aurora_jax.systems.aurora import released
+from aurora_jax.training import schedule
+
+# Our parts and their names in a released file.
+_NAMES = {"ema": "generator_smooth", "generator": "generator"}
+WEIGHTS = ("ema", "generator", "both")
+
+
+@contextlib.contextmanager
+def no_stage(words):
+  """The stage that shows nothing: yields a function of (done, total)."""
+  del words
+  yield lambda done, total: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+  """What was written.
+
+  Attributes:
+    path: where.
+    step: the checkpoint's step.
+    weights: {our part: its released name, "" for a bare state dict}.
+    values: numbers in one set of weights.
+    notes: lines that the user should read.
+  """
+
+  path: pathlib.Path
+  step: int
+  weights: dict[str, str]
+  values: int
+  notes: tuple[str, ...] = ()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released to ours
+
+
+def import_released(path, workdir, experiment, weights="both", *, overwrite=False, stage=no_stage):
+  """Writes a run's folder from a released weight file. All of it appears, or nothing.
+
+  Args:
+    path: .pth, .pt, .bin or .safetensors.
+    workdir: the folder to make.
+    experiment: `config.Experiment` whose generator fits; it becomes the folder's config.json.
+    weights: "both": each of the file's sets becomes its own part, the only one both parts; "ema" or "generator": that
+      one becomes both.
+    overwrite: replace an earlier conversion in `workdir`.
+    stage: `cli.progress.progress` or the like.
+
+  Returns:
+    `Converted`.
+
+  Raises:
+    UserError: a file that cannot be read or holds no generator, weights that do not fit the config, a folder in use.
+  """
+  workdir = pathlib.Path(workdir)
+  _check_target_folder(workdir, overwrite)
+  sets, notes = _chosen_sets(path, weights), []
+  variables = {}
+  for part, (name, state_dict) in sets.items():
+    if part == "generator" and sets.get("ema", (None,))[0] == name:
+      variables[part] = variables["ema"]  # the same arrays, not a copy
+      continue
+    with stage(f"reading {name or path}") as update:
+      try:
+        variables[part] = released.import_generator(state_dict, experiment.generator, update)
+      except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+  buffers = variables["ema"]["buffers"]
+  for name in _differing(buffers, variables["generator"]["buffers"]):
+    if name != "w_avg":
+      raise UserError(f"{path}: {name} of generator_smooth and generator differ, where one network has one")
+    notes.append("w_avg of generator_smooth and of generator differ; the former is kept")
+  parts = {"generator": variables["generator"]["params"], "ema": variables["ema"]["params"], "buffers": buffers}
+  origin = {part: name for part, (name, _) in sets.items()}
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
+  with stage(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.whole_folder(workdir) as beside:
+    folder = workdir_lib.RunFolder(beside)
+    checkpoint_manager.write_parts(
+      folder.checkpoints,
+      0,
+      parts,
+      config_files.to_mapping(experiment),
+      {"converted_from": str(path), "weights": origin},
+    )
+    files.write_text(folder.config, config_files.to_json(experiment))
+  values = sum(leaf.size for leaf in jax.tree.leaves(parts["ema"]))
+  return Converted(workdir, 0, origin, values, tuple(notes))
+
+
+def experiment_of(generator, name, clip=""):
+  """An experiment around a released generator, for a checkpoint that comes without a config file of ours.
+
+  Args:
+    generator: `config.Generator`.
+    name: of the experiment.
+    clip: the CLIP folder.
+
+  Returns:
+    `config.Experiment` with a discriminator of the same resolution.
+  """
+  resolutions, default = generator.resolutions, config_lib.Discriminator()
+  discriminator = config_lib.Discriminator(
+    resolution=generator.resolution,
+    blocks=config_lib.PerResolution({r: 1 if r == 4 else 2 for r in resolutions}),
+    attention_depth=config_lib.PerResolution(
+      {r: depth for r, depth in default.attention_depth.items() if r in resolutions}
+    ),
+    input_resolutions=tuple(sorted(generator.output_resolutions, reverse=True)),
+    exit_resolutions=tuple(r for r in reversed(resolutions) if r < generator.resolution) + (1,),
+    text_feature_dim=generator.text_feature_dim,
+  )
+  return config_lib.Experiment(
+    name=name, generator=generator, discriminator=discriminator, text=config_lib.Text(clip=clip)
+  )
+
+
+def _chosen_sets(path, weights):
+  """{"ema": (released name, state dict), "generator": ...} of a file."""
+  content = tensor_files.read(path)
+  arrays = lambda mapping: {name: value for name, value in mapping.items() if tensor_files.is_array(value)}
+  sets = {
+    part: (name, arrays(content[name])) for part, name in _NAMES.items() if isinstance(content.get(name), Mapping)
+  }
+  bare = arrays(content)
+  if not sets and not bare:
+    raise UserError(
+      f"{path} holds no generator: no generator_smooth, no generator, no arrays, but "
+      f"{', '.join(map(str, content)) or 'nothing'}"
+    )
+  if not sets:
+    sets = {"ema": ("", bare)}
+  elif weights != "both":
+    if weights not in sets:
+      raise UserError(f"{path} has no {_NAMES[weights]}, only {', '.join(name for name, _ in sets.values())}")
+    sets = {weights: sets[weights]}
+  only = next(iter(sets.values()))
+  return {part: sets.get(part, only) for part in _NAMES}
+
+
+def _differing(first, second):
+  """Names of the leaves of two trees that differ."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(first)
+  return [
+    "/".join(entry.key for entry in keys)
+    for (keys, one), two in zip(flat, jax.tree.leaves(second))
+    if one is not two and not np.array_equal(one, two)
+  ]
+
+
+def _check_target_folder(workdir, overwrite):
+  workdir_lib.check_writable(workdir)
+  if not workdir.exists() or not any(workdir.iterdir()):
+    return
+  if not overwrite:
+    raise UserError(f"{workdir} is not empty; choose another folder or say --overwrite")
+  folder = workdir_lib.RunFolder(workdir)
+  if checkpoint_reader.newest(folder.checkpoints) is None or checkpoint_reader.only_parts(folder.checkpoints) is None:
+    raise UserError(f"{workdir} is not an earlier conversion, so --overwrite leaves it alone; choose another folder")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ours to released
+
+
+def export_released(workdir, path, weights="ema", step=None, *, overwrite=False, stage=no_stage):
+  """Writes a run's generator under the released names, and beside it, as .json, the released constructor's arguments.
+
+  Args:
+    workdir: the run's folder.
+    path: .safetensors (a bare state dict), or .pth, .pt, .bin (with `generator_smooth` and / or `generator`, as the
+      released scripts load it).
+    weights: "ema", "generator" or "both"; a .safetensors file holds one of them.
+    step: of the checkpoint; None takes the newest.
+    overwrite: replace files that stand there.
+    stage: `cli.progress.progress` or the like.
+
+  Returns:
+    `Converted`.
+
+  Raises:
+    UserError: no such run, a config that the released code cannot express, PyTorch missing, a file in the way.
+  """
+  path = pathlib.Path(path)
+  bare = path.suffix == ".safetensors"
+  if path.suffix not in tensor_files.SUFFIXES:
+    raise UserError(f"{path}: weights are written to {', '.join(tensor_files.SUFFIXES)}")
+  if bare and weights == "both":
+    raise UserError(
+      f"{path}: a .safetensors file holds one set of weights; say --weights ema or --weights generator, "
+      "or write a .pth file"
+    )
+  if not bare:
+    tensor_files.require_torch(path)
+  folder = workdir_lib.RunFolder(workdir)
+  experiment = folder.experiment()
+  outputs = schedule.at_checkpoint(experiment, folder.checkpoints, step).generator.output_resolutions
+  cfg = dataclasses.replace(experiment.generator, output_resolutions=outputs)  # of a run that grows, what is trained
+  kwargs = released.config_to_released(cfg)
+  chosen = tuple(_NAMES) if weights == "both" else (weights,)
+  text, arguments = json.dumps(kwargs, indent=2) + "\n", path.with_suffix(".json")
+  if arguments.is_file() and arguments.read_text(encoding="utf-8", errors="replace") != text and not overwrite:
+    raise UserError(f"{arguments} exists and says something else; choose another name or say --overwrite")
+  tensor_files.check_target(path, overwrite)
+  with files.whole_file(arguments) as json_beside, files.whole_file(path) as beside:
+    variables = generator_lib.abstract_variables(cfg)
+    abstract = dict.fromkeys(chosen, variables["params"]) | {"buffers": variables["buffers"]}
+    with stage(f"reading {folder.checkpoints}"):
+      step, parts = checkpoint_reader.read(folder.checkpoints, abstract, step)
+    with stage(f"writing {path}") as update:
+      sets = {part: {"params": parts[part], "buffers": parts["buffers"]} for part in chosen}
+      if bare:
+        shapes = released.released_shapes(cfg)
+        arrays = released.exported(sets[weights], cfg)
+        tensor_files.write_safetensors(beside, shapes, _counted(arrays, len(shapes), update))
+      else:
+        tensor_files.write_torch(
+          beside, {_NAMES[part]: released.export_generator(variables, cfg) for part, variables in sets.items()}
+        )
+    json_beside.write_text(text, encoding="utf-8")
+  values = sum(leaf.size for leaf in jax.tree.leaves(parts[chosen[0]]))
+  return Converted(path, step, {part: "" if bare else _NAMES[part] for part in chosen}, values)
+
+
+def _counted(items, total, update):
+  for done, item in enumerate(items):
+    update(done, total)
+    yield item

@@ -1,0 +1,244 @@
+"""GigaGAN's discriminator (arXiv 2303.05511, section 3.4, Figure 5): every pyramid level in, a judgement at every scale.
+
+Each level of the image pyramid enters the shared trunk at its own resolution and is judged, by itself, at every exit
+below: by a conditional head (1x1 convolutions modulated by the text) and an unconditional one (a plain 1x1
+convolution). Levels that are at the same resolution travel through a block together, joined along the batch.
+
+  B batch, r resolution, L levels in flight, C channels, T text width
+"""
+
+import math
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aurora_jax import config as config_lib
+from aurora_jax.models import layers
+from aurora_jax.ops import attention as attention_ops
+from aurora_jax.ops import resample
+
+
+@flax.struct.dataclass
+class Feature:
+  """What the trunk holds of one level at one exit, before any text is looked at."""
+
+  feature: jax.Array  # [B, exit, exit, C]
+  level: int = flax.struct.field(pytree_node=False)  # resolution at which the image entered
+  exit: int = flax.struct.field(pytree_node=False)  # resolution of the feature map; 1 is the last
+
+
+@flax.struct.dataclass
+class Logit:
+  """One prediction: positive means real and matching."""
+
+  value: jax.Array  # [B, exit, exit] float32
+  level: int = flax.struct.field(pytree_node=False)
+  exit: int = flax.struct.field(pytree_node=False)
+
+
+class ResidualBlock(nn.Module):
+  """Two 3x3 convolutions around a residual; with `downsample`, halves the resolution between them. [B, r, r, C]."""
+
+  features: int
+  downsample: bool
+  residual_gain: float
+
+  @nn.compact
+  def __call__(self, x):
+    shortcut = x
+    h = layers.leaky_relu(layers.Conv(x.shape[-1], name="conv1")(x))
+    if self.downsample:
+      h, shortcut = resample.downsample(h), resample.downsample(shortcut)
+    h = layers.leaky_relu(layers.Conv(self.features, name="conv2")(h))
+    if shortcut.shape[-1] != self.features:
+      shortcut = layers.Dense(self.features, use_bias=False, name="skip")(shortcut)
+    return (h + shortcut) * self.residual_gain
+
+
+class AttentionLayer(nn.Module):
+  """L2 self-attention with tied queries and keys, then GEGLU, both pre-LN residuals. [B, r, r, C] -> same."""
+
+  heads: int
+  head_dim: int
+  ratio: int
+  chunk: int
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    inner = self.heads * self.head_dim
+    tokens = x.reshape(batch, height * width, channels)
+    heads = lambda t: t.reshape(*t.shape[:2], self.heads, self.head_dim)
+    h = layers.LayerNorm(name="norm1")(tokens)
+    qk = heads(layers.Dense(inner, use_bias=False, name="qk")(h))
+    values = heads(layers.Dense(inner, use_bias=False, name="v")(h))
+    h = attention_ops.l2_attention(qk, qk, values, chunk=self.chunk).reshape(batch, -1, inner)
+    tokens = tokens + layers.Dense(channels, weight_scale=0.0, name="out")(h)
+    h = layers.Dense(2 * self.ratio * inner, name="mlp_in")(layers.LayerNorm(name="norm2")(tokens))
+    value, gate = jnp.split(h, 2, axis=-1)
+    tokens = tokens + layers.Dense(channels, weight_scale=0.0, name="mlp_out")(value * nn.gelu(gate, approximate=False))
+    return tokens.reshape(x.shape)
+
+
+class ConditionalHead(nn.Module):
+  """`depth` 1x1 convolutions modulated by the text, then one channel. [B, r, r, C], text [B, T] -> [B, r, r]."""
+
+  depth: int
+
+  @nn.compact
+  def __call__(self, x, text):
+    for i in range(self.depth):
+      x = layers.ModulatedConv(x.shape[-1], kernel_size=1, name=f"conv_{i}")(x, text)
+    return layers.ModulatedConv(1, kernel_size=1, demodulate=False, activate=False, name="logit")(x, text)[..., 0]
+
+
+def minibatch_std(x, group, kinds=1):
+  """Appends one channel: the mean standard deviation within groups of neighbouring samples (arXiv 1710.10196).
+
+  Args:
+    x: [B * kinds, r, r, C].
+    group: samples per group; the largest common divisor with B is taken.
+    kinds: pictures of each sample, which stand next to each other (`layers.join`); groups are within a kind.
+
+  Returns:
+    [B * kinds, r, r, C + 1].
+  """
+  total, height, width, channels = x.shape
+  group = math.gcd(group, total // kinds)
+  stat = x.astype(jnp.float32).reshape(-1, group, kinds, height, width, channels)
+  stat = jnp.sqrt(stat.var(axis=1) + layers.EPSILON).mean((2, 3, 4))  # [B / group, kinds]
+  stat = jnp.repeat(stat, group, axis=0).reshape(total, 1, 1, 1).astype(x.dtype)
+  return jnp.concatenate([x, jnp.broadcast_to(stat, (total, height, width, 1))], axis=-1)
+
+
+def beside_partner(x, caption_id, kinds=1):
+  """Appends how much each picture differs from another one of its caption, and whether there is one.
+
+  Seen one by one, pictures do not tell whether a caption always gets the same one; side by side they do (PacGAN, arXiv
+  1712.04086, which joins them at the input).
+
+  Args:
+    x: [B * kinds, r, r, C].
+    caption_id: [B] int32. The partner is the first other sample of the same.
+    kinds: pictures of each sample, which stand next to each other (`layers.join`); partners are of a kind.
+
+  Returns:
+    [B * kinds, r, r, 2 C + 1]; zero beside x where there is no partner.
+  """
+  same = (caption_id[:, None] == caption_id) & ~jnp.eye(len(caption_id), dtype=bool)
+  paired = same.any(axis=1)[:, None, None, None, None].astype(x.dtype)
+  pictures = x.reshape(-1, kinds, *x.shape[1:])
+  # Smooth at zero: where latents are not heeded, the sign of a difference is that of its rounding errors.
+  difference = jnp.sqrt(jnp.square(pictures - pictures[jnp.argmax(same, axis=1)]) + 0.01) * paired
+  paired = jnp.broadcast_to(paired, (*pictures.shape[:-1], 1))
+  return jnp.concatenate([pictures, difference, paired], axis=-1).reshape(*x.shape[:-1], -1)
+
+
+class Discriminator(nn.Module):
+  """The whole discriminator, in three steps so that mismatched captions cost only the heads (`critic.Critic`).
+
+  `features(pyramid, caption_id=...)` -> list of `Feature`; `encode_text(text, eot)` -> [B, T]; `judge(features, text)` -> list of
+  `Logit`, conditional and unconditional parts added as in GigaGAN, D_ij = psi_j(phi, t) + conv(phi).
+  """
+
+  cfg: config_lib.Discriminator
+
+  def setup(self):
+    cfg = self.cfg
+    self.text_head = layers.TextHead(cfg.text_dim, cfg.text_layers, cfg.text_heads, "scaled", cfg.text_lr_multiplier)
+    block = nn.remat(ResidualBlock) if cfg.remat else ResidualBlock
+    attention = nn.remat(AttentionLayer) if cfg.remat else AttentionLayer
+    trunk, entries = {}, {}
+    for r in cfg.resolutions:
+      if r in cfg.input_resolutions:
+        entries[f"r{r}"] = layers.Dense(cfg.channels(r), name=f"r{r}_from_rgb")
+      for i in range(cfg.blocks[r]):
+        last = i == cfg.blocks[r] - 1
+        if r in cfg.attention_depth and i == 0:
+          for k in range(cfg.attention_depth[r]):
+            trunk[f"r{r}_attention{k}"] = attention(
+              cfg.heads, cfg.head_dim, cfg.feed_forward_ratio, cfg.attention_chunk, name=f"r{r}_attention{k}"
+            )
+        downsample = last and r > 4
+        features = cfg.channels(r // 2) if downsample else cfg.channels(r)
+        trunk[f"r{r}_block{i}"] = block(features, downsample, cfg.residual_gain, name=f"r{r}_block{i}")
+    self.trunk, self.entries = trunk, entries
+    self.last = layers.Dense(cfg.channels(4), name="last")
+    self.conditional = {
+      f"r{r}": ConditionalHead(cfg.head_layers, name=f"r{r}_conditional") for r in cfg.exit_resolutions
+    }
+    self.unconditional = {f"r{r}": layers.Dense(1, name=f"r{r}_unconditional") for r in cfg.exit_resolutions}
+
+  def encode_text(self, text, eot):
+    """CLIP features to the heads' modulation: text [B, N, F], eot [B] -> [B, T]."""
+    return layers.pixel_norm(self.text_head(text.astype(jnp.float32), eot)[0])
+
+  def features(self, pyramid, kinds=1, caption_id=None):
+    """The trunk. pyramid {r: [B, r, r, 3]} in [-1, 1] -> list of `Feature`, every level at every exit below it.
+
+    `kinds` pictures of each sample, say a real and a generated one, may stand next to each other (`layers.join`).
+    `caption_id` [B] says which samples are of one caption; without it none are.
+    """
+    cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
+    batch = len(next(iter(pyramid.values())))
+    found, levels, x = [], [], None
+    for r in cfg.resolutions:
+      if r in cfg.input_resolutions:
+        entered = layers.leaky_relu(self.entries[f"r{r}"](pyramid[r].astype(dtype)))
+        x = entered if x is None else layers.join([x, entered], batch)
+        levels.append(r)
+      for i in range(cfg.blocks[r]):
+        if i == 0:
+          for k in range(cfg.attention_depth.get(r, 0)):
+            x = self.trunk[f"r{r}_attention{k}"](x)
+        x = self.trunk[f"r{r}_block{i}"](x)
+      if r > 4 and r // 2 in cfg.exit_resolutions:
+        found += [Feature(part, level, r // 2) for level, part in zip(levels, layers.unjoin(x, len(levels)))]
+    for level, part in zip(levels, layers.unjoin(x, len(levels))):
+      if cfg.minibatch_std:
+        part = minibatch_std(part, cfg.minibatch_std, kinds)
+      if cfg.compare_pairs:
+        ids = jnp.arange(len(part) // kinds) if caption_id is None else caption_id
+        part = beside_partner(part, ids, kinds)
+      part = layers.leaky_relu(self.last(part.reshape(part.shape[0], 1, 1, -1)))
+      found.append(Feature(part, level, 1))
+    return found
+
+  def judge(self, features, text):
+    """The heads. features of `features`, text [B, T] of `encode_text` -> list of `Logit`."""
+    logits = []
+    for exit_resolution in self.cfg.exit_resolutions:
+      group = [f for f in features if f.exit == exit_resolution]
+      x = layers.join([f.feature for f in group], len(text))
+      name = f"r{exit_resolution}"
+      repeated = jnp.repeat(text, len(group), axis=0).astype(x.dtype)
+      value = self.conditional[name](x, repeated) + self.unconditional[name](x)[..., 0]
+      parts = layers.unjoin(value.astype(jnp.float32), len(group))
+      logits += [Logit(part, f.level, f.exit) for f, part in zip(group, parts)]
+    return logits
+
+  def __call__(self, pyramid, text, eot):
+    """pyramid {r: [B, r, r, 3]}, text [B, N, F], eot [B] -> list of `Logit`."""
+    return self.judge(self.features(pyramid), self.encode_text(text, eot))
+
+
+def image_pyramid(image, resolutions):
+  """Shrinks images by two with the FIR filter, level by level. image [B, R, R, 3] -> {r: [B, r, r, 3]}."""
+  pyramid, r = {}, image.shape[1]
+  while r >= min(resolutions):
+    if r in resolutions:
+      pyramid[r] = image
+    image, r = resample.downsample(image), r // 2
+  return pyramid
+
+
+def abstract_params(cfg):
+  """Shapes and dtypes of the discriminator's parameters, without allocating them."""
+
+  def init(key):
+    pyramid = {r: jnp.zeros((1, r, r, 3)) for r in cfg.input_resolutions}
+    return Discriminator(cfg).init(key, pyramid, jnp.zeros((1, 2, cfg.text_feature_dim)), jnp.zeros((1,), jnp.int32))
+
+  return jax.eval_shape(init, jax.random.key(0))["params"]

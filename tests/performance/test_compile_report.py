@@ -1,0 +1,372 @@
+"""`compile`: its numbers against arithmetic by hand, its report's fields, and the command as a user runs it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from aurora_jax import config, config_files
+from aurora_jax.cli import compile as compile_command
+from aurora_jax.parallel import mesh
+from aurora_jax.performance import advice, collectives, topology
+from aurora_jax.performance import compile_report as training_compile
+from aurora_jax.performance import estimate as parallel_compile
+from aurora_jax.training import step as step_lib
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_TINY = "tests/parallel/tiny_pod.py"
+_CHIP = topology.Chip("test", 1000, bfloat16=4.0, float32=2.0, memory_rate=10.0, link_rate=100.0, network_rate=5.0)
+
+# DESIGN's contract on a compile report.
+_FIELDS = {
+  "fits": bool,
+  "chip": str,
+  "devices": int,
+  "mesh": dict,
+  "bytes_per_device": dict,
+  "flops_per_device": float,
+  "useful_flops_per_device": float,
+  "collectives": list,
+  "experts": list,
+  "step_seconds_bound": dict,
+}
+
+
+# Where launch/setup.sh --dev puts the compilers for absent hardware.
+_COMPILERS = pathlib.Path(sys.prefix) / "compilers"
+
+
+def with_compilers():
+  """Environment variables of a process that finds them."""
+  return {"PYTHONPATH": os.pathsep.join(filter(None, [str(_COMPILERS), os.environ.get("PYTHONPATH")]))}
+
+
+def command(*arguments, **environment):
+  """`python -m aurora_jax compile ...` in a process."""
+  return subprocess.run(
+    [sys.executable, "-m", "aurora_jax", "compile", *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=1500,
+    cwd=_ROOT,
+    env=os.environ | environment,
+  )
+
+
+def check_contract(report, devices):
+  for name, kind in _FIELDS.items():
+    assert isinstance(report[name], kind), (name, report[name])
+  sizes = report["bytes_per_device"]
+  assert {"parameters", "optimizer", "ema", "temporaries", "total", "limit"} <= set(sizes)
+  assert sizes["total"] == sum(size for name, size in sizes.items() if name not in ("total", "limit"))
+  assert report["fits"] == (sizes["total"] <= sizes["limit"])
+  assert report["devices"] == devices and np.prod(list(report["mesh"].values())) == devices
+  assert 0 < report["useful_flops_per_device"] < report["flops_per_device"] <= report["worst_routing_flops_per_device"]
+  assert {"arithmetic", "memory", "interconnect", "bound", "assumptions"} == set(report["step_seconds_bound"])
+  for row in report["collectives"]:
+    assert row["kind"] in collectives.KINDS and row["count"] > 0 and row["bytes"] >= 0
+    assert set(row["axes"]) <= set(report["mesh"])
+
+
+def check_tiny(report, devices):
+  """What `tiny_pod.py` must give on any machine: four experts along an axis of two, tokens exchanged over it."""
+  check_contract(report, devices)
+  assert report["fits"] and report["mesh"] == {"data": devices // 2, "expert": 2} and report["whole_array_copies"] == 0
+  homes = {entry["expert"]: entry["device"] for entry in report["experts"]}
+  even, odd = list(range(0, devices, 2)), list(range(1, devices, 2))
+  assert homes == {0: even, 1: even, 2: odd, 3: odd}
+  exchanges = [row for row in report["collectives"] if row["kind"] == "all-to-all"]
+  assert exchanges and all(row["axes"] == ["expert"] and not row["fallback"] for row in exchanges)
+  assert [row["program"] for row in report["collectives"] if row["kind"] == "all-reduce" and "data" in row["axes"]]
+  assert {name: program["share_of_steps"] for name, program in report["programs"].items()} == {
+    "generate": 1.0,
+    "discriminate": 1.0,
+    "judge": 1.0,
+    "learn": 1.0,
+    "r1_step": 0.5,
+    "snapshot": 1.0,
+    "moved": 1.0,
+  }
+  assert report["bytes_per_device"]["snapshot"] == report["bytes_per_device"]["parameters"]
+
+
+def test_as_a_user_on_a_cpu_stand_in(tmp_path):
+  path, cache = tmp_path / "r.json", tmp_path / "cache"
+  done = command("--config", _TINY, "--topology", "cpu-4", "--report", str(path), "--explain", "--cache", str(cache))
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert {entry.name for entry in tmp_path.iterdir()} == {"r.json", "cache"}
+  # Programs for train: that it asks for the very same is seen in test_compile_arguments.py.
+  kept = {entry.name.rpartition("-")[0].rpartition("-")[0] for entry in cache.iterdir()}
+  assert {f"jit_{name}" for name in ("generate", "discriminate", "judge_images", "learn", "r1_step", "moved")} <= kept
+  report = json.loads(path.read_text())
+  check_tiny(report, 4)
+  assert "tiny_pod on cpu-4: 4 x CPU, mesh data 2 x expert 2" in done.stdout
+  assert "4 experts, 2 per device: synthesis/r4_block0_attention/layer_0/feed_forward" in done.stdout
+  assert "It fits with" in done.stdout and "all-to-all" in done.stdout
+
+  # The state's bytes by hand: experts are halved by an expert axis of two, all else is whole.
+  state = jax.eval_shape(step_lib.build(config_files.load([f"--config={_ROOT / _TINY}"]), None).init, jax.random.key(0))
+  expected = sum(
+    4
+    * leaf.size
+    // (2 if "feed_forward" in str(path) and leaf.shape[0] == 4 and leaf.ndim > 1 and "router" not in str(path) else 1)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.ema)[0]
+  )
+  assert report["bytes_per_device"]["ema"] == expected
+  assert report["bytes_per_device"]["batch"] == 2 * (4 * 8 * 8 * 3 + 4 + 4 * 77)
+
+
+def test_an_interrupted_compile_keeps_the_programs_that_are_done(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "environ", dict(os.environ))
+  with pytest.raises(KeyboardInterrupt), compile_command._kept_in(str(tmp_path)) as keep:
+    new = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    (new / "jit_generate-0-cache").write_bytes(b"a program")
+    keep()
+    (new / "jit_learn-0-cache").write_bytes(b"half a")
+    raise KeyboardInterrupt
+  assert [entry.name for entry in tmp_path.iterdir()] == ["jit_generate-0-cache"]
+
+
+@pytest.mark.parametrize("name, devices, chip", [("v5e:2x2", 4, "TPU v5e"), ("a100-8", 8, "A100 SXM4 80 GB")])
+def test_compiles_for_absent_hardware(tmp_path, name, devices, chip):
+  """With the real compilers, of requirements-compilers.txt; without them this fails and says what to install."""
+  path = tmp_path / "r.json"
+  done = command(
+    "--config",
+    _TINY,
+    "--topology",
+    name,
+    "--report",
+    str(path),
+    "--config.mesh.fsdp=True",
+    "--config.mesh.fsdp_over=expert",
+    **with_compilers(),
+  )
+  assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
+  report = json.loads(path.read_text())
+  check_tiny(report, devices)
+  assert report["chip"] == chip
+  # Of the gradients of what is cut a device gets its own piece alone.
+  assert any(row["kind"] == "reduce-scatter" and row["axes"] == ["expert"] for row in report["collectives"])
+  bound = report["step_seconds_bound"]
+  assert 0 < bound["arithmetic"] < bound["memory"] and 0 < bound["interconnect"]
+  assert bound["bound"] == max(bound["arithmetic"], bound["memory"], bound["interconnect"]) < 0.01
+
+
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
+    (["--config", _TINY, "--topology", "v9-8"], "no topology 'v9-8'"),
+    (["--config", _TINY, "--topology", "cpu-3"], "makes 2 devices, there are 3"),
+    (["--config", "no/such.py", "--topology", "cpu-2"], "config file not found: no/such.py"),
+    (["--config", _TINY, "--topology", "cpu-2", "--report", "no/such/r.json"], "no folder no/such"),
+  ],
+)
+def test_bad_input_is_one_line(arguments, said):
+  done = command(*arguments)
+  assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def _collective(kind, size, groups):
+  return collectives.Collective(kind, ("data",), size, groups)
+
+
+def test_seconds_on_links():
+  one_node, two_nodes = [0] * 4, [0, 0, 1, 1]
+  group, pairs = ((0, 1, 2, 3),), ((0, 2), (2, 0))
+  seconds = parallel_compile.link_seconds
+  assert seconds(_collective("all-gather", 1000, group), _CHIP, one_node) == 750 / 100
+  # Half of the whole lies on the other node; two members share the ports: 1000 / 2 / 2 each at 5 a second.
+  assert seconds(_collective("all-gather", 1000, group), _CHIP, two_nodes) == 250 / 5
+  assert seconds(_collective("all-reduce", 1000, group), _CHIP, two_nodes) == 500 / 5
+  assert seconds(_collective("all-to-all", 1000, group), _CHIP, two_nodes) == 500 / 5
+  assert seconds(_collective("all-gather", 1000, ((0, 1), (2, 3))), _CHIP, two_nodes) == 500 / 100
+  assert seconds(_collective("collective-permute", 1000, pairs), _CHIP, one_node) == 1000 / 100
+  assert seconds(_collective("collective-permute", 1000, pairs), _CHIP, two_nodes) == 1000 / 5
+  assert seconds(_collective("all-gather", 1000, group), topology.Chip("?", 1), one_node) is None
+
+
+def test_the_largest_of_three_is_the_bound():
+  bound = parallel_compile.step_seconds(_CHIP, "bfloat16", flops=8.0, traffic=50.0, link=1.0)
+  assert (bound["arithmetic"], bound["memory"], bound["interconnect"], bound["bound"]) == (2.0, 5.0, 1.0, 5.0)
+  assert parallel_compile.step_seconds(_CHIP, "float32", 80.0, 50.0, None)["bound"] == 40.0
+  assert parallel_compile.step_seconds(topology.Chip("?", 1), "float32", 1.0, 1.0, None)["bound"] is None
+
+
+class _Program:
+  """A compiled program whose sizes one can choose."""
+
+  def __init__(self, arguments, outputs, aliased, temporaries, code):
+    self._stats = types.SimpleNamespace(
+      argument_size_in_bytes=arguments,
+      output_size_in_bytes=outputs,
+      alias_size_in_bytes=aliased,
+      temp_size_in_bytes=temporaries,
+      generated_code_size_in_bytes=code,
+    )
+
+  def memory_analysis(self):
+    return self._stats
+
+
+def _compiled(name, executable, used=None):
+  memory = executable and parallel_compile.memory_of(executable)
+  return training_compile.Compiled(
+    name, memory, None, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0
+  )
+
+
+_RESIDENT = {"parameters": 40, "optimizer": 20, "ema": 12, "buffers": 4, "frozen": 8, "batch": 16}
+
+
+def test_memory_is_what_lies_there_and_what_the_largest_program_adds():
+  programs = {
+    "generate": _compiled("generate", _Program(50, 300, 0, 400, 10)),
+    "discriminate": _compiled("discriminate", _Program(44, 40, 36, 250, 5)),
+    "learn": _compiled("learn", _Program(403, 80, 76, 500, 30)),
+    "r1_step": _compiled("r1_step", _Program(90, 76, 76, 799, 5)),
+  }
+  exact = {"generate": 50, "discriminate": 44, "learn": 400, "r1_step": 100}
+  sizes = training_compile.memory(_RESIDENT, programs, exact, limit=1000)
+  # `learn`: the residuals of `generate`, three bytes of padding, four that replace nothing. R1 comes when they are gone.
+  assert sizes == _RESIDENT | {
+    "code": 50,
+    "residuals": 300,
+    "padding": 3,
+    "outputs": 4,
+    "temporaries": 500,
+    "total": 957,
+    "limit": 1000,
+  }
+
+
+def test_where_the_compiler_refused_its_own_sum_counts():
+  programs = {
+    "generate": _compiled("generate", None, used=5000),
+    "learn": _compiled("learn", None),
+    "r1_step": _compiled("r1_step", _Program(100, 76, 76, 200, 5)),
+  }
+  programs["learn"] = programs["learn"]._replace(refusal="")  # it waits for `generate` and was not compiled
+  sizes = training_compile.memory(_RESIDENT, programs, {"r1_step": 100}, limit=1000)
+  assert sizes["total"] == 5000 and sizes["temporaries"] == 5000 - 105
+
+
+def test_a_refusal_is_understood_and_other_errors_are_not_hidden():
+  error = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G "
+    "hbm. Exceeded hbm capacity by 4.75G."
+  )
+  assert training_compile._refusal(error) == ("Used 20.50G of 15.75G hbm", round(20.5 * 2**30))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    training_compile._refusal(jax.errors.JaxRuntimeError("INTERNAL: no"))
+
+
+_PER_SAMPLE = """
+import sys
+from aurora_jax.parallel import topology
+name = topology.parse(sys.argv[1])
+topology.prepare_environment(name)
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from aurora_jax.ops import modulated_conv
+devices = topology.load(name).devices
+mesh = Mesh(devices, "batch")
+shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+run = jax.grad(lambda *arguments: modulated_conv.modulated_conv(*arguments).astype("float32").sum(), (0, 1, 2, 3))
+batch = 2 * len(devices)
+x, weight = shape((batch, 16, 16, 8), "batch"), shape((2, 3, 3, 8, 16))
+style, mix = shape((batch, 8), "batch"), shape((batch, 2), "batch")
+print(jax.jit(run).lower(x, weight, style, mix).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize("machine", ["v5e:2x2", "a100-8"])
+def test_filters_of_their_own_stay_with_their_samples(machine):
+  """Forward and back, no device sees another one's samples or filters; the gradients of the weights alone are summed."""
+  done = subprocess.run(
+    [sys.executable, "-c", _PER_SAMPLE, machine],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=_ROOT,
+    env=os.environ | with_compilers(),
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert " all-reduce" in done.stdout and "all-gather" not in done.stdout and "all-to-all" not in done.stdout
+
+
+_CUT_OVER_ALL = """
+import sys
+from aurora_jax.parallel import topology
+name = topology.parse(sys.argv[1])
+topology.prepare_environment(name)
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from aurora_jax.parallel import mesh as mesh_lib
+axes = "data", "expert0", "expert1"
+mesh = jax.make_mesh((1, 4, 4), axes, axis_types=(AxisType.Auto,) * 3, devices=topology.load(name).devices)
+layout = mesh_lib.Layout(mesh, mesh_lib.Rules(batch=axes, experts=axes[1:], dense=axes[1:]))
+def loss(weight, x):
+  weight = layout.gather({"w": weight})["w"]
+  return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).var()
+weight = jax.ShapeDtypeStruct((3, 3, 256, 256), "bfloat16", sharding=layout.parameter((), (3, 3, 256, 256)))
+x = jax.ShapeDtypeStruct((64, 8, 8, 256), "bfloat16", sharding=layout.batch)
+print(jax.jit(jax.grad(loss), out_shardings=weight.sharding).lower(weight, x).compile().as_text())
+"""
+
+
+def test_gradients_of_what_is_cut_over_all_devices_are_reduce_scattered():
+  done = subprocess.run(
+    [sys.executable, "-c", _CUT_OVER_ALL, "v5e:4x4"],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=_ROOT,
+    env=os.environ | with_compilers(),
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  found, _ = collectives.of_program(done.stdout, {"data": 1, "expert0": 4, "expert1": 4})
+  assert {c.kind for c in found if c.size > 1000} == {"all-gather", "reduce-scatter"}, found
+
+
+@pytest.mark.parametrize("width, words", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
+def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, words):
+  experiment = config_files.load([f"--config={_ROOT / _TINY}"])
+  replace = dataclasses.replace
+  experiment = replace(experiment, generator=replace(experiment.generator, text_feature_dim=width))
+  sizes, said = training_compile.clip_config(experiment)
+  assert sizes.text.width == width and words in said and "not set" in said
+
+
+def test_advice_names_fields_and_exact_savings():
+  """On eight abstract devices with room for next to nothing."""
+  experiment = config_files.load(
+    [f"--config={_ROOT / _TINY}", "--config.mesh.expert=1", "--config.generator.remat=False"]
+  )
+  machine = topology.Topology(topology.parse("a100-8"), _CHIP, [None] * 8, 8)
+  state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
+  size = lambda **changes: sum(
+    training_compile.state_bytes(
+      mesh.build(dataclasses.replace(experiment, mesh=config.Mesh(**changes)), 8).abstract(state)
+    ).values()
+  )
+  report = {"fits": False, "devices": 8, "bytes_per_device": {"total": 3 * 2**30, "limit": 2**30, "temporaries": 2**31}}
+  lines = advice.lines(experiment, machine, report)
+  assert lines[0] == "It is 2.00 GiB per device too large."
+  saved = size() - size(fsdp=True)
+  assert saved > 0 and f"mesh.fsdp=True saves {saved / 2**30:.4f} GiB" in lines[1]
+  text = "\n".join(lines)
+  assert "mesh.expert=4 mesh.data=2 saves" in text and "mesh.expert=8" not in text  # eight do not divide four experts
+  for field in ("generator.remat=True", "discriminator.remat=True", "generator.compute_dtype=bfloat16"):
+    assert field in text
+  assert "train.batch_size" not in text  # one image per device is the least
