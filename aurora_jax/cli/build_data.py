@@ -3,12 +3,14 @@
 Sources:
   openmoji   about 1,900 emoji pictures with their English names ("red heart", "grinning face"), from Python
              packages that are installed with this program: nothing is downloaded.
-  folder     your own pictures: NAME.png (or .jpg, .jpeg, .webp, .bmp, .gif) beside NAME.txt, which holds one caption
-             per line, the first one being the main caption. Subfolders are searched too. Pictures are cut to their
-             centre square. What cannot be read, or has no caption, is left out, counted and listed in manifest.json.
+  folder     your own pictures: NAME.png (or .jpg, .webp, .tif, .avif ...) beside NAME.txt (or NAME.png.txt), which
+             holds one caption per line in UTF-8, the first one being the main caption. Subfolders are searched too,
+             also linked ones. Pictures are cut to their centre square, colours converted to sRGB. What cannot be
+             read, or has no caption, is left out; every file is counted, and manifest.json says why.
 
 About 8 % of the pictures are held out (split "heldout"), chosen by main caption: every word of a held-out caption
-occurs in training, the combination of words does not. Captions of one word always stay in training.
+occurs in training, the combination of words does not. Captions of one word always stay in training. In scripts without
+spaces (Chinese, Japanese, Thai ...) each character counts as a word.
 
 Build at twice the resolution that you train at if you want smooth augmentation (shifts, rotations): the loader reduces.
 
@@ -19,11 +21,13 @@ Examples:
 
 import time
 
+from aurora_jax import text
 from aurora_jax.cli.progress import progress
 from aurora_jax.data import build, sources
 from aurora_jax.errors import UserError
 
-_REJECTED_SHOWN = 10
+_REJECTED_SHOWN, _LEFT_OUT_SHOWN = 10, 3
+_NAME_SHOWN, _REASON_SHOWN = 100, 200
 
 
 def add_arguments(parser):
@@ -59,6 +63,7 @@ def add_arguments(parser):
 
 
 def run(args):
+  text.tolerate_locale()
   started = time.monotonic()
   build.check_out(args.out, args.overwrite)
   source = _source(args)
@@ -76,7 +81,7 @@ def run(args):
     )
   for line in _summary(manifest):
     print(line)
-  print(f"{args.out}: written in {time.monotonic() - started:.1f} s")
+  print(f"{text.printable(text.path_text(args.out))}: written in {time.monotonic() - started:.1f} s")
 
 
 def _source(args):
@@ -102,16 +107,51 @@ def _summary(manifest):
       f"{split}: {entry['examples']} pictures, {entry['captions']} image-text pairs, "
       f"{files} file{'' if files == 1 else 's'}"
     )
-  held = splits.get("heldout", {"examples": 0})["examples"]
-  wanted = round(manifest["heldout_fraction"] * (held + splits["train"]["examples"]))
-  if held < wanted:
-    yield f"held out {held} of the {wanted} pictures asked for: the captions share too few words for more"
+  yield from _warnings(manifest)
   rejected = manifest["rejected"]
   if rejected["count"]:
     yield f"rejected: {rejected['count']} (listed in manifest.json)"
-    for entry in rejected["listed"][:_REJECTED_SHOWN]:
-      yield f"  {entry['key']}: {entry['reason']}"
-    if rejected["count"] > _REJECTED_SHOWN:
-      yield f"  ... and {rejected['count'] - _REJECTED_SHOWN} more"
+    yield from _listed(rejected, _REJECTED_SHOWN)
   else:
     yield "rejected: none"
+  if "files" in manifest:
+    yield from _files(manifest["files"])
+
+
+def _warnings(manifest):
+  """What is written and may surprise."""
+  splits = manifest["splits"]
+  held = splits.get("heldout", {"examples": 0})["examples"]
+  examples = held + splits["train"]["examples"]
+  wanted = round(manifest["heldout_fraction"] * examples)
+  if manifest["distinct_captions"] == 1 < examples:
+    yield f"all {examples} pictures have the same main caption: a prompt will have nothing to choose"
+  elif held < wanted:
+    yield f"held out {held} of the {wanted} pictures asked for: the captions share too few words for more"
+  if "enlarged" in manifest:
+    count, (width, height) = manifest["enlarged"]["count"], manifest["enlarged"]["smallest"]
+    yield (
+      f"enlarged: {count} picture{'' if count == 1 else 's'} of less than {manifest['resolution']} pixels, the smallest "
+      f"{width}x{height} ({text.printable(manifest['enlarged']['key'], _NAME_SHOWN)})"
+    )
+
+
+def _files(files):
+  """What became of the files that the source saw."""
+  yield f"files seen: {files['seen']}"
+  for what, count in files["counts"].items():
+    yield f"  {what}: {count}"
+  left_out = files["captions_left_out"]
+  if left_out["count"]:
+    yield f"captions left out: {left_out['count']} (listed in manifest.json)"
+    yield from _listed(left_out, _LEFT_OUT_SHOWN)
+  if files["passed_over"]["count"]:
+    yield f"passed over: {files['passed_over']['count']} (listed in manifest.json)"
+    yield from _listed(files["passed_over"], _LEFT_OUT_SHOWN)
+
+
+def _listed(group, shown):
+  for entry in group["listed"][:shown]:
+    yield f"  {text.printable(entry['key'], _NAME_SHOWN)}: {text.printable(entry['reason'], _REASON_SHOWN)}"
+  if group["count"] > shown:
+    yield f"  ... and {group['count'] - shown} more"

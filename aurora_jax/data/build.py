@@ -9,8 +9,8 @@ import re
 
 import numpy as np
 
-from aurora_jax import files
-from aurora_jax.data import dataset, images, schema, tfrecords
+from aurora_jax import files, text
+from aurora_jax.data import dataset, images, schema, sources, tfrecords
 from aurora_jax.data.sources import words
 from aurora_jax.errors import UserError
 
@@ -18,6 +18,14 @@ from aurora_jax.errors import UserError
 KEEP_FOR_TRAINING = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
 MAXIMAL_RESOLUTION = 4096
 _REJECTED_LISTED = 1000
+_STORED = "images stored"
+
+# Scripts that put no space between words: Han with kana and bopomofo, Yi, Thai, Lao, Tibetan, Burmese, Khmer, Tai, Javanese.
+_UNSPACED = (
+  "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u2e80-\u2fdf\u3005-\u3007\u3040-\u312f\u31a0-\u31ff"
+  "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf\ua980-\ua9df\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_UNIT = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
 
 
 def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
@@ -25,7 +33,7 @@ def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
 
   Every word of a held-out caption occurs in the primary caption of a training item, the combination (the same words in
   whatever order) in none. Items of one group, or of the same words, stay together. Captions of one word are no
-  combination and stay in training.
+  combination and stay in training. In scripts without spaces between words each character is one.
 
   Args:
     items: sequence of `sources.Item`.
@@ -37,8 +45,8 @@ def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
     set of positions in `items`: at most `fraction` of them, fewer where the captions share too few words.
   """
   target = round(fraction * len(items))
-  bags = [frozenset(words(item.captions[0])) for item in items]
-  kept_bags = {frozenset(words(caption)) for caption in keep}
+  bags = [_bag(item.captions[0]) for item in items]
+  kept_bags = {_bag(caption) for caption in keep}
   uses = collections.Counter(word for bag in bags for word in bag)
   held = set()
   clusters = _clusters(items, bags)
@@ -53,6 +61,11 @@ def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
       uses -= lost
       held.update(cluster)
   return held
+
+
+def _bag(caption):
+  """The words of a caption as a frozenset; the characters of what is written without spaces."""
+  return frozenset(unit for word in words(caption) for unit in _UNIT.findall(word))
 
 
 def _clusters(items, bags):
@@ -106,8 +119,11 @@ def build(
 
   Returns:
     The manifest, a dict, as written to `manifest.json`: `schema_version`, `name`, `source`, `licence`, `resolution`,
-    `seed`, `heldout_fraction`, `splits` {split: {`examples`, `captions`, `shards` [{`file`, `examples`, `bytes`,
-    `sha256`}]}}, `rejected` {`count`, `listed` [{`key`, `reason`}]}.
+    `seed`, `heldout_fraction`, `distinct_captions` (primary ones), `splits` {split: {`examples`, `captions`, `shards`
+    [{`file`, `examples`, `bytes`, `sha256`}]}}, `rejected` {`count`, `listed` [{`key`, `reason`}]}. Where images were
+    smaller than the resolution, `enlarged` {`count`, `smallest` [width, height], `key` of that one}. Of a source that
+    looks for files, `files` {`seen`, `counts` {what: number}, which add up to it, `passed_over` and `captions_left_out`,
+    each as `rejected`}.
 
   Raises:
     UserError: a value out of range, `out` exists or cannot be written, or no picture could be read.
@@ -118,7 +134,7 @@ def build(
   with files.whole_folder(out, lambda: check_out(pathlib.Path(out).resolve(), overwrite), "out ") as folder:
     # Only what can be read counts for the split and the shards: render everything first, then sort it into its places.
     with tfrecords.ShardWriter(folder / "rendered.tfrecord") as rendered:
-      items, rejected = _render_to(rendered, source, resolution, on_progress)
+      items, rejected, counts, enlarged = _render_to(rendered, source, resolution, on_progress)
     if not items:
       raise UserError(
         f"source {source.description} has no readable picture: {len(rejected)} rejected, "
@@ -150,9 +166,20 @@ def build(
       "resolution": resolution,
       "seed": seed,
       "heldout_fraction": heldout_fraction,
+      "distinct_captions": len({item.captions[0] for item in items}),
       "splits": splits,
-      "rejected": {"count": len(rejected), "listed": rejected[:_REJECTED_LISTED]},
+      "rejected": _listed(rejected),
     }
+    if enlarged is not None:
+      manifest["enlarged"] = enlarged
+    if source.files is not None:
+      counts = {_STORED: len(items)} | dict(collections.Counter(source.files.counts) + counts)
+      manifest["files"] = {
+        "seen": sum(counts.values()),
+        "counts": counts,
+        "passed_over": _listed(_entries(source.files.passed_over)),
+        "captions_left_out": _listed(_entries(source.files.captions_left_out)),
+      }
     (folder / dataset.MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
   return manifest
 
@@ -167,31 +194,51 @@ def _check_values(resolution, shards, heldout_fraction, seed, name):
   if seed < 0:
     raise UserError(f"seed must be 0 or more, not {seed}")
   if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-    raise UserError(f"data set name {name!r} may only have letters, digits, '_', '-' and '.'")
+    raise UserError(f"data set name {text.printable(repr(name), 100)} may only have letters, digits, '_', '-' and '.'")
+
+
+def _entries(pairs):
+  return [{"key": key, "reason": reason} for key, reason in pairs]
+
+
+def _listed(entries):
+  return {"count": len(entries), "listed": entries[:_REJECTED_LISTED]}
 
 
 def _render_to(writer, source, resolution, on_progress):
-  """Writes all readable pictures of a source in its order: (their items, list of {key, reason} of all others)."""
-  items = []
-  rejected = [{"key": key, "reason": reason} for key, reason in source.rejected]
-  for done, (item, picture) in enumerate(_render_all(source, resolution), start=1):
+  """Writes all readable pictures of a source in its order.
+
+  Returns:
+    (their items, list of {key, reason} of all others, Counter of what the pictures among those are, the manifest's
+    `enlarged` or None).
+  """
+  items, counts, enlarged = [], collections.Counter(), None
+  rejected = _entries(source.rejected)
+  for done, (item, picture, original) in enumerate(_render_all(source, resolution), start=1):
     if isinstance(picture, images.ImageError):
       rejected.append({"key": item.key, "reason": str(picture)})
+      counts[picture.kind] += 1
     else:
       writer.write(schema.encode(schema.Example(picture, item.captions, resolution, resolution, item.key)))
       items.append(item)
+    if original is not None:
+      enlarged = enlarged or {"count": 0, "smallest": list(original), "key": item.key}
+      enlarged["count"] += 1
+      if min(original) < min(enlarged["smallest"]):
+        enlarged |= {"smallest": list(original), "key": item.key}
     on_progress(done, len(source.items))
-  return items, rejected
+  return items, rejected, counts, enlarged
 
 
 def _render_all(source, resolution):
-  """Yields (item, PNG bytes or the `ImageError`), in order; threads work a little ahead."""
+  """Yields (item, PNG bytes or the `ImageError`, size before it was enlarged or None), in order; threads work ahead."""
 
   def render(item):
     try:
-      return images.encode_png(source.render(item, resolution))
+      picture = source.render(item, resolution)
+      return images.encode_png(picture), picture.info.get(sources.ENLARGED_FROM)
     except images.ImageError as error:
-      return error
+      return error, None
 
   threads = min(16, os.cpu_count() or 1)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -200,9 +247,9 @@ def _render_all(source, resolution):
       waiting.append((item, pool.submit(render, item)))
       if len(waiting) > 4 * threads:
         first, future = waiting.popleft()
-        yield first, future.result()
+        yield first, *future.result()
     for first, future in waiting:
-      yield first, future.result()
+      yield first, *future.result()
 
 
 def _write_shards(folder, name, split, count, rendered, positions):
@@ -221,17 +268,17 @@ def _write_shards(folder, name, split, count, rendered, positions):
 def check_out(out, overwrite):
   """Raises `UserError` where `build` may not write its folder: what is there is not lightly replaced."""
   dataset.check_local(out)
-  out = pathlib.Path(out)
+  out, shown = pathlib.Path(out), text.printable(text.path_text(out))
   try:
     if not out.exists():
       return
     if not out.is_dir():
-      raise UserError(f"out {out} exists and is not a folder")
+      raise UserError(f"out {shown} exists and is not a folder")
     if not any(out.iterdir()):
       return
   except OSError as error:
-    raise UserError(f"out {out}: {error.strerror}") from None
+    raise UserError(f"out {shown}: {error.strerror}") from None
   if not (out / dataset.MANIFEST).is_file():
-    raise UserError(f"out {out} exists and is not a data set: choose another folder")
+    raise UserError(f"out {shown} exists and is not a data set: choose another folder")
   if not overwrite:
-    raise UserError(f"out {out} exists: choose another folder or give --overwrite")
+    raise UserError(f"out {shown} exists: choose another folder or give --overwrite")

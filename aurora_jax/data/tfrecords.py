@@ -201,7 +201,8 @@ def _scan_to_damage(path):
           raise RecordError(where, "is cut off within its header")
         length, crc = struct.unpack("<QI", header)
         if crc != masked_crc(header[:8]):
-          raise RecordError(where, "has a broken header")
+          why = None if entries else _compressed(path)
+          raise RecordError(where, f"has a broken header{f': {why}' if why else ''}")
         if position + length + FRAME_BYTES > size:
           raise RecordError(where, f"is cut off: {size - position} of {length + FRAME_BYTES} bytes")
         entries.append((position, length))
@@ -236,8 +237,25 @@ def load_index(path):
     return _rebuild_index(path)
   expected = int(index[-1].sum()) + FRAME_BYTES if len(index) else 0
   if size != expected:
-    raise UserError(f"shard {path} has {size} bytes, its index says {expected}: it is truncated or was changed")
+    why = _compressed(path) or "it is truncated or was changed"
+    raise UserError(f"shard {path} has {size} bytes, its index says {expected}: {why}")
   return index
+
+
+def _compressed(path):
+  """Words about a shard that TensorFlow has compressed, None for one that it has not."""
+  try:
+    with open(path, "rb") as file:
+      head = file.read(HEADER_BYTES)
+  except OSError:
+    return None
+  if len(head) < HEADER_BYTES or struct.unpack_from("<I", head, 8)[0] == masked_crc(head[:8]):
+    return None
+  # The two bytes of zlib are a multiple of 31, of which the first names the method.
+  kind = (
+    "GZIP" if head[:2] == b"\x1f\x8b" else "ZLIB" if head[0] == 0x78 and (head[0] * 256 + head[1]) % 31 == 0 else ""
+  )
+  return f"it is compressed ({kind}), and shards are read as they are: decompress it" if kind else None
 
 
 def _stored_index(path):

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from aurora_jax import text
 from aurora_jax.errors import UserError
 
 BEGIN = "<|startoftext|>"
@@ -117,8 +118,14 @@ class Tokenizer:
     `tokenizer.json`, `vocab.json`, `merges.txt`, `tokenizer_config.json`.
     """
     folder = pathlib.Path(folder)
-    self._backend.model.save(str(folder))
-    self._backend.save(str(folder / "tokenizer.json"))
+    # Written here: the library takes no folder whose name is not UTF-8.
+    whole = self._backend.to_str(pretty=True)
+    model = json.loads(whole)["model"]
+    in_order = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
+    entries = json.dumps(in_order, ensure_ascii=False, separators=(",", ":"))
+    _write(folder / "vocab.json", entries)
+    _write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    _write(folder / "tokenizer.json", whole)
     settings = {
       "tokenizer_class": "CLIPTokenizer",
       "bos_token": BEGIN,
@@ -127,14 +134,15 @@ class Tokenizer:
       "pad_token": END,
       "model_max_length": self.context_length,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    _write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
   @classmethod
   def load(cls, folder: str | os.PathLike, context_length: int | None = None) -> "Tokenizer":
     """Reads the tokenizer of a CLIP folder, ours or Hugging Face's.
 
     Args:
-      folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
+      folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`. Of a part of a Stable Diffusion (`text_encoder`)
+        they are in the folder beside it (`tokenizer`).
       context_length: N of the rows; None takes `model_max_length` of `tokenizer_config.json`, else 77.
 
     Returns:
@@ -143,15 +151,14 @@ class Tokenizer:
     Raises:
       UserError: no such files, or they are damaged.
     """
-    folder = pathlib.Path(folder)
+    folder = _folder_of(pathlib.Path(folder))
     try:
       if context_length is None:
         context_length = _context_length(folder)
       if (folder / "tokenizer.json").is_file():
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = tokenizers.Tokenizer.from_str(text.read_text(folder / "tokenizer.json"))
       elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-        backend = _backend(vocabulary, merges)
+        backend = _backend(json.loads(text.read_text(folder / "vocab.json")), _read_merges(folder / "merges.txt"))
       else:
         raise UserError(f"no tokenizer in {folder}: neither tokenizer.json nor vocab.json with merges.txt")
     except UserError:
@@ -161,12 +168,34 @@ class Tokenizer:
     return cls(backend, context_length)
 
 
+def _folder_of(folder: pathlib.Path) -> pathlib.Path:
+  """Where the tokenizer of a model's folder is: in it, or in its neighbour: tokenizer_2 beside text_encoder_2."""
+  if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
+    return folder
+  name = folder.resolve().name
+  beside = folder.resolve().with_name(name.replace("text_encoder", "tokenizer"))
+  return beside if beside.name != name and beside.is_dir() else folder
+
+
 def _context_length(folder: pathlib.Path) -> int:
   path = folder / "tokenizer_config.json"
   if not path.is_file():
     return _RELEASED_CONTEXT
-  length = json.loads(path.read_text(encoding="utf-8")).get("model_max_length", _RELEASED_CONTEXT)
+  length = json.loads(text.read_text(path)).get("model_max_length", _RELEASED_CONTEXT)
   return int(length) if length < _LONGEST_CONTEXT else _RELEASED_CONTEXT
+
+
+def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
+  """The pairs of a merges.txt, one per line after the version."""
+  lines = text.read_text(path).split("\n")
+  pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+  if any(len(pair) != 2 for pair in pairs):
+    raise UserError(f"{path} is no list of pairs")
+  return pairs
+
+
+def _write(path: pathlib.Path, content: str) -> None:
+  path.write_text(content, encoding="utf-8", newline="\n")
 
 
 def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:

@@ -1,7 +1,8 @@
 """Hugging Face CLIP folders: read (downloaded ones and our own) and written (so that `transformers` reads ours).
 
-A folder holds `config.json`, `model.safetensors` (or shards with an index, or `pytorch_model.bin`), the tokenizer's
-files and `preprocessor_config.json`.
+A folder holds `config.json`, `model.safetensors` (or shards with an index, or `pytorch_model.bin`, or a variant of one
+precision such as `model.fp16.safetensors`), the tokenizer's files and `preprocessor_config.json`. The text tower alone, as
+Stable Diffusion has it, is enough for encoding prompts.
 """
 
 import dataclasses
@@ -12,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from aurora_jax import files
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
-from aurora_jax.interop import clip_names, tensor_files
+from aurora_jax.interop import clip_names, tensor_files, weight_files
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, abstract_variables
 
 _NAMES_IN_AN_ERROR = 6
@@ -46,6 +48,9 @@ _IMAGE_DEFAULTS = {
   "layer_norm_eps": 1e-5,
 }
 _EMBEDDING_WIDTH_DEFAULT = 512
+_WHOLE, _TEXT_TOWER = "clip", "clip_text_model"  # model types
+# What a text tower alone may lack: both are for comparing it with images.
+_OF_BOTH_TOWERS = ("text_projection.weight", "logit_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +61,14 @@ class ClipBundle:
     config: its sizes.
     variables: {"params": ...}, float32 numpy arrays on the host: `jax.device_put` them once, to where they are wanted.
     tokenizer: list of str -> int32 [B, context_length].
+    projects: whether it has the text projection; a folder of a text tower need not. Without it `TextOutput.embedding` is
+      NaN.
   """
 
   config: ClipConfig
   variables: dict[str, Any]
   tokenizer: Tokenizer
+  projects: bool = True
 
   def module(self, **options) -> Clip:
     """The Flax module; the options are those of `Clip` (dtype, remat)."""
@@ -78,7 +86,9 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
 
   Args:
     folder: the folder.
-    text_only: leave out the image tower, three quarters of a ViT-L/14: enough for encoding prompts.
+    text_only: leave out the image tower, three quarters of a ViT-L/14: enough for encoding prompts. A folder that has
+      only the text tower will do (`text_encoder` of Stable Diffusion, with the tokenizer in it or in `tokenizer` beside
+      it); then the config's image tower is one of the default sizes.
 
   Returns:
     ClipBundle.
@@ -95,29 +105,42 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
     raise UserError(
       f"{folder}: the tokenizer has {tokenizer.vocabulary_size} entries, the model only {config.text.vocabulary_size}"
     )
-  return ClipBundle(config, {"params": _fill(config, _open_weights(folder), folder, text_only)}, tokenizer)
+  weights = _open_weights(folder)
+  if not text_only and weights and not any(name.startswith("vision_model.") for name in weights):
+    raise _only_text(folder)
+  params = _fill(config, weights, folder, text_only)
+  return ClipBundle(config, {"params": params}, tokenizer, projects=_OF_BOTH_TOWERS[0] in weights)
+
+
+def _only_text(folder: pathlib.Path) -> UserError:
+  return UserError(f"{folder} has only the text tower of a CLIP: enough to sample, but here its image tower is needed")
 
 
 def _fill(config: ClipConfig, weights: dict[str, Any], folder: pathlib.Path, text_only: bool) -> dict[str, Any]:
-  """Our parameter tree from named tensors; every misfit goes into one error."""
+  """Our parameter tree from named tensors; every misfit goes into one error. With `text_only` the text tower counts."""
   abstract = abstract_variables(config)["params"]
+  entries = {entry.name: entry for entry in clip_names.entries(config)}
+  optional, ignored = (), ("position_ids",)  # old files carry the position numbers as a buffer
   if text_only:
     abstract = {name: leaf for name, leaf in abstract.items() if not name.startswith("image")}
-  entries = {entry.name: entry for entry in clip_names.entries(config)}
-  missing = sorted(entries.keys() - weights.keys())
-  # Old files carry the position numbers as a buffer.
-  unknown = sorted(name for name in weights.keys() - entries.keys() if not name.endswith("position_ids"))
+    entries = {name: entry for name, entry in entries.items() if entry.path.split("/")[0] in abstract}
+    optional = _OF_BOTH_TOWERS
+    weights = {name: value for name, value in weights.items() if not name.startswith(("vision_model.", "visual_"))}
+  missing = sorted(entries.keys() - weights.keys() - set(optional))
+  unknown = sorted(name for name in weights.keys() - entries.keys() if not name.endswith(ignored))
   misshapen = []
   params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
   for name, entry in entries.items():
-    if name in missing:
+    if name not in weights:
+      entry.leaf(params)[entry.index] = np.nan
       continue
     array = weights[name]
-    if array.shape != entry.shape:
-      misshapen.append(f"{name} {list(array.shape)} instead of {list(entry.shape)}")
-      continue
-    if entry.path.split("/")[0] in params:
+    if array.shape == entry.shape:
       entry.leaf(params)[entry.index] = entry.layout.to_ours(array.read())
+    elif entry.shape == () and array.shape == (1,):  # of a one-element tensor, such as OpenCLIP's temperature
+      entry.leaf(params)[entry.index] = array.read()[0]
+    else:
+      misshapen.append(f"{name} {list(array.shape)} instead of {list(entry.shape)}")
   problems = []
   for what, names in (("missing", missing), ("left over", unknown), ("misshapen", misshapen)):
     if names:
@@ -128,29 +151,22 @@ def _fill(config: ClipConfig, weights: dict[str, Any], folder: pathlib.Path, tex
   return params
 
 
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"not a CLIP folder: {path} is missing") from error
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read {path}: {error}") from error
-  if not isinstance(value, dict):
-    raise UserError(f"cannot read {path}: a JSON object was expected")
-  return value
-
-
 def read_config(folder: pathlib.Path) -> ClipConfig:
-  """config.json (and preprocessor_config.json, for the colours) as a ClipConfig; UserError if it is none of a CLIP."""
+  """config.json (and preprocessor_config.json, for the colours) as a ClipConfig.
+
+  A text tower's own config is taken too; the image tower is then of the default sizes.
+
+  Raises:
+    UserError: it is none of a CLIP.
+  """
   path = folder / "config.json"
-  values = _read_json(path)
-  if values.get("model_type") != "clip":
-    raise UserError(f"{path} describes a model of type '{values.get('model_type')}', not 'clip'")
-  # Old configs repeat a tower's values under "..._dict"; those win there too.
-  text, image = (
-    defaults | (values.get(f"{tower}_config") or {}) | (values.get(f"{tower}_config_dict") or {})
-    for tower, defaults in (("text", _TEXT_DEFAULTS), ("vision", _IMAGE_DEFAULTS))
-  )
+  values = weight_files.read_json(path)
+  kind = values.get("model_type")
+  if kind == _TEXT_TOWER:
+    values = {"text_config": values, "projection_dim": values.get("projection_dim")}
+  elif kind != _WHOLE:
+    raise UserError(f"{path} describes a model of type '{kind}', not 'clip'")
+  text, image = _tower_config(path, values, "text"), _tower_config(path, values, "vision")
   for tower, defaults in ((text, _TEXT_DEFAULTS), (image, _IMAGE_DEFAULTS)):
     for name, default in defaults.items():
       if not isinstance(tower[name], type(default)):
@@ -159,7 +175,7 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
     raise UserError(f"{path}: images of {image['num_channels']} channels are not supported, only 3")
   colours = {}
   if (folder / "preprocessor_config.json").is_file():
-    processor = _read_json(folder / "preprocessor_config.json")
+    processor = weight_files.read_json(folder / "preprocessor_config.json")
     for theirs, ours in (("image_mean", "mean"), ("image_std", "deviation")):
       if theirs in processor:
         colours[ours] = tuple(processor[theirs])
@@ -172,10 +188,30 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
         eot_id=text["eos_token_id"],
       ),
       image=ImageConfig(**_tower_values(image), size=image["image_size"], patch=image["patch_size"], **colours),
-      embedding_width=values.get("projection_dim", _EMBEDDING_WIDTH_DEFAULT),
+      embedding_width=values.get("projection_dim") or _EMBEDDING_WIDTH_DEFAULT,
     )
   except (TypeError, ValueError) as error:
     raise UserError(f"{path}: {error}") from error
+
+
+def _tower_config(path: pathlib.Path, values: dict, tower: str) -> dict:
+  """A tower's values, as `transformers` 5 reads them.
+
+  Old configs repeat a tower's values under "..._config_dict". Where that stands, its values win, and where it is silent
+  the defaults do, not the values of "..._config".
+  """
+  defaults = _TEXT_DEFAULTS if tower == "text" else _IMAGE_DEFAULTS
+  given, repeated = values.get(f"{tower}_config"), values.get(f"{tower}_config_dict")
+  for name, part in ((f"{tower}_config", given), (f"{tower}_config_dict", repeated)):
+    if not isinstance(part, dict | None):
+      raise UserError(f"{path}: {name} is {part!r}, where an object would be usual")
+  merged = defaults | (given or {})
+  if repeated is not None:
+    merged |= defaults | repeated
+  for name in ("image_size", "patch_size"):  # height and width
+    if isinstance(merged.get(name), list) and len(set(merged[name])) == 1:
+      merged[name] = merged[name][0]
+  return merged
 
 
 def _tower_values(values: dict) -> dict:
@@ -192,24 +228,12 @@ def _tower_values(values: dict) -> dict:
 def _open_weights(folder: pathlib.Path) -> dict[str, Any]:
   """The arrays of a folder's weight files by name; they stay on the disk until they are read."""
   weights = {}
-  for path in _weight_files(folder):
+  for path in weight_files.find(folder):
     weights |= {name: value for name, value in tensor_files.read(path).items() if tensor_files.is_array(value)}
+  if "embeddings.token_embedding.weight" in weights:  # transformers 5 writes a text tower so
+    parts = ("embeddings.", "encoder.", "final_layer_norm.")
+    weights = {f"text_model.{name}" if name.startswith(parts) else name: value for name, value in weights.items()}
   return weights
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  for name in ("model.safetensors", "pytorch_model.bin"):
-    if (folder / name).is_file():
-      return [folder / name]
-    if (folder / f"{name}.index.json").is_file():
-      index = _read_json(folder / f"{name}.index.json")
-      # A name with a folder in it would leave this one.
-      files = [folder / pathlib.PurePath(shard).name for shard in sorted(set(index.get("weight_map", {}).values()))]
-      absent = [file.name for file in files if not file.is_file()]
-      if absent or not files:
-        raise UserError(f"{folder}: shards of the weights are missing: {', '.join(absent) or 'all'}")
-      return files
-  raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,8 +262,10 @@ def save(
     if notes is not None:
       _write_json(work / "training.json", notes)
     bundle.tokenizer.save(work)
-    # transformers refuses a file that does not say "pt".
-    safetensors.numpy.save_file(_state_dict(bundle), work / "model.safetensors", metadata={"format": "pt"})
+    try:  # transformers refuses a file that does not say "pt"
+      safetensors.numpy.save_file(_state_dict(bundle), work / "model.safetensors", metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # what becomes of a full disk
+      raise OSError(f"model.safetensors: {error}") from error
 
 
 def check_writable(folder: str | os.PathLike, *, overwrite: bool = False) -> None:

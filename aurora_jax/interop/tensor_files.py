@@ -32,18 +32,28 @@ _SAFETENSORS_DTYPES = {
   "U16": np.uint16,
   "U8": np.uint8,
 }
+_WRAPPERS = ("module.", "_orig_mod.")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = TORCH_SUFFIXES + (".safetensors",)
+
+
+class Content(dict):
+  """What a file holds, by name. `notes` are lines that the user should read about how it was taken."""
+
+  notes: tuple[str, ...] = ()
 
 
 def read(path):
   """What a file of arrays holds.
 
+  Where all arrays of a mapping have names that begin with a wrapper's prefix (`module.` of PyTorch's DataParallel,
+  `_orig_mod.` of its compiler), it is taken off, and the notes say so.
+
   Args:
     path: .pth, .pt, .bin (PyTorch) or .safetensors.
 
   Returns:
-    A mapping, possibly nested, whose arrays are `StoredArray`, besides whatever plain values the file has.
+    `Content`, a mapping, possibly nested, whose arrays are `StoredArray`, besides whatever plain values the file has.
 
   Raises:
     UserError: no such file, of another kind, cut off, or with code in it: one line that names it.
@@ -53,11 +63,38 @@ def read(path):
     raise UserError(f"{path}: weights are read from {', '.join(SUFFIXES)}")
   _refuse_other_kinds(path)
   if path.suffix == ".safetensors":
-    return _read_safetensors(path)
-  content = torch_zip.read(path) if zipfile.is_zipfile(path) else torch_old.read(path)
+    content = _read_safetensors(path)
+  else:
+    content = torch_zip.read(path) if zipfile.is_zipfile(path) else torch_old.read(path)
   if not isinstance(content, Mapping):
     raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
+  notes = []
+  content = Content(_unwrapped(content, "", notes))
+  content.notes = tuple(notes)
   return content
+
+
+def _unwrapped(mapping, name, notes):
+  """A mapping without the prefixes of wrappers, those within it likewise."""
+  taken_off = ""
+  arrays = [key for key, value in mapping.items() if is_array(value)]
+  while prefix := _common_prefix(arrays):
+    arrays = [key.removeprefix(prefix) for key in arrays]
+    mapping = {key.removeprefix(prefix) if isinstance(key, str) else key: value for key, value in mapping.items()}
+    taken_off += prefix
+  if taken_off:
+    where = f"{name}: " if name else ""
+    notes.append(f"{where}all names begin with '{taken_off}', which was taken off")
+  return {
+    key: _unwrapped(value, f"{name}.{key}" if name else str(key), notes) if isinstance(value, dict) else value
+    for key, value in mapping.items()
+  }
+
+
+def _common_prefix(names):
+  if not names or not all(isinstance(name, str) for name in names):
+    return None
+  return next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in names)), None)
 
 
 def is_array(value):

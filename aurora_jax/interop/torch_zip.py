@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.interop import numpy_pickle
 from aurora_jax.interop.stored_array import StoredArray
 
 # `torch.NAMEStorage`, and the dtype objects that newer files name instead.
@@ -53,6 +54,11 @@ _DTYPES = {
   "uint64": np.uint64,
   "bool": np.bool_,
 }
+# No writer of checkpoints puts these into a file: whoever did wants them to be loaded.
+_DANGEROUS = frozenset(
+  "_pickle builtins code commands ctypes functools importlib io multiprocessing nt operator os pickle posix pty runpy shutil "
+  "signal socket subprocess sys threading webbrowser __builtin__".split()
+)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., bytes of the name, bytes of the extra field
 
 
@@ -60,7 +66,14 @@ class Forbidden(UserError):
   """The pickle names a global that does not rebuild a tensor. `name` is it, "os.system"."""
 
   def __init__(self, path, name):
-    super().__init__(f"{path} holds code or objects besides tensors ({name}); it was not loaded, nothing in it was run")
+    message = f"{path} holds code or objects besides tensors ({name}); it was not loaded, nothing in it was run"
+    if name.split(".")[0] not in _DANGEROUS:  # a class of the program that wrote it, such as argparse.Namespace
+      message += (
+        "; if you trust it, make a file of its weights alone where that class is at hand: c = torch.load("
+        f"'{pathlib.Path(path).name}', weights_only=False); torch.save({{k: c[k] for k in KEYS}}, 'weights.pth'), KEYS "
+        "being those of the weights, such as generator_smooth"
+      )
+    super().__init__(message)
     self.name = name
 
 
@@ -71,10 +84,10 @@ def read(path):
     path: of a zip file written by `torch.save`.
 
   Returns:
-    Nested dicts, lists and plain values.
+    Nested dicts, lists, plain values and numpy arrays.
 
   Raises:
-    Forbidden: a global that does not rebuild a tensor.
+    Forbidden: a global that does not rebuild a tensor or something of numpy's.
     UserError: cut off, damaged or no such file.
   """
   path = pathlib.Path(path)
@@ -129,7 +142,7 @@ class _Token(int):
 
 
 class Unpickler(pickle.Unpickler):
-  """Rebuilds tensors, refuses all else."""
+  """Rebuilds tensors and what numpy puts beside them, refuses all else."""
 
   def __init__(self, stream, path, storages):
     """Args: storages: {key: (offset in the file, bytes)}."""
@@ -150,6 +163,7 @@ class Unpickler(pickle.Unpickler):
       ),
       ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
       ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+      **numpy_pickle.safe_globals(),
     }
 
   def load(self):
@@ -211,6 +225,8 @@ class Unpickler(pickle.Unpickler):
     if isinstance(value, _Token):
       thing = self._things[value]
       return thing if isinstance(thing, StoredArray) else str(thing)
+    if isinstance(value, numpy_pickle.STAND_INS):
+      return value.value
     if not isinstance(value, (dict, list, tuple, set, frozenset)):
       return value
     if id(value) not in done:

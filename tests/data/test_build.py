@@ -1,9 +1,12 @@
 """Building a data set: the held-out choice, what is written, and that it is written whole or not at all."""
 
+import ast
 import collections
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -110,6 +113,40 @@ def test_same_words_one_side():
   assert seen == {frozenset(), frozenset({0, 1, 2})}
 
 
+CHINESE = [f"{colour}色的{shape}" for colour in "红蓝绿黄" for shape in ("心", "星", "圆", "月亮", "太阳")]
+JAPANESE = [f"{colour}い{shape}" for colour in ("赤", "青", "黒", "白") for shape in ("ハート", "ほし", "つき", "丸")]
+THAI = [f"{shape}สี{colour}" for colour in ("แดง", "ดำ", "ขาว", "เขียว") for shape in ("หัวใจ", "ดาว", "วงกลม", "แมว")]
+
+
+@pytest.mark.parametrize("captions", [CHINESE, JAPANESE, THAI], ids=["Chinese", "Japanese", "Thai"])
+def test_scripts_without_spaces_are_held_out_by_characters(captions):
+  items = items_of(*captions)
+  held = choose_heldout(items, 0.2, 0)
+  assert len(held) == round(0.2 * len(items))
+  trained = set().union(*(captions[position] for position in range(len(items)) if position not in held))
+  assert all(set(captions[position]) <= trained for position in held)
+  combinations = {frozenset(captions[position]) for position in range(len(items)) if position not in held}
+  assert not any(frozenset(captions[position]) in combinations for position in held)
+
+
+def test_words_and_characters_in_one_caption():
+  items = items_of(*(f"{name} {colour}色" for name in ("iPhone", "Laptop", "Tablet") for colour in "红蓝绿"))
+  held = choose_heldout(items, 0.3, 0)
+  assert len(held) == 3
+  names = {items[position].captions[0].split()[0] for position in range(9) if position not in held}
+  assert names == {"iPhone", "Laptop", "Tablet"}  # a Latin word is not taken apart
+
+
+def test_scripts_with_spaces_are_held_out_by_words():
+  for captions in (
+    ("빨간 하트", "빨간 별", "파란 하트", "파란 별"),
+    ("красное сердце", "красная звезда", "синее сердце"),
+  ):
+    assert [sorted(build_module._bag(caption)) for caption in captions] == [
+      sorted(caption.split()) for caption in captions
+    ]
+
+
 # ------------------------------------------------------------------------------------------- what is written
 
 
@@ -207,6 +244,86 @@ def test_many_rejected_are_counted_and_some_listed(tmp_path, monkeypatch):
   assert manifest["rejected"]["count"] == 10 and len(manifest["rejected"]["listed"]) == 3
 
 
+def picture_files(folder, captions, side=8):
+  """A folder of images, one per caption."""
+  folder.mkdir()
+  for number, caption in enumerate(captions):
+    Image.new("RGB", (side, side), (number, 0, 0)).save(folder / f"{number}.png")
+    (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+  return folder
+
+
+def test_every_file_is_accounted_for(tmp_path):
+  folder = picture_files(tmp_path / "in", ["red", "green\n\x1b[0m", "\u200b"])
+  (folder / "0.png").write_bytes(b"no image")
+  (folder / "notes.md").write_text("notes")
+  manifest = build(sources.folder(folder), tmp_path / "out", resolution=4, shards=1)
+  assert manifest["files"] == {
+    "seen": 7,
+    "counts": {
+      "images stored": 1,
+      "caption files read": 3,
+      "images whose captions cannot be used": 1,
+      "images that cannot be read": 1,
+      "files of other kinds": 1,
+    },
+    "passed_over": {"count": 1, "listed": [{"key": "notes.md", "reason": "not an image"}]},
+    "captions_left_out": {
+      "count": 1,
+      "listed": [{"key": "1.txt", "reason": r"a caption has the control character \x1b: \x1b[0m"}],
+    },
+  }
+  assert [entry["key"] for entry in manifest["rejected"]["listed"]] == ["2.png", "0.png"]
+  assert json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")) == manifest
+
+
+def test_sources_without_files_have_no_account_of_them(tmp_path):
+  manifest = build(source_of(grid()), tmp_path / "out", resolution=4, shards=1)
+  assert "files" not in manifest and "enlarged" not in manifest and manifest["distinct_captions"] == 42
+
+
+def test_enlarged_images_are_counted(tmp_path):
+  folder = picture_files(tmp_path / "in", ["a", "b", "c", "d"])
+  Image.new("RGB", (1, 1)).save(folder / "1.png")
+  Image.new("RGB", (20, 3)).save(folder / "2.png")
+  manifest = build(sources.folder(folder), tmp_path / "out", resolution=8, shards=1)
+  assert manifest["enlarged"] == {"count": 2, "smallest": [1, 1], "key": "1.png"}
+  assert manifest["splits"]["train"]["examples"] == 4
+
+
+POSIX = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_the_locale_does_not_matter(tmp_path):
+  folder = picture_files(tmp_path / "in", ["roter Äpfel", "赤い心"])
+  for name in ("äpfel", os.fsdecode(b"caf\xe9")):
+    (folder / f"{name}.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / f"{name}.txt").write_text("grüner Äpfel", encoding="utf-16")
+  code = """
+import json, sys
+from aurora_jax.data import build, dataset, sources
+build.build(sources.folder(sys.argv[1]), sys.argv[2], resolution=4, shards=1)
+opened = dataset.Dataset.open(sys.argv[2])
+print(ascii([(opened[n].key, opened[n].captions) for n in range(len(opened))]))
+"""
+  environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
+  written = {}
+  for name, locale in (("posix", POSIX), ("utf8", {"LC_ALL": "C.UTF-8"})):
+    done = subprocess.run(
+      [sys.executable, "-c", code, folder, tmp_path / name], env=environment | locale, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    written[name] = done.stdout, {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+  assert written["posix"] == written["utf8"]
+  keys = {key: captions for key, captions in ast.literal_eval(written["posix"][0])}
+  assert keys == {
+    "0.png": ("roter Äpfel",),
+    "1.png": ("赤い心",),
+    "äpfel.png": ("grüner Äpfel",),
+    r"caf\xe9.png": ("grüner Äpfel",),
+  }
+
+
 def test_progress_is_reported(tmp_path):
   calls = []
   build(source_of(grid()), tmp_path / "out", resolution=4, shards=1, on_progress=lambda *call: calls.append(call))
@@ -217,6 +334,8 @@ def test_folder_is_as_open_as_others(tmp_path):
   build(source_of(grid()), tmp_path / "out", resolution=4, shards=1)
   (tmp_path / "other").mkdir()
   assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+  (tmp_path / "file").touch()
+  assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "file").stat().st_mode}
 
 
 # ------------------------------------------------------------------------------------------- whole or not at all

@@ -157,6 +157,42 @@ def test_bad_manifest(copy, text, words):
     Dataset.open(copy)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_manifest_that_an_editor_has_saved(copy, encoding):
+  path = copy / "manifest.json"
+  text = path.read_text(encoding="utf-8").replace('"folder pictures', '"folder Äpfel pictures')
+  path.write_bytes(text.encode(encoding))
+  assert "Äpfel" in Dataset.open(copy).manifest["source"]
+
+
+@pytest.mark.parametrize(
+  "data, words",
+  [
+    (b"\xe9", "manifest.json cannot be read: it is not UTF-8"),
+    (b"[" * 100_000, "manifest.json cannot be read: it is nested too deeply"),
+  ],
+)
+def test_manifest_that_is_no_text(copy, data, words):
+  (copy / "manifest.json").write_bytes(data)
+  with pytest.raises(UserError, match=words):
+    Dataset.open(copy)
+
+
+@pytest.mark.parametrize("resolution", ["16", 0, -1, None, 16.5])
+def test_manifest_with_another_resolution(copy, resolution):
+  change_manifest(copy, lambda manifest: manifest.update(resolution=resolution))
+  with pytest.raises(UserError, match=f"manifest.json is damaged: its resolution is {re.escape(repr(resolution))}"):
+    Dataset.open(copy)
+
+
+def test_tfrecords_without_a_manifest(copy):
+  (copy / "manifest.json").unlink()
+  with pytest.raises(
+    UserError, match="no manifest.json: it was not made by build-data, and shapes.*tfrecord alone does not"
+  ):
+    Dataset.open(copy)
+
+
 def test_missing_shard(copy):
   shards(copy)[1].unlink()
   with pytest.raises(UserError, match="shapes-train-00001-of-00003.tfrecord is missing"):

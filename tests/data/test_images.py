@@ -2,8 +2,11 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
+import icc_profiles as icc
 import numpy as np
 import pytest
 from PIL import Image
@@ -154,6 +157,50 @@ def test_sixteen_bit_grey_with_alpha():
   np.testing.assert_array_equal(decode(png(2, 1, 16, 4, [row])), [[[100] * 3, WHITE]])
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bit_tiff(mode):
+  values = np.array([[0, 128 * 257, 65535]], "<u2" if mode == "I;16" else ">u2")
+  image = Image.frombytes(mode, (3, 1), values.tobytes())
+  np.testing.assert_array_equal(decode(encoded(image, "TIFF"))[0, :, 0], [0, 128, 255])
+
+
+def test_twelve_bit_tiff():
+  """As cameras and microscopes write it: three bytes for two values."""
+  values = [0, 2048, 4095, 1024]
+  packed = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in zip(values[::2], values[1::2]))
+  entries = ((256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 12 * 9 + 4), (277, 1), (278, 1), (279, 6))
+  directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+  data = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + b"\0" * 4 + packed
+  np.testing.assert_array_equal(decode(data)[0, :, 0], [0, 128, 255, 64])
+
+
+def test_sixteen_bit_grey_with_a_transparent_value():
+  row = struct.pack(">2H", 257, 100 * 257)
+  data = png(2, 1, 16, 0, [row], (b"tRNS", struct.pack(">H", 257)))
+  np.testing.assert_array_equal(decode(data), [[WHITE, [100] * 3]])
+
+
+@pytest.mark.parametrize(
+  "values, expected",
+  [
+    ([0, 0.5, 1], [0, 128, 255]),
+    ([-0.2, 0.25, 0.999], [0, 64, 255]),
+    ([0, 100.4, 255], [0, 100, 255]),
+    ([0, 32767.5, 65535], [0, 128, 255]),
+    ([0, 0, 0], [0, 0, 0]),
+  ],
+)
+def test_floats(values, expected):
+  data = encoded(Image.fromarray(np.array([values], np.float32)), "TIFF")
+  np.testing.assert_array_equal(decode(data)[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("values, words", [([0, np.nan], "not finite"), ([0, 1e6], "its values go from 0 to 1e")])
+def test_floats_that_are_no_image(values, words):
+  with pytest.raises(images.ImageError, match=f"not a readable picture: .*{words}"):
+    images.decode_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
+
+
 @pytest.mark.parametrize(
   "orientation, expected",
   [
@@ -184,6 +231,104 @@ def test_upright_jpeg():
 def test_broken_exif_does_not_cost_the_picture():
   data = encoded(Image.new("RGB", (8, 8), (255, 0, 0)), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff broken")
   np.testing.assert_allclose(decode(data), np.broadcast_to(RED, (8, 8, 3)), atol=6)
+
+
+def many(length):
+  """Compresses to next to nothing."""
+  return zlib.compress(b"x" * length)
+
+
+@pytest.mark.parametrize(
+  "chunks",
+  [
+    [(b"tEXt", b"Comment\0" + b"x" * 5_000_000)],
+    [(b"zTXt", b"Comment\0\0" + many(5_000_000))],
+    [(b"zTXt", b"Comment\0\0" + many(60_000_000))],
+    [(b"iTXt", b"Comment\0\1\0\0\0" + many(30_000_000))] * 4,
+    [(b"zTXt", b"Comment\0\0not compressed at all")],
+    [(b"iCCP", b"profile\0\0" + many(5_000_000))],
+    [(b"iCCP", b"profile\0\0" + many(60_000_000))],
+    [(b"iCCP", b"profile\0\0nonsense"), (b"tEXt", b"")],
+    [(b"eXIf", b"nonsense")],
+  ],
+)
+def test_png_with_large_or_broken_chunks(chunks):
+  np.testing.assert_array_equal(decode(png(1, 1, 8, 2, [bytes(RED)], *chunks)), [[RED]])
+
+
+def test_png_with_a_wrong_checksum_of_text():
+  data = png(1, 1, 8, 2, [bytes(RED)], (b"tEXt", b"Comment\0hello"))
+  np.testing.assert_array_equal(decode(data.replace(b"hello", b"jello")), [[RED]])
+
+
+def test_a_large_profile_counts():
+  profile = icc.rgb("Adobe RGB") + b"\0" * 3_000_000
+  profile = struct.pack(">I", len(profile)) + profile[4:]
+  data = png(1, 1, 8, 2, [bytes([90, 160, 60])], (b"iCCP", b"profile\0\0" + zlib.compress(profile)))
+  np.testing.assert_array_equal(decode(data), [[[0, 161, 47]]])
+
+
+@pytest.mark.parametrize("width, height", [(20_000, 10_000), (60_000, 60_000)])
+@pytest.mark.parametrize("pillow_has_a_limit", [True, False])
+def test_decompression_bombs(width, height, pillow_has_a_limit, monkeypatch):
+  if not pillow_has_a_limit:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+  with pytest.raises(images.ImageError, match=f"{width * height:,} pixels, at most 178,956,970 are read") as caught:
+    images.open_image(png(width, height, 8, 2, [b""]))
+  assert caught.value.kind == images.TOO_LARGE
+
+
+def test_nothing_is_said_on_the_terminal(tmp_path):
+  """Many pixels, broken EXIF, damaged TIFFs, whose library prints by itself: of no interest, or an `ImageError`."""
+  files = {"wide.png": png(9000, 10_000, 1, 0, [bytes(1125)] * 10_000)}
+  files["exif.jpg"] = encoded(Image.new("RGB", (8, 8)), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff broken")
+  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+  for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg"):
+    data = encoded(noise, "TIFF", compression=compression)
+    for place in range(8, len(data), 97):
+      files[f"{compression}{place}.tif"] = data[:place] + b"\xff\0\xff" + data[place + 3 :]
+  for name, data in files.items():
+    (tmp_path / name).write_bytes(data)
+  code = """
+import pathlib, sys
+from aurora_jax.data import images
+bad = 0
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+  try:
+    images.open_image(path.read_bytes())
+  except images.ImageError:
+    bad += 1
+print(bad)
+"""
+  done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0 and done.stderr == ""
+  assert 5 < int(done.stdout) < len(files) - 2
+
+
+@pytest.mark.parametrize(
+  "kind, name", [("PNG", "PNG"), ("JPEG", "JPEG"), ("WEBP", "WEBP"), ("TIFF", "TIFF"), ("BMP", None)]
+)
+def test_signature(kind, name):
+  assert images.signature(encoded(Image.new("RGB", (4, 4)), kind)[:16]) == name
+
+
+def test_reasons_are_our_own_words():
+  whole = encoded(Image.effect_noise((64, 64), 50))
+  for data, words in (
+    (b"", "an empty file"),
+    (b"text", "4 bytes of no known format"),
+    (whole[:3000], "PNG data are cut off"),
+    (whole[:40] + b"\0" * 50 + whole[90:], "PNG data are damaged"),
+  ):
+    with pytest.raises(images.ImageError) as caught:
+      images.open_image(data)
+    assert str(caught.value) == f"not a readable picture: {words}"
+
+
+def test_other_programs_are_not_started():
+  data = encoded(Image.new("RGB", (8, 8)), "EPS")
+  with pytest.raises(images.ImageError, match="of no known format"):
+    images.open_image(data)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,17 @@ def test_decode_refuses(data, words):
     schema.decode(data)
 
 
+def test_records_of_another_program_are_named():
+  with pytest.raises(ValueError) as caught:
+    schema.decode(record(**{"image/encoded": [b"x"], "text\x1b": [b"c"]}))
+  assert str(caught.value) == (
+    r"no feature 'image' with one value (features: image/encoded, text\x1b; wanted: image, caption)"
+  )
+  with pytest.raises(ValueError) as caught:
+    schema.decode(record(**{f"feature{number}": [b"x"] for number in range(1000)}))
+  assert len(str(caught.value)) < 300
+
+
 def test_size_and_key_may_be_missing():
   example = schema.decode(record(image=[b"x"], caption=[b"c"]))
   assert (example.width, example.height, example.key) == (0, 0, "")

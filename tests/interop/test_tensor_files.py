@@ -1,9 +1,13 @@
 """Files of arrays: PyTorch's and safetensors, without PyTorch's reader, and nothing in them is run."""
 
+import argparse
 import collections
 import io
 import os
+import pathlib
 import pickle
+import re
+import subprocess
 import sys
 import zipfile
 
@@ -226,6 +230,113 @@ def test_a_pickle_cannot_reach_beyond_its_own_tensors(tmp_path):
       np.testing.assert_array_equal(tensor_files.read(path)["w"].read(), np.zeros(3))
     else:
       assert words in one_line(path), data
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix, suffix):
+  weights = {"a.weight": torch.arange(3.0), "module": torch.zeros(1)}
+  wrapped, path = {prefix + name: tensor for name, tensor in weights.items()}, tmp_path / f"x{suffix}"
+  if suffix == ".pth":
+    torch.save({"generator": wrapped, "other": weights, "deep": {"er": wrapped}, "iter": 7}, path)
+    content = tensor_files.read(path)
+    assert content["iter"] == 7 and list(content["other"]) == list(weights)
+    sets = {"generator": content["generator"], "deep.er": content["deep"]["er"]}
+    said = [f"{name}: all names begin with '{prefix}', which was taken off" for name in sets]
+  else:
+    safetensors.numpy.save_file({name: tensor.numpy() for name, tensor in wrapped.items()}, path)
+    content = tensor_files.read(path)
+    sets, said = {"": content}, [f"all names begin with '{prefix}', which was taken off"]
+  assert list(content.notes) == said
+  for stored in sets.values():
+    assert sorted(stored) == sorted(weights)
+    np.testing.assert_array_equal(stored["a.weight"].read(), [0, 1, 2])
+
+
+def test_a_prefix_that_not_all_have_stays(tmp_path):
+  torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.pth")
+  content = tensor_files.read(tmp_path / "x.pth")
+  assert sorted(content) == ["b", "module.a"] and content.notes == ()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_scalars_and_arrays_of_numpy(tmp_path, zipped, monkeypatch):
+  values = {
+    "float64": np.float64(3.25),
+    "float32": np.float32(-1.5),
+    "float16": np.float16(0.5),
+    "int64": np.int64(-7),
+    "uint8": np.uint8(200),
+    "truth": np.bool_(True),
+    "text": np.str_("äpfel"),
+    "complex": np.complex64(1 + 2j),
+    "big": np.array([1, 2], ">i4"),
+    "array": np.arange(6.0).reshape(2, 3),
+    "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+    "empty": np.zeros((0, 2)),
+    "state": np.random.RandomState(3).get_state(),
+  }
+  torch.save({"w": torch.ones(2), "best": values}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  content = tensor_files.read(tmp_path / "x.pth")
+  np.testing.assert_array_equal(content["w"].read(), [1, 1])
+  for name, value in values.items():
+    if name == "state":
+      assert content["best"][name][0] == value[0] and content["best"][name][2:] == list(value[2:])
+      np.testing.assert_array_equal(content["best"][name][1], value[1])
+    else:
+      np.testing.assert_array_equal(content["best"][name], value)
+
+
+def test_arrays_of_numpy_1_and_of_protocol_4(tmp_path):
+  for change, protocol in ((lambda data: data.replace(b"numpy._core", b"numpy.core"), 2), (lambda data: data, 4)):
+    torch.save(
+      {"w": torch.ones(2), "a": np.float64(2), "b": np.arange(3)}, tmp_path / "y.pth", pickle_protocol=protocol
+    )
+    rezip(tmp_path / "y.pth", tmp_path / "x.pth", change)
+    content = tensor_files.read(tmp_path / "x.pth")
+    assert content["a"] == 2 and content["b"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    b"cnumpy\ndtype\n(S'O8'\nI00\nI01\ntR.",
+    b"cnumpy\ndtype\n(S'f8'\ntRcnumpy\ndtype\n(S'f8'\ntRb.",
+    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'f8'\ntRS'ab'\ntR.",
+    b"cnumpy.core.multiarray\nscalar\n(S'f8'\nS'ab'\ntR.",
+    b"cnumpy.core.multiarray\n_reconstruct\n(I1\ntR(I1\n(I99999999999\ntcnumpy\ndtype\n(S'f8'\ntRI00\nS'ab'\ntb.",
+    b"cnumpy.core.multiarray\n_reconstruct\n(I1\ntR}S'value'\nI1\nsb.",
+    b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+    b"cnumpy\nload\n(S'x'\ntR.",
+    b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.",
+  ],
+)
+def test_numpy_cannot_be_misused(tmp_path, data):
+  torch.save({"w": torch.zeros(3)}, tmp_path / "good.pth")
+  rezip(tmp_path / "good.pth", tmp_path / "bad.pth", lambda _: data)
+  message = one_line(tmp_path / "bad.pth")
+  assert "damaged" in message or "holds code" in message
+
+
+@pytest.mark.parametrize(
+  "value, name",
+  [(argparse.Namespace(lr=1), "argparse.Namespace"), (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath")],
+)
+def test_objects_beside_the_weights(tmp_path, value, name):
+  """One line says how to make a file that is taken; it is right."""
+  path = tmp_path / "x.pth"
+  torch.save({"generator_smooth": {"w": torch.ones(2)}, "args": value}, path)
+  message = one_line(path)
+  assert f"({name})" in message
+  code = re.search(r"(c = torch.load.*'weights.pth'\))", message)[1].replace("KEYS", "['generator_smooth']")
+  subprocess.run([sys.executable, "-c", f"import torch; {code}"], check=True, cwd=tmp_path)
+  np.testing.assert_array_equal(tensor_files.read(tmp_path / "weights.pth")["generator_smooth"]["w"].read(), [1, 1])
+
+
+def test_nobody_is_told_to_load_code(tmp_path):
+  torch.save({"w": torch.ones(2), "x": Evil(os.system, "true")}, tmp_path / "x.pth")
+  assert "weights_only" not in one_line(tmp_path / "x.pth")
 
 
 def test_files_of_other_kinds(tmp_path, with_and_without_torch):

@@ -1,0 +1,284 @@
+"""A folder of images and captions as users have it: finds the pairs, and accounts for every other file in it.
+
+Which caption file belongs to an image NAME.png: NAME.txt, or NAME.png.txt. Where neither is there, a name that differs in
+nothing but upper and lower case, or in the way in which accents are encoded (composed or decomposed, as file systems of
+different makers have it), if nothing else can be meant by it.
+
+Names are compared as UTF-8 whatever the locale; bytes that are not UTF-8 are escaped in keys.
+"""
+
+import collections
+import dataclasses
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+from aurora_jax import text
+from aurora_jax.data import images
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jp2")
+CAPTION_SUFFIX = ".txt"
+_DATA_SUFFIXES = (".json", ".csv", ".tsv", ".xml", ".yaml", ".npy", ".npz", ".parquet")  # often beside each image
+_MOST_CAPTION_BYTES = 2**24
+_SHOWN = 60  # characters of a caption in a reason
+
+# What a file is counted as that did not become an example.
+CAPTIONS = "caption files read"
+NO_CAPTION = "images without a caption file"
+BAD_CAPTION = "images whose captions cannot be used"
+UNKNOWN_FORMAT = "files of an unknown format beside a caption"
+STRAY_CAPTION = "caption files without an image"
+OTHER = "files of other kinds"
+HIDDEN = "hidden files and folders"
+UNREADABLE_FOLDER = "folders that cannot be read"
+KNOWN_FOLDER = "linked folders that are searched elsewhere"
+CYCLE = "linked folders that hold themselves"
+DEAD_LINK = "links that lead nowhere"
+SPECIAL = "pipes, sockets and devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """An image file and its captions.
+
+  Attributes:
+    key: its path within the folder, escaped; unique.
+    path: for opening it.
+    captions: at least one, the primary one first.
+  """
+
+  key: str
+  path: str
+  captions: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class Scan:
+  """What a folder holds.
+
+  Attributes:
+    pairs: in a fixed order.
+    rejected: (key, reason) of images that cannot be used, and of folders that cannot be searched.
+    passed_over: (key, reason) of all else but caption files that were read.
+    captions_left_out: (key of the caption file, reason) of lines that are no captions.
+    counts: {what: number} of all that is no pair; with the pairs every file is counted once.
+  """
+
+  pairs: list[Pair] = dataclasses.field(default_factory=list)
+  rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+  passed_over: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+  captions_left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+  counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+  def reject(self, what: str, key: str, reason: str) -> None:
+    self.counts[what] += 1
+    self.rejected.append((key, reason))
+
+  def pass_over(self, what: str, key: str, reason: str) -> None:
+    self.counts[what] += 1
+    self.passed_over.append((key, reason))
+
+
+def scan(root: str | os.PathLike) -> Scan:
+  """Searches a folder with its subfolders, linked ones included; each is searched once, hidden ones are not.
+
+  Images are not decoded.
+  """
+  found = Scan()
+  for folder, names in _walk(os.fspath(root), found):
+    _sort_folder(folder, names, found)
+  keys = collections.Counter()
+  for number, pair in enumerate(found.pairs):
+    keys[pair.key] += 1
+    if keys[pair.key] > 1:  # two names that look alike when escaped
+      found.pairs[number] = dataclasses.replace(pair, key=f"{pair.key}~{keys[pair.key]}")
+  return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+  """A folder to search: `path` to open it, `real` without links in it, `name` within the root as text ("" is the root)."""
+
+  path: str
+  real: str
+  name: str
+
+  def key(self, name: str = "") -> str:
+    """What to call a file in it, or the folder itself."""
+    return text.printable("/".join(filter(None, (self.name, name))))
+
+  def child(self, path: str, real: str, name: str) -> "_Folder":
+    return _Folder(path, real, f"{self.name}/{name}" if self.name else name)
+
+
+def _walk(root: str, found: Scan) -> Iterator[tuple[_Folder, dict[str, str]]]:
+  """Yields each folder with {name as text: path} of its files, first the real ones, then those behind links."""
+  waiting, links, searched = [_Folder(root, os.path.realpath(root), "")], collections.deque(), set()
+  while waiting or links:
+    folder = waiting.pop() if waiting else links.popleft()
+    if folder.real in searched:
+      found.pass_over(KNOWN_FOLDER, folder.key(), "linked folder, which is searched under another name")
+      continue
+    searched.add(folder.real)
+    try:
+      with os.scandir(folder.path) as listing:
+        entries = sorted((text.path_text(entry.name), entry) for entry in listing)
+    except OSError as error:
+      found.reject(UNREADABLE_FOLDER, folder.key() or ".", f"folder cannot be read: {error.strerror}")
+      continue
+    files, folders = {}, []
+    for name, entry in entries:
+      kind = _kind(entry, name)
+      if kind == "file":
+        files[name] = entry.path
+      elif kind == "folder" and not entry.is_symlink():
+        folders.append(folder.child(entry.path, os.path.join(folder.real, entry.name), name))
+      elif kind == "folder":
+        target = os.path.realpath(entry.path)
+        if _holds(target, folder.real):
+          found.pass_over(CYCLE, folder.key(name), "linked folder that holds itself")
+        else:
+          links.append(folder.child(entry.path, target, name))
+      else:
+        found.pass_over(kind, folder.key(name), _REASONS[kind])
+    yield folder, files
+    waiting.extend(reversed(folders))
+
+
+_REASONS = {HIDDEN: "hidden", DEAD_LINK: "a link that leads nowhere", SPECIAL: "no regular file"}
+
+
+def _kind(entry: os.DirEntry, name: str) -> str:
+  """ "file", "folder", or what else to count an entry as."""
+  if name.startswith("."):
+    return HIDDEN
+  try:
+    if entry.is_dir():
+      return "folder"
+    if entry.is_file():
+      return "file"
+    return DEAD_LINK if entry.is_symlink() and not os.path.exists(entry.path) else SPECIAL
+  except OSError:  # a link to itself
+    return DEAD_LINK
+
+
+def _holds(folder: str, other: str) -> bool:
+  """Whether a folder is another one or holds it, both without links."""
+  return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of one folder
+
+
+def _sort_folder(folder: _Folder, files: dict[str, str], found: Scan) -> None:
+  """Takes the files of one folder for what they are."""
+  suffix = {name: os.path.splitext(name)[1].lower() for name in files}
+  captions = [name for name in files if suffix[name] == CAPTION_SUFFIX]
+  others = [name for name in files if suffix[name] not in (*IMAGE_SUFFIXES, CAPTION_SUFFIX, *_DATA_SUFFIXES)]
+  certain = {name for name in files if suffix[name] in IMAGE_SUFFIXES}
+  certain.update(name for name in others if _looks_like_image(files[name]))
+  matches = _match(sorted(certain), captions)
+  # What may be an image by its name alone is one if there is a caption that no other image has.
+  taken = set(matches.values())
+  more = _match(
+    [name for name in others if name not in certain], [caption for caption in captions if caption not in taken]
+  )
+  readable = {name for name in more if suffix[name] in images.readable_suffixes()}
+  matches |= {name: more[name] for name in readable}
+  used = set()
+  for name, path in files.items():
+    key, caption = folder.key(name), matches.get(name)
+    if name not in certain and name not in readable:
+      if name in more:
+        what = text.printable(suffix[name]) or "a name without suffix"
+        found.reject(UNKNOWN_FORMAT, key, f"not a readable picture: the format is none that is read ({what})")
+      elif suffix[name] != CAPTION_SUFFIX:
+        found.pass_over(OTHER, key, "not an image")
+      continue
+    if caption is None:
+      wanted = os.path.splitext(name)[0] + CAPTION_SUFFIX
+      lines, reason = (), f"no caption file {text.printable(wanted)}"
+      if os.path.isdir(os.path.splitext(path)[0] + CAPTION_SUFFIX):
+        reason = f"caption file {text.printable(wanted)}: Is a directory"
+    else:
+      lines, reason = _read_captions(files[caption], caption, folder, found if caption not in used else None)
+      used.add(caption)
+    if lines:
+      found.pairs.append(Pair(key, path, lines))
+    else:
+      found.reject(BAD_CAPTION if caption else NO_CAPTION, key, reason)
+  for name in captions:
+    if name in used:
+      found.counts[CAPTIONS] += 1
+    else:
+      found.pass_over(STRAY_CAPTION, folder.key(name), "no image of this name")
+
+
+def _looks_like_image(path: str) -> bool:
+  """Whether a file with an unknown suffix, or none, begins as an image does."""
+  try:
+    with open(path, "rb") as file:
+      return images.signature(file.read(16)) is not None
+  except OSError:
+    return False
+
+
+def _match(image_names: Sequence[str], captions: Sequence[str]) -> dict[str, str]:
+  """{image: caption file} for the images that have one, both by name; images of one stem may share it."""
+  matches, pending, free = {}, list(image_names), list(captions)
+  for alike in (str, _composed, _folded):
+    for whole in (False, True):
+      by_name = collections.defaultdict(list)
+      for caption in free:
+        by_name[alike(os.path.splitext(caption)[0])].append(caption)
+      wanting = collections.defaultdict(list)
+      for image in pending:
+        base = image if whole else os.path.splitext(image)[0]
+        wanting[alike(base)].append((image, base))
+      for name, pairs in wanting.items():
+        candidates = by_name.get(name, ())
+        exact = [caption for caption in candidates if caption == pairs[0][1] + CAPTION_SUFFIX]
+        candidates = exact or candidates
+        if len(candidates) == 1 and len({base for _, base in pairs}) == 1:
+          matches |= {image: candidates[0] for image, _ in pairs}
+      pending = [image for image in pending if image not in matches]
+      taken = set(matches.values())
+      free = [caption for caption in free if caption not in taken]
+      if not pending or not free:
+        return matches
+  return matches
+
+
+def _composed(name: str) -> str:
+  return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+  return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _read_captions(path: str, name: str, folder: _Folder, found: Scan | None) -> tuple[tuple[str, ...], str]:
+  """(captions, why there are none); lines that are no captions go to `found`, if any line is one."""
+  shown = text.printable(name)
+  try:
+    if os.path.getsize(path) > _MOST_CAPTION_BYTES:
+      return (), f"caption file {shown} has more than {_MOST_CAPTION_BYTES:,} bytes"
+    with open(path, "rb") as file:
+      lines = text.lines(text.decode(file.read()))
+  except text.TextError as error:
+    return (), f"caption file {shown} {error}"
+  except OSError as error:
+    return (), f"caption file {shown}: {error.strerror}"
+  bad = [(line, reason) for line in lines if (reason := text.unusable(line))]
+  captions = tuple(dict.fromkeys(line for line in lines if text.unusable(line) is None))
+  if captions and found is not None:
+    for line, reason in bad:
+      found.captions_left_out.append((folder.key(name), f"a caption {reason}: {text.printable(line, _SHOWN)}"))
+  if not captions and bad:
+    return (), f"caption file {shown} {bad[0][1]}: {text.printable(bad[0][0], _SHOWN)}"
+  return captions, f"caption file {shown} is empty"
