@@ -1,34 +1,17 @@
-"""An experiment as text: config files with the command line's overrides, and the `config.json` of a run.
-
-An experiment is a file in `configs/` that returns an `ml_collections.ConfigDict` of plain values, begun by `defaults`;
-`load` turns it into a `config.Experiment`.
-"""
+"""Configurations in files: `configs/*.py` with the command line's overrides, JSON, and what a run's `config.json` holds."""
 
 import dataclasses
 import difflib
 import json
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from aurora_jax import config_migration
 from aurora_jax.config import Experiment, PerResolution, require
 from aurora_jax.errors import UserError
-
-
-def _check_whole(experiment):
-  """What holds for a whole experiment and not for one `at_stage`."""
-  stages, cfg = experiment.schedule.resolutions, experiment.discriminator
-  require(
-    not stages or stages[-1] == experiment.generator.resolution,
-    f"schedule.resolutions {stages} must end with generator.resolution {experiment.generator.resolution}",
-  )
-  missing = [r for r in stages if r not in cfg.input_resolutions]
-  require(
-    not missing,
-    f"schedule.resolutions {stages}: the pictures of stage {missing} do not enter the discriminator, "
-    f"discriminator.input_resolutions are {cfg.input_resolutions}",
-  )
-  return experiment
+from aurora_jax.systems import registry
 
 
 def _typed(cls, values, where):
@@ -37,10 +20,16 @@ def _typed(cls, values, where):
   fields = {field.name for field in dataclasses.fields(cls)}
   for name in values:
     if name not in fields:
-      close = difflib.get_close_matches(name, fields, n=1)
-      hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(fields))}"
-      raise UserError(f"config: no field '{where}{name}'{hint}")
+      raise UserError(f"config: no field '{where}{name}'{_hint(f'{where}{name}', fields)}")
   return cls(**{name: _coerce(hints[name], value, f"{where}{name}") for name, value in values.items()})
+
+
+def _hint(name, fields):
+  new = config_migration.new_name(name)
+  if new:
+    return f"; it is {new} now"
+  close = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)
+  return f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(fields))}"
 
 
 def _coerce(hint, value, where):
@@ -66,45 +55,49 @@ def _coerce(hint, value, where):
   return value
 
 
-def from_mapping(values):
-  """A nested mapping of plain values (a ConfigDict, parsed JSON) as an `Experiment`.
+def from_mapping(values: Mapping[str, Any]) -> Experiment:
+  """A nested mapping of plain values (a ConfigDict, parsed JSON) as the `Experiment` of its system.
 
   Raises:
-    UserError: a field that does not exist, a value of the wrong type, values that do not fit together.
+    UserError: no such system, a field that does not exist, a value of the wrong type, values that do not fit together.
   """
-  return _check_whole(_typed(Experiment, values, ""))
+  experiment = _typed(registry.experiment_class(values.get("system", "")), values, "")
+  experiment.check_whole()
+  return experiment
 
 
-def to_mapping(experiment):
+def from_stored(values: Mapping[str, Any]) -> Experiment:
+  """`from_mapping` of a stored configuration, which may be of an earlier version."""
+  return from_mapping(config_migration.migrate(values))
+
+
+def to_mapping(experiment: Experiment) -> dict[str, Any]:
   """The inverse of `from_mapping`: nested dicts of plain values."""
   return dataclasses.asdict(experiment)
 
 
-def to_json(experiment):
+def to_json(experiment: Experiment) -> str:
   """The text of a run's `config.json`."""
   return json.dumps(to_mapping(experiment), indent=2) + "\n"
 
 
-def from_json(text):
-  """Reads what `to_json` wrote."""
-  return from_mapping(json.loads(text))
+def from_json(text: str) -> Experiment:
+  """Reads what `to_json` wrote, in this or an earlier version."""
+  return from_stored(json.loads(text))
 
 
-def defaults():
-  """A ConfigDict with every field at its default, for the files in `configs/` to start from."""
+def defaults(system: str = "aurora"):
+  """A ConfigDict with every field of a system at its default, for the files in `configs/` to start from."""
   import ml_collections
 
-  return ml_collections.ConfigDict(to_mapping(Experiment()))
+  return ml_collections.ConfigDict(to_mapping(registry.experiment_class(system)()))
 
 
-def load(config_argv):
+def load(config_argv: Sequence[str]) -> Experiment:
   """Reads a config file with the command line's overrides.
 
   Args:
-    config_argv: list of str: `--config=configs/NAME.py[:VARIANT]` and any `--config.a.b=V`.
-
-  Returns:
-    An `Experiment`.
+    config_argv: `--config=configs/NAME.py[:VARIANT]` and any `--config.a.b=V`.
 
   Raises:
     UserError: no such file, no such field, a value of the wrong type.
@@ -117,6 +110,10 @@ def load(config_argv):
     raise UserError("which config? --config configs/NAME.py[:VARIANT]")
   if not os.path.isfile(paths[-1]):
     raise UserError(f"config file not found: {paths[-1]}")
+  for argument in config_argv:
+    name = argument.removeprefix("--config.").split("=")[0]
+    if argument.startswith("--config.") and name in config_migration.RENAMED:
+      raise UserError(f"config: no field '{name}'; it is {config_migration.new_name(name)} now")
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["aurora_jax", *config_argv])
   try:

@@ -1,4 +1,4 @@
-"""What XLA is told by the environment variable XLA_FLAGS, which it reads once, when the first backend wakes."""
+"""What XLA is told: by the environment variable XLA_FLAGS, which it reads once, when the first backend starts, and per program."""
 
 import importlib.metadata
 import os
@@ -39,3 +39,22 @@ def _turn_off(flag):
   flags = os.environ.get("XLA_FLAGS", "")
   if flag not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --{flag}=false".strip()
+
+
+def compiler_options(platform: str, *, runs_once: bool = False) -> dict[str, int] | None:
+  """`compiler_options` for `jax.jit`: how much work the compiler puts into a program on a CPU.
+
+  There, nearly all of the compile time is LLVM optimising loops. Level 1 compiles the small experiment's step in half the
+  time of the default, and it runs as fast, since the heavy work is in library calls. Level 0 runs loops at half the speed,
+  which does not matter to a program that runs once.
+
+  Args:
+    platform: of the program's devices.
+    runs_once: whether the program runs a single time.
+
+  Returns:
+    Options, or None where the default is right: on accelerators, or if XLA_FLAGS sets a level.
+  """
+  if platform != "cpu" or "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+    return None
+  return {"xla_backend_optimization_level": 0 if runs_once else 1}

@@ -9,7 +9,7 @@ week. Generator 1,166.33 M parameters, discriminator 384.2 M, text and CLIP loss
 With a mesh for a certain machine: configs/aurora_64_v5e_256.py, configs/aurora_64_a100_32.py, configs/aurora_64_a100_256.py.
 
 What the paper does not say comes from GigaGAN's Table A2 (arXiv 2303.05511), whose generator this one extends; the
-comments in aurora_jax/config.py name the source of every default. Variant `test`: the same code at a toy size, all of it
+comments in aurora_jax/systems/aurora/config.py name the source of every default. Variant `test`: the same code at a toy size, all of it
 at once; --config.schedule.resolutions="(4, 8, 16)" and the like let it grow.
 """
 
@@ -48,12 +48,11 @@ def get_config(variant=""):
   # 240 M of the 1,382 M images at most; small pictures are soon learnt, and cost a fraction of the large ones.
   schedule.max_images = {4: 10_000_000, 8: 20_000_000, 16: 60_000_000, 32: 150_000_000}
 
-  optimizer = config.optimizer
-  optimizer.generator_lr = 0.0025
-  optimizer.discriminator_lr = 0.0025
-  optimizer.attention_weight_decay = 0.01
-  optimizer.ema_half_life_images = 7_000_000.0  # 0.9999 per step at batch 1024, GigaGAN A2
-  optimizer.w_average_decay = 0.998
+  for optimizer in (config.optimizer.generator, config.optimizer.discriminator):
+    optimizer.learning_rate = 0.0025
+    optimizer.weight_decay = 0.01  # of attention matrices
+  config.ema.half_life_images = 7_000_000.0  # 0.9999 per step at batch 1024, GigaGAN A2
+  config.generator.w_average_decay = 0.998
 
   train = config.train
   train.total_steps = 1_350_000  # GigaGAN A2

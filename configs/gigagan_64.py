@@ -2,7 +2,7 @@
 
 Target: zero-shot FID-30k on COCO at 64 pixels of 7.28; as a small budget FID-10k 9.18 after 100,000 steps of batch 256
 (its Table 1). Cost: the paper trained on 96 to 128 A100. Generator 650.94 M parameters (Table A2 says 652.5), discriminator
-384.2 M (381.4), without the vision-aided critic, for which aurora_jax/systems/aurora/critic.py has the place.
+384.2 M (381.4), without the vision-aided critic.
 
   python -m aurora_jax train --config configs/gigagan_64.py --workdir runs/gigagan_64 \\
       --config.data.path DATA --config.text.clip CLIP_VIT_L_14_FOLDER

@@ -106,14 +106,14 @@ def get_config(variant=""):
   loss.clip_bank = 2000
   loss.clip_augment = True
 
-  optimizer = config.optimizer
-  optimizer.method = "muon"
-  optimizer.generator_lr = 0.012
-  optimizer.discriminator_lr = 0.01
-  optimizer.bias_lr_factor = 0.1
-  optimizer.attention_weight_decay = 0.0
-  optimizer.final_lr_fraction = 0.1
-  optimizer.ema_half_life_images = 5_000.0
+  for optimizer in (config.optimizer.generator, config.optimizer.discriminator):
+    optimizer.method = "muon"
+    optimizer.bias_lr_factor = 0.1
+    optimizer.weight_decay = 0.0
+    optimizer.final_lr_fraction = 0.1
+  config.optimizer.generator.learning_rate = 0.012
+  config.optimizer.discriminator.learning_rate = 0.01
+  config.ema.half_life_images = 5_000.0
 
   config.data.path = "datasets/openmoji_32"
   config.data.shift = 0.04
@@ -135,7 +135,7 @@ def get_config(variant=""):
   if variant == "tones":
     config.name = "openmoji_32_tones"
     config.data.path = "datasets/openmoji_32_tones"
-    config.data.visit = "captions"
+    config.data.epoch_unit = "caption"
     config.data.shift = config.data.scale = config.data.rotate = 0.0
   if variant == "dense":
     generator.experts = {4: 1, 8: 1}

@@ -30,7 +30,7 @@ def get_config(variant=""):
   discriminator.input_resolutions = (64, 16)
   discriminator.exit_resolutions = (32, 16, 8, 1)
   config.loss.level_weights = {64: 0.7, 16: 0.3}
-  config.watch.logit_gap = 40.0  # 24 after 200 steps, below 9 from step 400 on
+  config.health.logit_gap = 40.0  # 24 after 200 steps, below 9 from step 400 on
   discriminator.compare_pairs = False
   config.data.shift = config.data.scale = config.data.rotate = 0.0
   config.data.pairs = 0

@@ -10,7 +10,8 @@ from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.runs import checkpoint_manager
-from aurora_jax.training import step as step_lib
+from aurora_jax.systems import registry
+from aurora_jax.training import optimizers
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORDS = ["red circle", "blue square", "green bar", "a very blue circle"]
@@ -47,16 +48,17 @@ def make_home(folder):
   return folder
 
 
-def make_run(folder, clip, *overrides):
+def make_run(folder, clip, *overrides, seed=0):
   """A run of configs/aurora_64.py:test with one checkpoint, of step 3."""
   # Weights of size 1 everywhere: text and latents have as much of a say as in a trained generator.
   factors = ("--config.generator.text_lr_multiplier=1.0", "--config.generator.mapping_lr_multiplier=1.0")
   experiment = config_files.load(
     [f"--config={ROOT / 'configs/aurora_64.py'}:test", f"--config.text.clip={clip}", *factors, *overrides]
   )
-  abstract = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
+  system = registry.system_class(experiment.system)(experiment)
+  abstract = jax.eval_shape(optimizers.init_state(system), jax.random.key(0))
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(config_files.to_json(experiment))
   with checkpoint_manager.Checkpoints(folder / "checkpoints") as checkpoints:
-    checkpoints.save(3, jax.device_put(_random(abstract, 1.0)), config_files.to_mapping(experiment))
+    checkpoints.save(3, jax.device_put(_random(abstract, 1.0, seed)), config_files.to_mapping(experiment))
   return folder

@@ -4,8 +4,9 @@ import pathlib
 
 import pytest
 
-from aurora_jax import config, config_files
+from aurora_jax import config_files, config_migration
 from aurora_jax.errors import UserError
+from aurora_jax.systems.aurora import config as aurora
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -48,14 +49,14 @@ def test_command_line_overrides():
       ["--config.schedule.resolutions=(4, 64)", "--config.schedule.max_images[4]=0"],
       "cap for the stage of 4 pixels, got none",
     ),
-    (["--config.discriminator.input_resolutions=(64, 32, 8, 4)"], "the pictures of stage [16] do not enter"),
+    (["--config.discriminator.input_resolutions=(64, 32, 8, 4)"], "the images of stage [16] do not enter"),
     (["--config.mesh.fsdp_over=data"], "mesh.fsdp_over must be 'all' or 'expert', got 'data'"),
-    (["--config.mesh.fsdp_over=expert"], "cuts over the devices along the expert axis, mesh.expert is 1"),
+    (["--config.mesh.fsdp_over=expert"], "shards over the devices along the expert axis, mesh.expert is 1"),
     (["--config.schedule.features=vgg"], "must be 'clip' (the image tower of text.clip) or 'inception', got 'vgg'"),
     (["--config.schedule.features=inception"], "needs schedule.inception"),
     (["--config.schedule.factor=0.0"], "schedule.factor must be positive, got 0.0"),
     (["--config.discriminator.resolution=32"], "(64, 32, 16, 8, 4) must be some of (32, 16, 8, 4)"),
-    (["--config.generator.output_resolutions=(4, 8)"], "[16, 32, 64], which the generator does not give"),
+    (["--config.generator.output_resolutions=(4, 8)"], "[16, 32, 64], which the generator does not produce"),
   ],
 )
 def test_bad_values_are_named_in_one_line(flags, words):
@@ -74,7 +75,7 @@ def test_no_config_and_no_such_config():
 
 
 def test_unknown_field_in_stored_json_is_named():
-  values = config_files.to_mapping(config.Experiment())
+  values = config_files.to_mapping(aurora.Experiment())
   values["train"]["sed"] = 1
   with pytest.raises(UserError, match="no field 'train.sed'; did you mean 'seed'"):
     config_files.from_mapping(values)
@@ -82,23 +83,23 @@ def test_unknown_field_in_stored_json_is_named():
 
 def test_the_experiment_at_a_stage_ends_at_its_resolution():
   whole = load("--config.loss.r1_levels=(64, 32)")
-  stage = config.at_stage(whole, 8)
+  stage = whole.at_stage(8)
   assert (stage.generator.resolution, stage.generator.output_resolutions) == (8, (4, 8))
   assert dict(stage.generator.attention_depth) == {8: 2} and dict(stage.discriminator.attention_depth) == {8: 2}
   assert (stage.discriminator.input_resolutions, stage.discriminator.exit_resolutions) == ((8, 4), (4, 1))
   assert stage.loss.clip_weight == 0 and stage.loss.r1_levels == ()  # none of their levels is there
-  later = config.at_stage(whole, 32)
+  later = whole.at_stage(32)
   assert later.loss.clip_weight == whole.loss.clip_weight and later.loss.r1_levels == (32,)
-  assert config.at_stage(whole, 64) == whole
+  assert whole.at_stage(64) == whole
   assert stage.schedule == whole.schedule and stage.optimizer == whole.optimizer and stage.train == whole.train
-  assert config.at_stage(whole, 4).discriminator.exit_resolutions == (1,)
+  assert whole.at_stage(4).discriminator.exit_resolutions == (1,)
 
 
 def test_pairs_need_room_in_the_batch():
   with pytest.raises(UserError, match="data.pairs 5 are more than half of train.batch_size 8"):
     config_files.load(["--config=configs/openmoji_32.py", "--config.data.pairs=5"])
-  with pytest.raises(UserError, match="data.visit must be 'pictures' or 'captions', got 'words'"):
-    config_files.load(["--config=configs/openmoji_32.py", "--config.data.visit=words"])
+  with pytest.raises(UserError, match="data.epoch_unit must be 'image' or 'caption', got 'words'"):
+    config_files.load(["--config=configs/openmoji_32.py", "--config.data.epoch_unit=words"])
 
 
 def test_variants_of_openmoji():
@@ -107,5 +108,82 @@ def test_variants_of_openmoji():
   plain = config_files.load(["--config=configs/openmoji_32.py:progressive", "--config.schedule.resolutions=()"])
   assert plain.schedule.resolutions == () and plain.discriminator == growing.discriminator
   tones = config_files.load(["--config=configs/openmoji_32.py:tones"])
-  assert tones.discriminator.compare_pairs and (tones.data.visit, tones.data.pairs) == ("captions", 2)
+  assert tones.discriminator.compare_pairs and (tones.data.epoch_unit, tones.data.pairs) == ("caption", 2)
   assert dict(config_files.load(["--config=configs/openmoji_32.py:dense"]).generator.experts) == {4: 1, 8: 1}
+
+
+OLD = {
+  "name": "openmoji_32",
+  "optimizer": {
+    "method": "muon",
+    "generator_lr": 0.012,
+    "discriminator_lr": 0.01,
+    "attention_weight_decay": 0.0,
+    "ema_half_life_images": 5000.0,
+    "ema_ramp_up": 0.05,
+    "w_average_decay": 0.99,
+    "muon_momentum": 0.8,
+  },
+  "data": {"visit": "captions", "tolerate_damage": True},
+  "mesh": {"exchange_capacity": 3.0},
+  "watch": {"logit_gap": 40.0},
+}
+
+
+def test_a_configuration_of_an_earlier_version_loads():
+  experiment = config_files.from_stored(OLD)
+  assert (
+    experiment.system == "aurora" and experiment.data.epoch_unit == "caption" and experiment.data.tolerate_corruption
+  )
+  generator, discriminator = experiment.optimizer.generator, experiment.optimizer.discriminator
+  assert (generator.learning_rate, discriminator.learning_rate) == (0.012, 0.01)
+  assert {(o.method, o.weight_decay, o.momentum) for o in (generator, discriminator)} == {("muon", 0.0, 0.8)}
+  assert (experiment.ema.half_life_images, experiment.generator.w_average_decay) == (5000.0, 0.99)
+  assert (experiment.mesh.capacity_factor, experiment.health.logit_gap) == (3.0, 40.0)
+  assert config_files.from_stored(config_files.to_mapping(experiment)) == experiment
+  assert OLD["data"] == {"visit": "captions", "tolerate_damage": True}  # what was given stays as it is
+
+
+@pytest.mark.parametrize(
+  "flag, words",
+  [
+    ("--config.optimizer.generator_lr=0.1", "it is optimizer.generator.learning_rate now"),
+    ("--config.optimizer.method=muon", "it is optimizer.generator.method and optimizer.discriminator.method now"),
+    ("--config.watch.logit_gap=3.0", "it is health.logit_gap now"),
+    ("--config.data.visit=captions", "it is data.epoch_unit now"),
+  ],
+)
+def test_an_old_name_is_refused_with_the_new_one(flag, words):
+  with pytest.raises(UserError) as error:
+    load(flag)
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_system_that_is_none_is_named():
+  with pytest.raises(UserError, match="no system 'auroa'; did you mean 'aurora'"):
+    config_files.from_mapping({"system": "auroa"})
+  with pytest.raises(UserError, match="system 'megan' has no progressive growing"):
+    config_files.load(
+      [
+        "--config=configs/megan_cifar10.py:test",
+        "--config.schedule.resolutions=(16, 32)",
+        "--config.schedule.max_images={16: 8}",
+      ]
+    )
+
+
+def test_every_old_name_is_gone_and_leads_to_fields_that_are_there():
+  values = config_files.to_mapping(aurora.Experiment())
+
+  def has(name):
+    group, *rest = name.split(".")
+    found = values.get(group, {})
+    for part in rest[:-1]:
+      found = found[part]
+    return rest[-1] in found
+
+  assert len(config_migration.RENAMED) > 15
+  for old, names in config_migration.RENAMED.items():
+    assert not has(old) and all(has(name) for name in names), old
+    with pytest.raises(UserError, match=f"no field '{old}'; it is {' and '.join(names)} now"):
+      load(f"--config.{old}=1")

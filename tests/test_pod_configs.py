@@ -21,6 +21,10 @@ def load(name, variant=""):
   return config_files.load([f"--config={CONFIGS / name}.py{variant}"])
 
 
+def layout_of(experiment, devices):
+  return mesh.build(experiment.mesh, experiment.train.batch_size, experiment.expert_counts, devices)
+
+
 def flat(experiment):
   """{"group.field": value}."""
   values = json.loads(config_files.to_json(experiment))
@@ -35,7 +39,7 @@ def flat(experiment):
 @pytest.mark.parametrize("name,devices", PODS.items())
 def test_the_mesh_divides_and_every_expert_has_a_device_of_its_own(name, devices):
   experiment = load(name)
-  layout = mesh.build(experiment, devices)
+  layout = layout_of(experiment, devices)
   assert layout.devices == devices and experiment.train.batch_size == 1024
   assert layout.size(layout.expert_axes(16)) == 16
   assert [layout.size(layout.expert_axes(count)) for count in (4, 8)] == [4, 8]
@@ -62,7 +66,7 @@ def test_it_is_the_recipe_of_aurora_64(name):
 @pytest.mark.parametrize("name", PODS)
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_the_test_variant_fits_what_is_there(name, devices):
-  assert mesh.build(load(name, ":test"), devices).devices == devices
+  assert layout_of(load(name, ":test"), devices).devices == devices
 
 
 @pytest.mark.parametrize("name", PODS)

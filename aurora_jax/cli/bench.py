@@ -50,11 +50,10 @@ def _sample(experiment, batches, repeats):
   xla_flags.run_in_order()  # as `sample` does
   from aurora_jax.performance import benchmarks
 
-  cfg = experiment.generator
-  weights = benchmarks.parameter_bytes(cfg)
+  weights = benchmarks.parameter_bytes(experiment)
   print(f"{experiment.name}: generator of {weights / 4e6:,.1f} M parameters, random weights", flush=True)
   print("images  first call        call   per image   useful        floor   call / floor   peak memory / weights")
-  for row in benchmarks.sample_speed(cfg, batches, repeats):
+  for row in benchmarks.sample_speed(experiment, batches, repeats):
     print(
       f"{row.batch:6d} {row.first_seconds:9.1f} s {row.seconds:9.4g} s {row.seconds / row.batch:9.4g} s "
       f"{row.flops / 1e9:6.4g} GF {row.floor_seconds:10.4g} s {row.seconds / row.floor_seconds:14.4g} "

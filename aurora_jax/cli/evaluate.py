@@ -13,6 +13,8 @@ import time
 from rich import console as rich_console
 from rich import table as rich_table
 
+from aurora_jax.errors import UserError
+
 PROTOCOLS = ("caption-retrieval",)
 
 
@@ -32,6 +34,9 @@ def run(args):
   from aurora_jax.runs import metrics, workdir
 
   started = time.monotonic()
+  experiment = workdir.RunFolder(args.workdir).experiment()
+  if not experiment.conditional:
+    raise UserError(f"{args.workdir} is a run of '{experiment.system}', which reads no captions: nothing to retrieve")
   model = trained_generator.load(args.workdir, args.step, batch_size=64)
   with progress(f"judging step {model.step:,}") as update:
     result = caption_retrieval.evaluate(

@@ -14,6 +14,7 @@ Two runs have the same fingerprint if and only if their states agree in every bi
 Exit status: 0, or 2 for wrong input and for a data set in which --verify finds damage.
 """
 
+import collections
 import json
 import math
 import os
@@ -21,11 +22,13 @@ import pathlib
 import re
 import sys
 
-from aurora_jax import config_files
+from aurora_jax import config_files, text
 from aurora_jax.errors import UserError
 from aurora_jax.reporting import run_summary
 
 _CAPTIONS_SHOWN = 6
+_WORDS_SHOWN = 100  # characters of what a file says
+_DAMAGE_SHOWN = 20
 
 
 def add_arguments(parser):
@@ -44,7 +47,7 @@ def add_arguments(parser):
   parser.add_argument(
     "--verify",
     action="store_true",
-    help="for a data set: read every record, checksums and pictures, and list what is damaged",
+    help="for a data set: read every record, checksums and pictures, and tell what is damaged",
   )
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
   parser.add_argument(
@@ -95,7 +98,7 @@ def _describe_path(path):
   if (path / "manifest.json").is_file():
     return _data_lines(path)
   stored = _json(path / "config.json") if (path / "config.json").is_file() else {}
-  if "generator" in stored:
+  if "generator" in stored or "system" in stored:
     return run_summary.tell(path)
   if stored.get("model_type") == "clip" or "text_config" in stored:
     return _clip_lines(path, stored)
@@ -131,7 +134,7 @@ def _checkpoint_lines(path):
   parts = checkpoint_reader.describe(path.parent, int(path.name))
   yield f"checkpoint {path}: {int(path.name):,} steps were done"
   for name, (leaves, values, size) in parts.items():
-    yield f"  {name:20s} {leaves:6,d} arrays  {values:15,d} values  {run_summary.size_words(size):>9s}"
+    yield f"  {name:26s} {leaves:6,d} arrays  {values:15,d} values  {run_summary.size_words(size):>9s}"
   yield f"on disk    {run_summary.size_words(checkpoint_reader.size_bytes(path.parent, int(path.name)))}"
   stored = checkpoint_reader.stored_config(path.parent, int(path.name))
   if stored:
@@ -143,56 +146,89 @@ def _checkpoint_lines(path):
 
 
 def _data_lines(path):
-  """A data set's manifest in words, and some captions."""
+  """A data set's manifest in words, and some captions; safe for a terminal, whatever they hold."""
+  text.tolerate_locale()
+  return map(text.printable, _manifest_lines(path))
+
+
+def _manifest_lines(path):
   from aurora_jax.data import dataset, tfrecords
 
   manifest = dataset.read_manifest(path)
-  yield f"data set   {path} ({manifest['name']})"
+  yield f"data set   {text.path_text(path)} ({manifest['name']})"
   for name in ("source", "licence"):
     if manifest.get(name):
-      yield f"{name:10s} {manifest[name]}"
+      yield f"{name:10s} {text.printable(manifest[name], _WORDS_SHOWN)}"
   yield f"pictures   {manifest['resolution']}x{manifest['resolution']} pixels"
   for split, entry in manifest["splits"].items():
     opened = dataset.Dataset.open(path, split)  # says what is missing or cut
     size = sum((path / shard["file"]).stat().st_size for shard in entry["shards"])
+    captions = f"{entry['captions']:,} captions, " if isinstance(entry.get("captions"), int) else ""
     yield (
-      f"{split:10s} {len(opened):,} pictures, {entry['captions']:,} captions, {len(entry['shards'])} "
+      f"{split:10s} {len(opened):,} pictures, {captions}{len(entry['shards'])} "
       f"file{'s' if len(entry['shards']) != 1 else ''}, {run_summary.size_words(size)}"
     )
     for i in range(0, len(opened), max(1, len(opened) // _CAPTIONS_SHOWN))[:_CAPTIONS_SHOWN]:
       try:
-        yield "             " + " | ".join(opened[i].captions)
+        yield f"             {_captions_words(opened[i].captions)}"
       except tfrecords.RecordError as error:
-        yield f"             {error} (--verify lists all damage)"
-  rejected = manifest.get("rejected", {"count": 0})
+        yield f"             {error} (--verify tells of all damage)"
+  rejected = manifest.get("rejected") or {"count": 0}
   yield f"rejected   {rejected['count'] or 'none'}"
   for entry in rejected.get("listed", [])[:_CAPTIONS_SHOWN]:
-    yield f"             {entry['key']}: {entry['reason']}"
+    yield f"             {text.printable(entry['key'], _WORDS_SHOWN)}: {text.printable(entry['reason'], _WORDS_SHOWN)}"
+  files = manifest.get("files")
+  if files:
+    yield f"files      {files['seen']:,} seen: {'; '.join(f'{what}: {n:,}' for what, n in files['counts'].items())}"
+
+
+def _captions_words(captions):
+  """The captions of one picture in one line: as many as fit, at least the first."""
+  line = text.printable(" | ".join(captions), _WORDS_SHOWN)
+  return f"{line} ({len(captions)} captions)" if len(captions) > 1 and line.endswith("...") else line
 
 
 def _verify_lines(path):
-  """Every damaged record of a data set; `UserError` at the end if there was any."""
+  """The damaged records of a data set, all or the first, and what is wrong with how many; `UserError` if there are any."""
+  text.tolerate_locale()
+  return map(text.printable, _damage_lines(path))
+
+
+def _damage_lines(path):
   from aurora_jax.cli.progress import progress
   from aurora_jax.data import corrupt_records, dataset
 
   damaged, total, changed = 0, 0, 0
   for split in dataset.read_manifest(path)["splits"]:
     opened = dataset.Dataset.open(path, split, tolerate_damage=True)
-    for words in opened.problems:
-      yield f"{split:10s} {words}"
-    found = 0
+    yield from (f"{split:10s} {words}" for words in _first(opened.problems, "shards and indices"))
+    found, reasons = 0, collections.Counter()
     with progress(f"reading {split}") as update:
       for skip in corrupt_records.verify(opened, update):
         found += 1
-        yield f"{split:10s} {skip}"
-    yield f"{split:10s} {found or 'none'} of {len(opened):,} records damaged"
-    for name in corrupt_records.changed_shards(opened):
-      changed += 1
-      yield f"{split:10s} {name}: its bytes are not those that the manifest has the SHA-256 of"
+        reasons[re.split(r"[:(]", skip.reason)[0].strip()] += 1
+        if found <= _DAMAGE_SHOWN:
+          yield f"{split:10s} {skip}"
+    if found > _DAMAGE_SHOWN:
+      yield f"{split:10s} ... and {found - _DAMAGE_SHOWN:,} more records"
+      yield from (f"{split:10s} {count:,} of them: {reason}" for reason, count in reasons.most_common(_DAMAGE_SHOWN))
+    yield f"{split:10s} {f'{found:,}' if found else 'none'} of {len(opened):,} records damaged"
+    names = list(corrupt_records.changed_shards(opened))
+    changed += len(names)
+    words = (f"{name}: its bytes are not those that the manifest has the SHA-256 of" for name in names)
+    yield from (f"{split:10s} {line}" for line in _first(list(words), "shards"))
     damaged, total = damaged + found, total + len(opened)
   if damaged or changed:
     shards = f"; {changed} shard{'s' if changed > 1 else ''} changed since build-data" if changed else ""
-    raise UserError(f"data set {path}: {damaged:,} of {total:,} records are damaged{shards}")
+    raise UserError(
+      f"data set {text.printable(text.path_text(path))}: {damaged:,} of {total:,} records are damaged{shards}"
+    )
+
+
+def _first(lines, what):
+  """The first lines of many, and how many more there are of what."""
+  more = len(lines) - _DAMAGE_SHOWN
+  return lines[:_DAMAGE_SHOWN] + ([f"... and {more:,} more {what}"] if more > 0 else [])
 
 
 def _clip_lines(path, stored):
@@ -215,13 +251,14 @@ def _describe_config(args):
   import jax
   from clu import parameter_overview
 
+  from aurora_jax.systems import registry
   from aurora_jax.training import step as step_lib
 
-  # The CLIP has no part in the first state.
-  state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
+  system = registry.system_class(experiment.system)(experiment)
+  state = step_lib.abstract_state(system)
   count = parameter_overview.count_parameters
   train = experiment.train
-  yield f"experiment {experiment.name}: {run_summary.networks_in_words(experiment)}"
+  yield f"experiment {experiment.name}: {experiment.summary}"
   yield (
     f"length     {train.total_steps:,} steps of {train.batch_size} images = "
     f"{train.total_steps * train.batch_size / 1e6:,.2f} M images"
@@ -233,22 +270,23 @@ def _describe_config(args):
       f"is less than {cfg.factor:g} x that of real pictures"
     )
   yield f"data       {experiment.data.path or '(to be set: --config.data.path)'} [{experiment.data.split}]"
-  yield f"text       {experiment.text.clip or '(to be set: --config.text.clip)'}"
-  for name in ("generator", "discriminator"):
-    parameters = getattr(state, name)
+  if experiment.conditional:
+    yield f"text       {experiment.text.clip or '(to be set: --config.text.clip)'}"
+  for name in system.networks:
+    parameters, label = state.networks[name].params, system.networks[name].label
     yield f"{name}: {count(parameters) / 1e6:,.2f} M parameters"
-    for group, number in _grouped(parameters).items():
+    for group, number in _grouped(parameters, label).items():
       yield f"  {group:30s} {number / 1e6:10,.2f} M"
-    if name == "generator":
-      idle = _idle_expert_parameters(parameters)
-      if idle:
-        yield f"  each pixel passes through {(count(parameters) - idle) / 1e6:,.2f} M of them (one expert per layer)"
+    idle = _idle_expert_parameters(parameters, label)
+    if idle:
+      active = (count(parameters) - idle) / 1e6
+      yield f"  a sample passes through {active:,.2f} M of them (one expert per layer)"
     if args.parameters:
       yield parameter_overview.get_parameter_overview(parameters, include_stats=False)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   yield (
-    f"training state: {run_summary.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, average, "
-    "optimisers)"
+    f"training state: {run_summary.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, averages, "
+    "optimizers)"
   )
 
 
@@ -259,78 +297,57 @@ def _cap(cfg, resolution):
 
 
 def _sharding_lines(experiment, devices):
-  """Where every parameter lies, on a mesh that exists only here."""
+  """Where every parameter is stored, on a mesh that exists only here."""
   import jax
 
-  from aurora_jax.parallel import experts, mesh
+  from aurora_jax.parallel import mesh
+  from aurora_jax.systems import registry
   from aurora_jax.training import step as step_lib
 
-  cfg = experiment.mesh
+  cfg, batch = experiment.mesh, experiment.train.batch_size
   if devices is None:
     devices = max(cfg.data, 1) * cfg.expert
   if devices < 1:
     raise UserError(f"--devices must be positive, got {devices}")
-  layout = mesh.build(experiment, devices)
-  state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
-  batch = experiment.train.batch_size
+  layout = mesh.build(cfg, batch, experiment.expert_counts, devices)
+  system = registry.system_class(experiment.system)(experiment, layout)
+  state = step_lib.abstract_state(system)
   axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
   yield f"mesh       {axes} = {devices} devices"
   yield f"batch      {batch} images along all axes, {batch // devices} per device"
-  yield from experts.explain(experts.of_experiment(experiment, layout), experiment.generator, batch)
-  for network in ("generator", "discriminator"):
-    shardings = jax.tree.leaves(layout.state(getattr(state, network)))
-    for (names, leaf), sharding in zip(_named(getattr(state, network)), shardings):
-      axes = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+  yield from system.notes()
+  for network, parts in state.networks.items():
+    for path, leaf in jax.tree_util.tree_flatten_with_path(parts.params)[0]:
+      axes = [(entry,) if isinstance(entry, str) else entry or () for entry in leaf.sharding.spec]
       cut = ", ".join(f"axis {i} along {' x '.join(names)}" for i, names in enumerate(axes) if names) or "whole"
-      yield (
-        f"{network}/{'/'.join(names)}  {list(leaf.shape)} -> {list(sharding.shard_shape(leaf.shape))} per device, {cut}"
-      )
-  for name in ("generator", "discriminator", "ema", "generator_opt", "discriminator_opt"):
-    tree = getattr(state, name)
-    pieces = sum(
-      math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.state(tree)))
-    )
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    yield f"{name}: {run_summary.size_words(size)}, {run_summary.size_words(pieces)} per device"
+      shard = list(leaf.sharding.shard_shape(leaf.shape))
+      yield f"{network}/{'/'.join(mesh.names_of(path))}  {list(leaf.shape)} -> {shard} per device, {cut}"
+  for network, parts in state.networks.items():
+    for part in ("params", "ema", "opt_state"):
+      leaves = jax.tree.leaves(getattr(parts, part))
+      if leaves:
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        shards = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        yield f"{network} {part}: {run_summary.size_words(size)}, {run_summary.size_words(shards)} per device"
 
 
-def _named(parameters):
+def _grouped(parameters, label):
+  """Parameter counts by group of modules, experts apart, resolutions ascending."""
   import jax
 
-  for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
-    yield [str(entry.key) for entry in path], leaf
+  from aurora_jax.reporting.curves import natural_key
 
-
-def _is_expert(names, leaf):
-  """Expert weights are stacked on a leading axis, beside the router."""
-  return "feed_forward" in names and "router" not in names and leaf.ndim == 3
-
-
-def _grouped(parameters):
-  """Parameter counts by part of a network and resolution."""
   groups = {}
-  for names, leaf in _named(parameters):
-    names = names[1:] if names[0] == "synthesis" else names
-    resolution = re.match(r"r(\d+)_", names[0])
-    if resolution:
-      part = (
-        "experts"
-        if _is_expert(names, leaf)
-        else "attention"
-        if "attention" in names[0]
-        else "heads"
-        if names[0].endswith("conditional")
-        else "convolutions"
-      )
-      key = (0, int(resolution[1]), f"{int(resolution[1]):3d} px, {part}")
-    else:
-      part = {"input": "input layer", "last": "last layer"}.get(names[0], names[0])
-      key = (-1, 0, re.sub(r"_\d+$", "", part).replace("_", " "))
-    groups[key] = groups.get(key, 0) + leaf.size
-  return {key[2]: groups[key] for key in sorted(groups)}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
+    entry = label(path)
+    name = f"{entry.group}, experts" if entry.experts else entry.group
+    groups[name] = groups.get(name, 0) + leaf.size
+  return {name: groups[name] for name in sorted(groups, key=natural_key)}
 
 
-def _idle_expert_parameters(parameters):
-  """Parameters of the experts that a pixel does not go to."""
-  return sum(leaf.size - leaf.size // leaf.shape[0] for names, leaf in _named(parameters) if _is_expert(names, leaf))
+def _idle_expert_parameters(parameters, label):
+  """Parameters of the experts that a feature point does not go to."""
+  import jax
+
+  leaves = jax.tree_util.tree_flatten_with_path(parameters)[0]
+  return sum(leaf.size - leaf.size // leaf.shape[0] for path, leaf in leaves if label(path).experts)

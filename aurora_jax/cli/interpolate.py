@@ -15,6 +15,7 @@ Examples:
 
 from aurora_jax.cli import sampling_flags
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation import arguments
 
 
 def add_arguments(parser):
@@ -30,7 +31,7 @@ def add_arguments(parser):
     metavar="N",
     help="pictures from a prompt to the next, both ends counted (default 9)",
   )
-  parser.add_argument("--global", dest="move_global", action="store_true", help="the global text moves too")
+  parser.add_argument("--global", dest="move_all", action="store_true", help="the global text moves too")
   parser.add_argument("--psi", default="0.2", help="truncation, 0 to 1 for none (default 0.2)")
   parser.add_argument(
     "--milliseconds", type=int, default=120, metavar="MS", help="a step is shown so long (default 120)"
@@ -44,7 +45,7 @@ def run(args):
   for flag, value, least, most in (("steps", args.steps, 2, 1000), ("milliseconds", args.milliseconds, 20, 10_000)):
     if not least <= value <= most:
       raise UserError(f"--{flag} must lie between {least} and {most}, got {value}")
-  sampling_flags.check_prompts(args.prompt)
+  arguments.check_prompts(args.prompt)
   sweep = sampling_flags.read_psi(args.psi)
   if len(sweep) > 1:
     raise UserError(f"--psi {args.psi}: an interpolation has one truncation")
@@ -59,7 +60,7 @@ def run(args):
   model, latents = sampling_flags.prepare(args, 1, steps)
   with progress(f"interpolating at step {model.step:,}") as update:
     images = model.interpolate(
-      args.prompt, latents, steps=args.steps, move_global=args.move_global, psi=sweep[0], on_batch=update
+      args.prompt, latents, steps=args.steps, move_all=args.move_all, psi=sweep[0], on_batch=update
     )
   path = animation.save_gif(animation.frames(images, args.prompt), len(args.prompt), args.out, args.milliseconds)
   sampling_flags.save_latents(args, latents)

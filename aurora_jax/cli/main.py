@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 
+from aurora_jax import text
 from aurora_jax.errors import UserError
 
 # The command's name and the line that `--help` shows. The file is cli/NAME.py with "-" as "_"; it is imported only
@@ -68,6 +69,7 @@ def main(argv=None):
   Returns:
     The exit status: 0, or 2 for bad input (said in one line on stderr), or what the command returns.
   """
+  text.tolerate_locale()
   argv = list(sys.argv[1:] if argv is None else argv)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   # Compiled programs are kept in the user's cache folder: the same command starts faster the second time.
@@ -88,7 +90,7 @@ def main(argv=None):
     args.config_argv = config_argv
     return module.run(args) or 0
   except UserError as error:
-    print(f"aurora_jax {name}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"aurora_jax {name}: {text.printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"aurora_jax {name}: interrupted", file=sys.stderr)

@@ -34,9 +34,11 @@ def add_arguments(parser):
 
 
 def run(args):
-  prompts, sweep = sampling_flags.read_prompts(args), sampling_flags.read_psi(args.psi)
+  sweep = sampling_flags.read_psi(args.psi)
+  prompts = sampling_flags.read_prompts(args)
 
   from aurora_jax.cli.progress import progress
+  from aurora_jax.evaluation import sampling
   from aurora_jax.reporting import image_sheets
 
   if args.columns < 0:
@@ -45,13 +47,13 @@ def run(args):
   if args.singles:
     files.check_folder(args.singles)
   model, latents = sampling_flags.prepare(args, len(prompts), len(prompts), len(sweep))
-  side = model.experiment.generator.resolution
+  side = model.experiment.resolution
   with progress(f"sampling at step {model.step:,}") as update:
-    images = model.sample(prompts, given=latents, psi=sweep, on_batch=update).images
+    samples = model.sample(prompts, given=latents, psi=sweep, choices=True, on_batch=update)
+  images = samples.images
   if len(sweep) == 1:
-    sheet = image_sheets.captioned_rows(
-      images[:, :, 0], prompts, columns=args.columns or (2 if len(prompts) > 6 else 1)
-    )
+    makers, count = sampling.makers(model.system, samples)
+    sheet = image_sheets.sample_sheet(images[:, :, 0], prompts, makers, count, columns=args.columns)
   else:
     sheet = image_sheets.captioned_table(images, prompts, [f"psi {psi:.10g}" for psi in sweep])
   path = image_sheets.save_png(sheet, args.out)
@@ -60,7 +62,5 @@ def run(args):
       name = f"{p:04d}-{latent:02d}-psi{sweep[k]:.10g}.png"
       image_sheets.save_png(image_sheets.to_picture(images[p, latent, k]), pathlib.Path(args.singles) / name)
   sampling_flags.save_latents(args, latents)
-  print(
-    f"{path}: {len(prompts)} prompts, {images.shape[1]} latents each, {side}x{side} pixels, psi {args.psi}, "
-    f"step {model.step:,}"
-  )
+  what = f"{len(prompts)} prompts, {images.shape[1]} latents each" if any(prompts) else f"{images.shape[1]} images"
+  print(f"{path}: {what}, {side}x{side} pixels, psi {args.psi}, step {model.step:,}")

@@ -2,8 +2,10 @@
 
 import pathlib
 
-from aurora_jax import xla_flags
+from aurora_jax import text, xla_flags
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation import arguments
+from aurora_jax.runs import workdir
 
 _MOST_MEAN_LATENTS = 10_000
 _MOST_AT_ONCE = 4096
@@ -43,39 +45,34 @@ def add_arguments(parser, *, latents, mean_latents, most_latents):
 
 
 def read_prompts(args):
-  """The prompts of --prompt and then of --prompts FILE; UserError if there are none or one is no prompt."""
+  """The prompts of --prompt and then of --prompts FILE; [""] for a run of an unconditional system.
+
+  Raises:
+    UserError: none where the run needs some, some where it takes none, or one that is no prompt.
+  """
   prompts = list(args.prompt)
   if args.prompts:
-    try:
-      lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"prompt file {args.prompts} cannot be read: {error}") from error
-    prompts += [line.strip() for line in lines if line.strip()]
-  if not prompts:
+    prompts += [line.strip() for line in text.lines(text.read_text(args.prompts)) if line.strip()]
+  arguments.check_prompts(prompts)
+  experiment = workdir.RunFolder(args.workdir).experiment()
+  if experiment.conditional and not prompts:
     raise UserError("no prompt: --prompt TEXT or --prompts FILE")
-  check_prompts(prompts)
-  return prompts
+  if not experiment.conditional and prompts:
+    raise UserError(f"{args.workdir} is a run of '{experiment.system}', which takes no prompts")
+  return prompts or [""]
 
 
-def check_prompts(prompts):
-  from aurora_jax.evaluation import trained_generator
-
-  trained_generator.check_prompts(prompts)
-
-
-def read_psi(text, flag="--psi"):
+def read_psi(values_text, flag="--psi"):
   """One truncation or several, "0.5" or "0,0.1,0.2", as a list of different floats in [0, 1]."""
-  from aurora_jax.evaluation import sampling
-
   values = []
-  for part in text.split(","):
+  for part in values_text.split(","):
     try:
       value = float(part)
     except ValueError as error:
-      raise UserError(f"{flag} {text}: '{part}' is no number") from error
-    sampling.check_psi(value)
+      raise UserError(f"{flag} {values_text}: '{part}' is no number") from error
+    arguments.check_psi(value)
     if value in values:
-      raise UserError(f"{flag} {text}: {part} stands there twice")
+      raise UserError(f"{flag} {values_text}: {part} stands there twice")
     values.append(value)
   return values
 
@@ -90,7 +87,7 @@ def prepare(args, prompts, texts, truncations=1):
     truncations: values of psi that each of them is drawn with.
 
   Returns:
-    (`trained.Trained`, `latents.Latents` of the prompts).
+    (`trained_generator.TrainedGenerator`, `latents.Latents` of the prompts).
 
   Raises:
     UserError: wrong input.
@@ -98,7 +95,7 @@ def prepare(args, prompts, texts, truncations=1):
   xla_flags.run_in_order()  # for the memory of large generators
   from aurora_jax.evaluation import latents, trained_generator
   from aurora_jax.reporting import image_sheets
-  from aurora_jax.runs import workdir
+  from aurora_jax.systems import registry
 
   for flag, least, most in (
     ("latents", 1, args.most_latents),
@@ -112,32 +109,31 @@ def prepare(args, prompts, texts, truncations=1):
     latents.check_name(args.save_latents)
     image_sheets.check_place(args.save_latents, pathlib.Path(args.save_latents).suffix.lower())
   arrays = latents.load(args.latents_file) if args.latents_file else None
-  width = workdir.RunFolder(args.workdir).experiment().generator.z_dim
+  experiment = workdir.RunFolder(args.workdir).experiment()
+  draw_one = registry.system_class(experiment.system)(experiment).draw_latents
   if arrays is not None:
     given = latents.fit(
       arrays,
       args.latents_file,
       prompts,
-      width,
+      draw_one,
       mean_latents=args.mean_latents,
       otherwise=args.default_mean_latents,
       seed=args.seed,
     )
-    found = given.z.shape[1]
-    if args.latents not in (None, found) or found > args.most_latents:
-      raise UserError(
-        f"{args.latents_file}: it has {found} latents per prompt, not {args.latents or f'at most {args.most_latents}'}"
-      )
+    if args.latents not in (None, given.latents) or given.latents > args.most_latents:
+      wanted = args.latents or f"at most {args.most_latents}"
+      raise UserError(f"{args.latents_file}: it has {given.latents} latents per prompt, not {wanted}")
   else:
     count = args.default_latents if args.latents is None else args.latents
     means = args.default_mean_latents if args.mean_latents is None else args.mean_latents
-    given = latents.draw(args.seed, range(prompts), count, means, width)
-  # No more pictures and texts at once than there are: the rest would be idle work.
+    given = latents.draw(draw_one, args.seed, range(prompts), count, means)
+  # No more images and texts at once than there are: the rest would be idle work.
   model = trained_generator.load(
     args.workdir,
     args.step,
     args.batch_size,
-    pictures=texts * given.z.shape[1] * truncations,
+    images=texts * given.latents * truncations,
     prompts_at_once=min(_MOST_TEXTS, texts),
     clip=args.clip,
     dtype=args.dtype,

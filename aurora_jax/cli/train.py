@@ -44,7 +44,7 @@ import time
 
 from aurora_jax import config_files, xla_flags
 from aurora_jax.parallel import hosts
-from aurora_jax.runs import checkpoint_reader, profiler, workdir
+from aurora_jax.runs import checkpoint_reader, config_check, profiler, workdir
 from aurora_jax.runs.signals import Interrupts
 from aurora_jax.training import initialize
 
@@ -96,7 +96,7 @@ def _train(args, experiment, job, started, profile_steps, interrupts):
   with hosts.together("looking at the run's folder"):
     workdir.check_writable(args.workdir)
     folder = workdir.RunFolder(args.workdir)
-    workdir.refuse_changes(folder, experiment, args.allow_config_change)
+    config_check.refuse_changes(folder, experiment, args.allow_config_change)
     if experiment.train.init_from and checkpoint_reader.newest(folder.checkpoints) is None:
       initialize.check(experiment, args.allow_config_change)
 
@@ -127,26 +127,27 @@ def _train(args, experiment, job, started, profile_steps, interrupts):
 
 
 def write_samples(step, samples, folder):
-  """Writes the sample grid of a step: one row of latents per prompt.
+  """Writes the sample grid of a step: a row of latents per prompt, or a square grid for an unconditional system.
 
   Args:
     step: int.
-    samples: has `images` [P, L, R, R, 3] in [-1, 1], `prompts`, P strings, and `stage`, a line of text or "".
+    samples: `setup.SampleSet`.
     folder: `RunFolder`.
 
   Returns:
-    The PIL picture.
+    The PIL image.
   """
   from aurora_jax.reporting import image_sheets
 
-  columns = 2 if len(samples.prompts) > 6 else 1
-  picture = image_sheets.captioned_rows(samples.images, samples.prompts, columns=columns, title=samples.stage)
-  image_sheets.save_png(picture, folder.sample_picture(step))
-  return picture
+  sheet = image_sheets.sample_sheet(
+    samples.images, samples.prompts, samples.makers, samples.maker_count, title=samples.stage
+  )
+  image_sheets.save_png(sheet, folder.sample_image(step))
+  return sheet
 
 
 def _sizes(state):
   from clu import parameter_overview
 
-  counts = {name: parameter_overview.count_parameters(getattr(state, name)) for name in ("generator", "discriminator")}
+  counts = {name: parameter_overview.count_parameters(network.params) for name, network in state.networks.items()}
   return ", ".join(f"{name} {count / 1e6:,.2f} M parameters" for name, count in counts.items())

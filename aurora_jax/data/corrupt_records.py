@@ -6,10 +6,12 @@ import hashlib
 import itertools
 import os
 
+from aurora_jax import text
 from aurora_jax.data import tfrecords
 
 # Records that the threads of `verify` are given at once: few enough that a shard's end is not long in coming.
 _CHUNK = 256
+_KEY_SHOWN = 100  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Skip:
   step: int
 
   def __str__(self):
-    key = f" ({self.key})" if self.key else ""
+    key = f" ({text.printable(self.key, _KEY_SHOWN)})" if self.key else ""
     return f"{self.shard}: record {self.record}{key}: {self.reason}"
 
 

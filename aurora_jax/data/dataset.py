@@ -14,10 +14,11 @@ import threading
 
 import numpy as np
 
+from aurora_jax import text
 from aurora_jax.data import images, schema, tfrecords
 from aurora_jax.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # UTF-8, whatever the locale
 # Files of a split with more shards than this are opened anew for each read: processes may hold about 1,000 open files.
 _KEPT_OPEN = 256
 
@@ -233,9 +234,15 @@ def read_manifest(path):
   if not path.is_dir():
     raise UserError(f"data set {path} {'is not a folder' if path.exists() else 'does not exist'}")
   try:
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = json.loads(text.decode((path / MANIFEST).read_bytes()))
   except FileNotFoundError:
-    raise UserError(f"data set {path} has no {MANIFEST}: it was not made by build-data") from None
+    shards = next(path.glob("*.tfrecord*"), None)
+    found = f", and {text.printable(shards.name, 100)} alone does not say what is whole" if shards else ""
+    raise UserError(f"data set {path} has no {MANIFEST}: it was not made by build-data{found}") from None
+  except text.TextError as error:
+    raise UserError(f"data set {path}: {MANIFEST} cannot be read: it {error}") from None
+  except RecursionError:
+    raise UserError(f"data set {path}: {MANIFEST} cannot be read: it is nested too deeply") from None
   except (OSError, ValueError) as error:
     raise UserError(f"data set {path}: {MANIFEST} cannot be read: {error}") from None
   version = manifest.get("schema_version") if isinstance(manifest, dict) else None
@@ -244,6 +251,10 @@ def read_manifest(path):
   missing = [name for name in ("name", "resolution", "splits") if name not in manifest]
   if missing:
     raise UserError(f"data set {path}: {MANIFEST} lacks {', '.join(missing)}")
+  if not isinstance(manifest["resolution"], int) or manifest["resolution"] < 1:
+    raise UserError(
+      f"data set {path}: {MANIFEST} is damaged: its resolution is {text.printable(repr(manifest['resolution']), 40)}"
+    )
   try:
     for split in manifest["splits"].values():
       for shard in split["shards"]:

@@ -12,25 +12,25 @@ import zlib
 
 import numpy as np
 
-from aurora_jax.data import shuffle
+from aurora_jax.data import shuffle, tfrecords
 from aurora_jax.errors import UserError
 
-PICTURES, CAPTIONS = "pictures", "captions"
+IMAGE, CAPTION = "image", "caption"
 
 
-class Visits:
+class IndexSampler:
   """What an epoch visits; called, the examples of any step.
 
   Attributes:
     digest: int32, of what is drawn from: all hosts must have the same.
   """
 
-  def __init__(self, dataset, visit=PICTURES, pairs=0, warped=False):
+  def __init__(self, dataset, epoch_unit=IMAGE, pairs=0, warped=False):
     """Reads all captions of the data set once, unless pictures are visited one by one without pairs.
 
     Args:
-      dataset: a `Dataset`. Examples that cannot be read are of no caption; with `CAPTIONS` they are not visited.
-      visit: what an epoch has once, `PICTURES` or `CAPTIONS` (primary ones).
+      dataset: a `Dataset`. Examples that cannot be read are of no caption; with `CAPTION` they are not visited.
+      epoch_unit: what an epoch has once, `IMAGE` or `CAPTION` (primary ones).
       pairs: the last so many slots of a batch show another picture of captions of earlier slots, of the first that have
         several; where there are fewer of these, a slot is like any other. At most half the batch.
       warped: pictures are warped (`augment`), in every slot in another way: two slots with the same picture make a pair
@@ -39,10 +39,10 @@ class Visits:
     Raises:
       UserError: no example can be read.
     """
-    self._size, self._visit, self._pairs = len(dataset), visit, pairs
+    self._size, self._epoch_unit, self._pairs = len(dataset), epoch_unit, pairs
     self._least = 1 if warped else 2  # pictures that a caption must have for a pair
     self.digest = self._size % 2**31
-    if visit == CAPTIONS or pairs:
+    if epoch_unit == CAPTION or pairs:
       self._group(dataset)
 
   def _group(self, dataset):
@@ -51,7 +51,7 @@ class Visits:
     for number, example in dataset.readable():
       groups.setdefault(example.captions[0], []).append(number)
     if not groups:
-      raise UserError(f"no record of data set {dataset.path} can be read")
+      raise UserError(f"no record of data set {dataset.path} can be read; {_why_not(dataset)}")
     self._members = np.concatenate([np.asarray(group, np.int64) for group in groups.values()])
     self._counts = np.array([len(group) for group in groups.values()], np.int64)
     self._begins = np.cumsum(self._counts) - self._counts
@@ -77,7 +77,7 @@ class Visits:
 
   def _drawn(self, seed, batch_size, step, slots):
     """As if there were no pairs."""
-    if self._visit == PICTURES:
+    if self._epoch_unit == IMAGE:
       return shuffle.example_index(seed, self._size, batch_size, step, slots)
     captions = shuffle.example_index(seed, len(self._counts), batch_size, step, slots)
     draws = shuffle.uniform(seed, "picture", step, slots)[:, 0]
@@ -89,3 +89,12 @@ class Visits:
     begin, count = self._begins[caption], self._counts[caption]
     further = 1 + int(draw * (count - 1))
     return self._members[begin + (place - begin + further) % count]
+
+
+def _why_not(dataset):
+  """What is wrong with the first record."""
+  try:
+    dataset[0]
+  except tfrecords.RecordError as error:
+    return str(error)
+  return "the first one can by now"

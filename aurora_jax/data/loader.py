@@ -25,7 +25,7 @@ from aurora_jax.data import augment as augmentation
 from aurora_jax.data import corrupt_records, images, schema, shuffle, tfrecords
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.data.index_sampler import Visits
+from aurora_jax.data.index_sampler import IndexSampler
 from aurora_jax.errors import UserError
 
 CACHE_BYTES = 512 * 2**20
@@ -110,7 +110,7 @@ class BatchMaker:
   augment: Augment = Augment()
   tokenizer: Callable | None = None
   primary_caption_probability: float = 1.0
-  visits: Visits | None = None
+  index_sampler: IndexSampler | None = None
   slots: np.ndarray | None = None
   cached: bool = False
 
@@ -119,8 +119,8 @@ class BatchMaker:
     if self.slots is None:
       self.slots = np.arange(self.batch_size)
     self.slots = np.asarray(self.slots, np.int64)
-    if self.visits is None:
-      self.visits = Visits(self.dataset)
+    if self.index_sampler is None:
+      self.index_sampler = IndexSampler(self.dataset)
 
   @property
   def side(self):
@@ -137,7 +137,7 @@ class BatchMaker:
     slots = self.slots
     skipped = {}
     numbers, examples = [], []
-    for slot, number in zip(slots, self.visits(self.seed, self.batch_size, step, slots)):
+    for slot, number in zip(slots, self.index_sampler(self.seed, self.batch_size, step, slots)):
       number, example = self._readable(step, slot, int(number), skipped)
       if example is None:
         last = list(skipped.values())[-1]
@@ -258,7 +258,7 @@ def train_batches(
   augment=Augment(),
   tokenizer=None,
   primary_caption_probability=1.0,
-  visits=None,
+  index_sampler=None,
   slots=None,
   workers=2,
   prefetch=4,
@@ -275,7 +275,7 @@ def train_batches(
     augment: an `Augment`; differs at each step.
     tokenizer: list of str -> int32 [b, N], or None. With processes it is sent to them.
     primary_caption_probability: of an example's first caption; else one of its others, evenly.
-    visits: `Visits` of the data set; None: every picture once an epoch.
+    index_sampler: `IndexSampler` of the data set; None: every picture once an epoch.
     slots: of the global batch, those that this host makes, [b]; None: all.
     workers: threads where the decoded split fits into `cache_bytes` (then every picture is decoded once and kept), else
       processes (0: one thread).
@@ -300,7 +300,7 @@ def train_batches(
   if not 0 <= primary_caption_probability <= 1:
     raise UserError(f"primary caption probability must be between 0 and 1, not {primary_caption_probability}")
   maker = BatchMaker(
-    dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, visits, slots
+    dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, index_sampler, slots
   )
   maker.cached = len(dataset) * maker.side**2 * 3 <= cache_bytes
   threads = max(1, workers) if maker.cached else 1

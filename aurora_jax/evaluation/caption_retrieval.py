@@ -64,7 +64,7 @@ class _Split:
 
 
 def evaluate(
-  model: trained_lib.Trained,
+  model: trained_lib.TrainedGenerator,
   judge: judge_lib.Judge,
   data_path,
   *,
@@ -83,13 +83,13 @@ def evaluate(
   Returns:
     `Result`.
   """
-  resolution = model.experiment.generator.resolution
+  resolution = model.experiment.resolution
   train, heldout = (_Split(data_path, name, resolution) for name in ("train", "heldout"))
   captions = train.captions + heldout.captions
 
-  def sample(words, prompts, latents, routing=False):
+  def sample(words, prompts, latents, choices=False):
     return model.sample(
-      prompts, latents=latents, seed=seed, routing=routing, on_batch=lambda done, total: on_progress(words, done, total)
+      prompts, latents=latents, seed=seed, choices=choices, on_batch=lambda done, total: on_progress(words, done, total)
     )
 
   figures = {}
@@ -140,13 +140,13 @@ def _colours(sample, train):
 
 def _experts(model, sample, captions):
   prompts = [prompt for prompt in model.experiment.train.sample_prompts][:EXPERT_EXAMPLES] or captions[:EXPERT_EXAMPLES]
-  samples = sample("expert maps", prompts, 1, routing=True)
-  if not samples.routing:
+  samples = sample("expert maps", prompts, 1, choices=True)
+  if not samples.choices:
     return ()
-  experts = {layer: model.experts_of(layer) for layer in samples.routing}
+  experts = {layer: model.system.choice_count(layer) for layer in samples.choices}
   return tuple(
     report.ExpertExample(
-      prompt, samples.images[p, 0], {layer: index[p, 0] for layer, index in samples.routing.items()}, experts
+      prompt, samples.images[p, 0], {layer: index[p, 0] for layer, index in samples.choices.items()}, experts
     )
     for p, prompt in enumerate(prompts)
   )

@@ -11,38 +11,20 @@ import concurrent.futures
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from aurora_jax import config as config_lib
 from aurora_jax.data import loader, shuffle, tfrecords
+from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
-from aurora_jax.ops import frechet
+from aurora_jax.evaluation import sampling
+from aurora_jax.evaluation.features import Extractor
+from aurora_jax.ops import frechet, random_keys, resample
 from aurora_jax.parallel import hosts
-from aurora_jax.systems.aurora import discriminator as discriminator_lib
-from aurora_jax.systems.aurora import generator as generator_lib
+from aurora_jax.systems import base
 
 _PURPOSE = "frechet"
-
-
-class Extractor(NamedTuple):
-  """What makes the features of pictures.
-
-  Attributes:
-    name: short, for names of metrics: "clip".
-    words: in full, written beside every number.
-    width: D.
-    variables: whole on every device.
-    apply: (variables, [B, R, R, 3] in [-1, 1]) -> [B, D]
-  """
-
-  name: str
-  words: str
-  width: int
-  variables: Any
-  apply: Callable
 
 
 class Distances:
@@ -50,43 +32,43 @@ class Distances:
 
   Attributes:
     name: of the features, short, for names of metrics: "frechet_clip".
-    features: of the features, in full, written beside every number.
-    count: pictures in each set.
-    words: all of that for a person.
+    features: of the features, in full, written next to every number.
+    count: images in each set.
+    description: all of that for a person.
   """
 
-  def __init__(self, experiment, dataset, clip, frozen, placed, extractor):
-    """Chooses the pictures; reads none and compiles nothing.
+  def __init__(self, system: base.System, dataset: Dataset, frozen: base.Frozen, extractor: Extractor):
+    """Chooses the images; reads none and compiles nothing.
 
     Args:
-      experiment: the whole `config.Experiment`.
+      system: the whole one.
       dataset: the training split.
-      clip: `clip_hf.ClipBundle`, which reads the captions.
-      frozen: `step.Frozen`.
-      placed: `placed.Placed`.
-      extractor: `Extractor`.
+      frozen: the run's frozen networks, on the devices.
+      extractor: of the features.
 
     Raises:
       UserError: the split is too small.
     """
+    experiment = system.experiment
     cfg, train = experiment.schedule, experiment.train
     self.count = min(cfg.images, len(dataset) // 2)
     if self.count < 2:
-      raise UserError(f"data set {dataset.path} has {len(dataset)} pictures; schedule needs two sets of at least 2")
-    self.name, self.features = f"frechet_{extractor.name}", extractor.words
-    self.words = f"features by {self.features}, {self.count:,} pictures"
-    self._experiment, self._dataset, self._tokenizer = experiment, dataset, clip.tokenizer
-    self._frozen, self._placed, self._module, self._extractor = frozen, placed, clip.module(), extractor
+      raise UserError(f"data set {dataset.path} has {len(dataset)} images; schedule needs two sets of at least 2")
+    self.name, self.features = f"frechet_{extractor.name}", extractor.description
+    self.description = f"features by {self.features}, {self.count:,} images"
+    self._system, self._experiment, self._dataset = system, experiment, dataset
+    self._layout, self._frozen, self._extractor = system.layout, frozen, extractor
+    own = frozen.get(extractor.frozen_name) if extractor.frozen_name else None
+    self._variables = own if own is not None else hosts.replicate(self._layout.replicated, extractor.variables)
     # The batch of training, which the devices are known to hold.
-    self._batch, self._rows = train.batch_size, hosts.own_rows(placed.layout.batch, train.batch_size)
+    self._batch, self._rows = train.batch_size, hosts.own_rows(self._layout.batch, train.batch_size)
     seed = int(shuffle.fold(train.seed, zlib.crc32(_PURPOSE.encode()))[0] >> np.uint64(1))
     self._places = functools.partial(shuffle.epoch_permutation, seed, 0, len(dataset))
-    key = jax.random.fold_in(jax.random.key(train.seed), zlib.crc32(_PURPOSE.encode()))
-    self._key = np.asarray(jax.random.key_data(key))
+    self._key = np.asarray(jax.random.key_data(random_keys.fold(jax.random.key(train.seed), _PURPOSE)))
     self._real = {}  # {the present resolution: moments of A}
     self._generator = {}  # {the present resolution: program}
 
-  def reference(self, resolution, keep_on):
+  def reference(self, resolution: int, keep_on: Callable[[], bool]) -> float | None:
     """The distance between the two sets of real pictures at a resolution; None where `keep_on()` became False."""
     extract = self._real_program(resolution)
     first = self._of_real(extract, 0, keep_on)
@@ -96,7 +78,7 @@ class Distances:
     self._real = {resolution: first}
     return hosts.float_from_first(frechet.distance(first, second))
 
-  def generated(self, resolution, state, keep_on):
+  def generated(self, resolution: int, state: base.TrainState, keep_on: Callable[[], bool]) -> float | None:
     """The distance of a state's pictures (of its averaged weights) from set A; None where `keep_on()` became False."""
     if resolution not in self._real:  # a resumed run
       first = self._of_real(self._real_program(resolution), 0, keep_on)
@@ -105,23 +87,25 @@ class Distances:
       self._real = {resolution: first}
     if resolution not in self._generator:
       self._generator = {resolution: self._generator_program(resolution)}
-    layout, extract, extractor = self._placed.layout, self._generator[resolution], self._extractor.variables
+    layout, extract = self._layout, self._generator[resolution]
+    weights = sampling.weights_of(self._system, state, self._frozen)
 
     def features(number, places):
       captions = [captions[0] for _, captions in self._examples(places, pixels=False)]
-      batch = jax.make_array_from_process_local_data(layout.batch, np.asarray(self._tokenizer(captions), np.int32))
-      return extract(state.ema, state.buffers, self._frozen.clip, extractor, batch, np.uint32(number), self._key)
+      local = jax.tree.map(np.asarray, self._system.inputs(captions))
+      inputs = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(layout.batch, rows), local)
+      return extract(weights, self._variables, inputs, np.uint32(number), self._key)
 
     moments = self._moments(self.count, features, keep_on)
     return None if moments is None else hosts.float_from_first(frechet.distance(self._real[resolution], moments))
 
   def _of_real(self, extract, first, keep_on):
-    layout = self._placed.layout
+    layout = self._layout
 
     def features(number, places):
       del number
       images = np.stack([loader.to_float(pixels) for pixels, _ in self._examples(places)])
-      return extract(self._extractor.variables, jax.make_array_from_process_local_data(layout.batch, images))
+      return extract(self._variables, jax.make_array_from_process_local_data(layout.batch, images))
 
     return self._moments(first, features, keep_on)
 
@@ -153,33 +137,33 @@ class Distances:
 
   def _example(self, place, pixels):
     """An unreadable record is replaced by what stands 2n places further on, the same whenever and wherever it is asked for."""
-    size, side = len(self._dataset), self._experiment.generator.resolution
+    size, side = len(self._dataset), self._experiment.resolution
     for attempt in range(size):
       number = int(self._places((place + attempt * 2 * self.count) % size)[0])
       try:
         return loader.load_pixels(self._dataset, number, side) if pixels else (None, self._dataset[number].captions)
       except tfrecords.RecordError as error:
         last = error
-    raise UserError(f"no picture of data set {self._dataset.path} can be read, the last one: {last}")
+    raise UserError(f"no image of data set {self._dataset.path} can be read, the last one: {last}")
 
   def _real_program(self, resolution):
-    @functools.partial(jax.jit, out_shardings=self._placed.layout.replicated)
-    def extract(extractor, images):
-      return self._extractor.apply(extractor, discriminator_lib.image_pyramid(images, (resolution,))[resolution])
+    @functools.partial(jax.jit, out_shardings=self._layout.replicated)
+    def extract(variables, images):
+      return self._extractor.apply(variables, resample.image_pyramid(images, (resolution,))[resolution])
 
     return extract
 
   def _generator_program(self, resolution):
-    layout, module = self._placed.layout, self._module
-    cfg = config_lib.at_stage(self._experiment, resolution).generator.for_sampling(jax.default_backend())
-    generator = generator_lib.Generator(cfg, self._placed.expert_ffn)
+    layout, system = self._layout, self._system.at_stage(resolution)
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
-    def extract(ema, buffers, clip, extractor, tokens, number, key):
-      key = jax.random.fold_in(jax.random.wrap_key_data(key), number)
-      z = jax.lax.with_sharding_constraint(jax.random.normal(key, (len(tokens), cfg.z_dim)), layout.batch)
-      text = module.apply(clip, tokens, method="encode_text")
-      out = generator.apply({"params": layout.gather(ema), "buffers": buffers}, z, text.features, text.eot)
-      return self._extractor.apply(extractor, out.image)
+    def extract(weights, variables, inputs, number, key):
+      keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), number), self._batch)
+      latents = jax.lax.with_sharding_constraint(jax.vmap(system.draw_latents)(keys), layout.batch)
+      networks = {
+        name: {**values, "params": system.gather(name, values["params"])} for name, values in weights.networks.items()
+      }
+      condition = system.condition(networks, weights.frozen, inputs)
+      return self._extractor.apply(variables, system.sample(networks, weights.frozen, condition, latents).image)
 
     return extract

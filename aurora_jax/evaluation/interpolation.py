@@ -1,8 +1,12 @@
-"""From prompt to prompt in linear steps on the text head's outputs, as the released script does it.
+"""From prompt to prompt in linear steps on what a system makes of a text, as the released Aurora script does it.
 
-By default only the local tokens move, which the cross-attention looks at; the global text, and with it w, stays the
-first prompt's. Axis letters as in `sampling.py`, and S: all steps of a path.
+By default only those parts of a condition move that the system does not hold fixed (Aurora: the local tokens, which
+cross-attention looks at; the global text, and with it w, stays the first prompt's).
+
+  P prompts, L latents, M latents of a mean, S all steps of a path, R resolution
 """
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -11,21 +15,23 @@ from aurora_jax.evaluation import latents as latents_lib
 from aurora_jax.evaluation import sampling
 
 
-def path(texts, steps, move_global=False):
-  """Linear steps through texts, each pair's both ends among them.
+def path(conditions: Mapping[str, np.ndarray], steps: int, fixed: Collection[str] = ()) -> dict[str, np.ndarray]:
+  """Linear steps through conditions, both ends of each pair among them.
 
   Args:
-    texts: `sampling.Texts` of P >= 2 prompts.
+    conditions: {name: [P, ...]} of P >= 2 prompts.
     steps: steps per pair, at least 2: the prompt itself, `steps` - 2 between, the next prompt.
-    move_global: the global text moves too; else it stays the first prompt's.
+    fixed: names that stay at the first prompt's value.
 
   Returns:
-    `sampling.Texts` of S = (P - 1) * (steps - 1) + 1; prompt p is step p * (steps - 1).
+    {name: [S, ...]}, S = (P - 1) * (steps - 1) + 1; prompt p is step p * (steps - 1).
 
   Raises:
-    UserError: fewer than two prompts or steps.
+    UserError: fewer than two prompts or steps, or nothing to interpolate (an unconditional system).
   """
-  count = len(texts.global_text)
+  if not conditions:
+    raise UserError("this system has no text to interpolate")
+  count = len(next(iter(conditions.values())))
   if count < 2:
     raise UserError(f"an interpolation needs at least two prompts, got {count}")
   if steps < 2:
@@ -37,32 +43,43 @@ def path(texts, steps, move_global=False):
     legs = [start + weight * (end - start) for start, end in zip(points[:-1], points[1:])]
     return np.concatenate([points[:1]] + [leg[1:] for leg in legs])
 
-  local_text = walk(texts.local_text)
-  first = np.asarray(texts.global_text[:1])
-  global_text = walk(texts.global_text) if move_global else np.broadcast_to(first, (len(local_text),) + first.shape[1:])
-  return sampling.Texts(global_text, local_text)
+  walked = {name: walk(values) for name, values in conditions.items()}
+  stay = lambda values, length: np.broadcast_to(np.asarray(values[:1]), (length, *values.shape[1:]))
+  return {name: stay(conditions[name], len(values)) if name in fixed else values for name, values in walked.items()}
 
 
-def interpolate(sampler, variables, prompts, given, *, steps=9, move_global=False, psi=0.2, on_batch=None):
-  """Pictures on the way through prompts, the same latents at every step.
+def interpolate(
+  sampler: sampling.Sampler,
+  weights: sampling.Weights,
+  prompts: Sequence[str],
+  given: latents_lib.Latents,
+  *,
+  steps: int = 9,
+  move_all: bool = False,
+  psi: float = 0.2,
+  on_batch: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+  """Images on the way through prompts, the same latents at every step.
 
   Args:
-    sampler: `sampling.Sampler`.
-    variables: the generator's.
-    prompts: `sampling.Prompts` of P >= 2.
-    given: `latents.Latents` of one prompt: z [1, L, Z], mean_z [1, M, Z].
-    steps, move_global: as of `path`.
-    psi: truncation, 0 to 1, toward the global mean, and toward the mean of `mean_z` (under the step's own global text)
-      if there are any.
+    sampler: of the system.
+    weights: what is sampled from.
+    prompts: P >= 2.
+    given: latents of one prompt: values [1, L, ...], means [1, M, ...].
+    steps: as of `path`.
+    move_all: every part of the condition moves.
+    psi: truncation, 0 to 1.
     on_batch: as of `Sampler`.
 
   Returns:
-    images float32 [L, S, R, R, 3].
+    float32 [L, S, R, R, 3].
 
   Raises:
     UserError: fewer than two prompts or steps, or a psi outside [0, 1].
   """
-  texts = path(sampler.read(variables, prompts), steps, move_global)
-  everywhere = lambda array: np.broadcast_to(array, (len(texts.local_text),) + array.shape[1:])
-  noise = latents_lib.Latents(everywhere(given.z), everywhere(given.mean_z))
-  return sampler.sample_texts(variables, texts, noise, psi=psi, on_batch=on_batch).images.swapaxes(0, 1)
+  fixed = () if move_all else sampler.system.fixed_text
+  conditions = path(sampler.read(weights, prompts), steps, fixed)
+  length = len(next(iter(conditions.values())))
+  everywhere = lambda part: {name: np.broadcast_to(v, (length, *v.shape[1:])) for name, v in part.items()}
+  noise = latents_lib.Latents(everywhere(given.values), everywhere(given.means))
+  return sampler.sample_conditions(weights, conditions, noise, psi=psi, on_batch=on_batch).images.swapaxes(0, 1)

@@ -1,80 +1,76 @@
-"""A trained generator out of a run's folder: EMA weights, the CLIP that reads its prompts, and how to sample from it."""
+"""A trained generator out of a run's folder: averaged weights, the frozen networks it needs, and how to sample from it."""
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from aurora_jax import config as config_lib
+from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import interpolation, sampling
-from aurora_jax.interop import clip_hf
+from aurora_jax.evaluation import latents as latents_lib
+from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.runs import checkpoint_reader
 from aurora_jax.runs import workdir as workdir_lib
-from aurora_jax.systems.aurora import generator as generator_lib
-from aurora_jax.training import schedule
-
-# CLIP reads at most 77 tokens; a text this long is a mistake (a file's content in place of its name, say).
-LONGEST_PROMPT = 1000
-
-# Pictures at once by default: at most so many, and what they work on stays within about this many bytes.
-_MOST_PICTURES = 32
-_WORKING_BYTES = 1 << 29
+from aurora_jax.systems import base, registry, stages
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedGenerator:
   """A generator, ready to sample.
 
   Attributes:
     folder: the run's folder.
-    experiment: its configuration; of a run that grows, at the stage of the checkpoint (`config.at_stage`).
+    system: of a run that grows, at the stage of the checkpoint.
     step: of the checkpoint.
-    variables: {"params": EMA weights, "buffers": ...}.
-    clip: the CLIP that encodes prompts.
-    sampler: `sampling.Sampler`.
+    weights: averaged networks and frozen ones.
+    sampler: its compiled programs.
   """
 
   folder: pathlib.Path
-  experiment: config_lib.Experiment
+  system: base.System
   step: int
-  variables: Any
-  clip: clip_hf.ClipBundle
+  weights: sampling.Weights
   sampler: sampling.Sampler
 
-  def sample(self, prompts, **options):
-    """Samples prompts; the options are those of `sampling.Sampler`. Returns `sampling.Samples`."""
-    return self.sampler(self.variables, self._encode(prompts), **options)
+  @property
+  def experiment(self) -> Experiment:
+    """The configuration; of a run that grows, at the stage of the checkpoint."""
+    return self.system.experiment
 
-  def interpolate(self, prompts, given, **options):
+  def sample(self, prompts: Sequence[str], **options: Any) -> sampling.Samples:
+    """Samples prompts; the options are those of `sampling.Sampler`."""
+    return self.sampler(self.weights, list(prompts), **options)
+
+  def interpolate(self, prompts: Sequence[str], given: latents_lib.Latents, **options: Any):
     """From prompt to prompt; the options are those of `interpolation.interpolate`. Returns images [L, S, R, R, 3]."""
-    return interpolation.interpolate(self.sampler, self.variables, self._encode(prompts), given, **options)
-
-  def _encode(self, prompts):
-    return sampling.make_prompt_encoder(self.clip, batch_size=min(64, len(prompts)))(list(prompts))
-
-  def experts_of(self, layer):
-    """Number of experts of a layer named as in the generator's routing ("r8_block0_layer0")."""
-    return self.experiment.generator.experts[int(layer[1:].split("_")[0])]
+    return interpolation.interpolate(self.sampler, self.weights, list(prompts), given, **options)
 
 
-def load(workdir, step=None, batch_size=None, *, pictures=None, prompts_at_once=None, clip=None, dtype=None):
+def load(
+  workdir: str | pathlib.Path,
+  step: int | None = None,
+  batch_size: int | None = None,
+  *,
+  images: int | None = None,
+  prompts_at_once: int | None = None,
+  clip: str | None = None,
+  dtype: str | None = None,
+) -> TrainedGenerator:
   """Reads a run.
 
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None takes the newest.
-    batch_size: pictures per call of the sampler; None: as `pictures_at_once` says.
-    pictures: how many there will be in all, if known: a larger batch would be filled up with idle work.
-    prompts_at_once: as of `sampling.make_sampler`.
+    batch_size: images per call of the sampler; None takes what suits the system.
+    images: how many there will be in all, if known: a larger batch would be filled up with idle work.
+    prompts_at_once: as of `sampling.Sampler`.
     clip: a CLIP folder in place of the one that the run's configuration names.
-    dtype: of the weights and of the synthesis network's arithmetic: "float32", or "bfloat16" for half the memory; None:
-      weights in float32, arithmetic as in training.
-
-  Returns:
-    `Trained`.
+    dtype: of the weights and the arithmetic: "float32", or "bfloat16" for half the memory; None: weights in float32,
+      arithmetic as in training.
 
   Raises:
     UserError: no such run, no checkpoint, its CLIP folder is gone, or the CLIP is of another width.
@@ -82,71 +78,57 @@ def load(workdir, step=None, batch_size=None, *, pictures=None, prompts_at_once=
   folder = workdir_lib.RunFolder(workdir)
   if not folder.path.is_dir():
     raise UserError(f"run folder not found: {workdir}")
-  whole = folder.experiment()
-  experiment = schedule.at_checkpoint(whole, folder.checkpoints, step)
-  # The small and doubtful things first: the weights may be gigabytes.
-  cfg = experiment.generator.for_sampling(jax.default_backend())
-  cfg = dataclasses.replace(cfg, compute_dtype=dtype or cfg.compute_dtype)
-  bundle = _load_clip(clip, experiment)
-  abstract = generator_lib.abstract_variables(whole.generator)
-  abstract = {"ema": abstract["params"], "buffers": abstract["buffers"]}
-  step, state = checkpoint_reader.read(folder.checkpoints, abstract, step)
-  # Buffers stay as they are: frequencies and the average of w are few and worth their precision.
-  params = state.pop("ema")
-  params = _cast(params, dtype) if dtype == "bfloat16" else params
-  batch_size = batch_size or pictures_at_once(cfg)
-  batch_size = batch_size if pictures is None else min(batch_size, pictures)
-  sampler = sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size, prompts_at_once)
-  return Trained(folder.path, experiment, step, {"params": params, "buffers": state["buffers"]}, bundle, sampler)
+  experiment = stages.at_checkpoint(_adjusted(folder.experiment(), clip, dtype), folder.checkpoints, step)
+  system = registry.system_class(experiment.system)(experiment, mesh_lib.single_device())
+  frozen = _load_frozen(system, clip)  # the small and doubtful things first: the weights may be gigabytes
+  step, networks = _read_networks(system, folder.checkpoints, step, dtype)
+  batch_size = batch_size or system.sampling_batch_size
+  sampler = sampling.Sampler(system, batch_size if images is None else min(batch_size, images), prompts_at_once)
+  return TrainedGenerator(folder.path, system, step, sampling.Weights(networks, jax.device_put(frozen)), sampler)
 
 
-def _load_clip(folder, experiment):
-  """The CLIP of a run, or the one given in its place; refused if its features are not as wide as the generator's."""
-  if not folder and not experiment.text.clip:
-    raise UserError("the run's config names no CLIP: --clip DIR says which")
+def _adjusted(experiment, clip, dtype):
+  """The stored configuration with the command's CLIP folder and compute type."""
+  if clip:
+    experiment = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, clip=clip))
+  if dtype and hasattr(getattr(experiment, "generator", None), "compute_dtype"):
+    generator = dataclasses.replace(experiment.generator, compute_dtype=dtype)
+    experiment = dataclasses.replace(experiment, generator=generator)
+  return experiment
+
+
+def _load_frozen(system, clip):
+  """The frozen networks; an error says that the run's configuration named them, and which flag names others."""
   try:
-    bundle = clip_hf.load(folder or experiment.text.clip, text_only=True)
+    return system.load_sampling_frozen()
   except UserError as error:
-    raise error if folder else UserError(f"{error} (as the run's config has it; --clip DIR names another)") from error
-  wanted, width = experiment.generator.text_feature_dim, bundle.config.text.width
-  if wanted != width:
-    raise UserError(f"{folder or experiment.text.clip}: text features are {width} wide, the generator wants {wanted}")
-  return bundle
+    if clip:
+      raise
+    if not system.experiment.text.clip:
+      raise UserError("the run's config names no CLIP: --clip DIR says which") from error
+    raise UserError(f"{error} (as the run's config has it; --clip DIR names another)") from error
 
 
-def _cast(tree, dtype):
-  """Another float type for all leaves, one after the other: `tree` is emptied, so no second copy stands beside it."""
-  leaves, structure = jax.tree.flatten(tree)
-  tree.clear()
+def _read_networks(system, folder, step, dtype):
+  """(step, {network: variables}): averages, or parameters where a network has none."""
+  source = {name: "ema" if network.ema is not None else "params" for name, network in system.networks.items()}
+  prefixes = [f"networks/{name}/{part}" for name in system.sampled for part in (source[name], "variables")]
+  step, found = checkpoint_reader.read_parts(folder, prefixes, step)
+  networks = {}
+  for name in system.sampled:
+    prefix = f"networks/{name}/{source[name]}"
+    if prefix not in found:
+      raise UserError(f"checkpoint {folder / str(step)} has no {prefix}")
+    params = _cast(found.pop(prefix), jnp.bfloat16) if dtype == "bfloat16" else found.pop(prefix)
+    networks[name] = {"params": params, **found.get(f"networks/{name}/variables", {})}
+  return step, networks
+
+
+def _cast(params, dtype):
+  """Another float type for all parameters, leaf by leaf: `params` is emptied, so no second copy exists."""
+  leaves, structure = jax.tree.flatten(params)
+  params.clear()
   for i, leaf in enumerate(leaves):
-    leaves[i] = leaf.astype(jnp.dtype(dtype))
+    leaves[i] = leaf.astype(dtype)
     del leaf
   return jax.tree.unflatten(structure, leaves)
-
-
-def pictures_at_once(cfg):
-  """A batch size for a generator, by the largest arrays that one picture needs.
-
-  Args:
-    cfg: `config.Generator`, as it is sampled from.
-
-  Returns:
-    int, 1 to 32.
-  """
-  needed = [4 * r**2 * cfg.channels(r) for r in cfg.resolutions]
-  for r in cfg.attention_depth:
-    logits = cfg.heads * min(r**2, cfg.attention_chunk) * r**2
-    hidden = 2 * cfg.feed_forward_ratio * cfg.heads * cfg.head_dim * r**2
-    needed.append(4 * (logits + hidden))
-  return max(1, min(_MOST_PICTURES, _WORKING_BYTES // max(needed)))
-
-
-def check_prompts(prompts):
-  """Raises UserError for a prompt that is empty or absurdly long."""
-  for prompt in prompts:
-    if not prompt.strip():
-      raise UserError("a prompt is empty")
-    if len(prompt) > LONGEST_PROMPT:
-      raise UserError(
-        f"a prompt has {len(prompt):,} characters, at most {LONGEST_PROMPT:,} make sense: '{prompt[:40]}...'"
-      )

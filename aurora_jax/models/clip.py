@@ -98,6 +98,16 @@ def vit_b32() -> ClipConfig:
   )
 
 
+def small(width: int, *, resolution: int = 32, patch: int = 8, layers: int = 2, heads: int = 4) -> ClipConfig:
+  """The sizes of a CLIP that `train-clip` trains by default, with text features of a given width."""
+  heads = heads if width % heads == 0 else 1
+  return ClipConfig(
+    text=TextConfig(width=width, layers=layers, heads=heads, mlp_width=2 * width, vocabulary_size=3000),
+    image=ImageConfig(width=128, layers=layers, heads=4, mlp_width=256, size=resolution, patch=patch),
+    embedding_width=128,
+  )
+
+
 class TextOutput(NamedTuple):
   """What the text tower says about B captions.
 
@@ -124,12 +134,6 @@ def eot_position(tokens, eot_id=LEGACY_EOT_ID):
   """
   score = tokens if eot_id == LEGACY_EOT_ID else tokens == eot_id
   return jnp.argmax(score, axis=-1).astype(jnp.int32)
-
-
-def normalize(embedding):
-  """Embeddings [..., D] on the unit sphere, float32."""
-  embedding = embedding.astype(jnp.float32)
-  return embedding * jax.lax.rsqrt(jnp.sum(jnp.square(embedding), axis=-1, keepdims=True) + 1e-12)
 
 
 class Dense(nn.Module):

@@ -1,9 +1,8 @@
-"""What happens to the pictures that a small CLIP learns from: shifted, scaled, turned, coarsened, recoloured, noisy.
+"""Augmentation of images on the device: what a small CLIP learns from, and what a frozen one is shown.
 
-The image tower will have to judge a generator's imperfect pictures, and its gradients must not hang on single pixels.
-Everything is cheap and runs inside the compiled step.
+Everything is differentiable, cheap and runs inside the compiled step.
 
-  B batch, R side of the pictures
+  B batch, R side of the images, H height, W width, C channels
 """
 
 import dataclasses
@@ -111,3 +110,54 @@ def _noise(key, shape, deviation, draws):
   places = ((draws[:, 0] + 1) / 2 * _NOISE_POOL).astype(jnp.int32)
   windows = jax.vmap(lambda place: jax.lax.dynamic_slice(pool, (place,), (size,)))(places)
   return (windows * (deviation * draws[:, 1:])).reshape(shape)
+
+
+# ---- before the image tower of a frozen CLIP ---------------------------------------------------------------------
+
+
+def roughen(key: jax.Array, images: jax.Array) -> jax.Array:
+  """Shifts, scales, recolours and roughens pictures a little before an image tower sees them.
+
+  The tower's gradient would otherwise find pixel patterns that please it and nobody else.
+
+  Args:
+    key: PRNG key.
+    images: [B, R, R, 3] in [-1, 1].
+
+  Returns:
+    [B, R, R, 3].
+  """
+  batch, side = images.shape[:2]
+  keys = jax.random.split(key, 5)
+  shift = jax.random.uniform(keys[0], (batch, 2), minval=-0.06, maxval=0.06) * side
+  scale = jnp.exp(jax.random.uniform(keys[1], (batch,), minval=-0.1, maxval=0.1))
+  images = shift_and_scale(images, shift, scale)
+  gain = jax.random.uniform(keys[2], (batch, 1, 1, 3), minval=0.9, maxval=1.1)
+  offset = jax.random.uniform(keys[3], (batch, 1, 1, 3), minval=-0.05, maxval=0.05)
+  noise = 0.08 * jax.random.normal(keys[4], images.shape)
+  return 1 + (images - 1) * gain + offset + noise
+
+
+def _line_matrix(shift, scale, size):
+  """Linear interpolation along one axis, white outside handled by the caller. shift, scale [B] -> [B, out, in]."""
+  centre = (size - 1) / 2
+  line = jnp.arange(size, dtype=jnp.float32) - centre
+  source = line * scale[:, None] + shift[:, None] + centre  # [B, out]
+  return jnp.maximum(0, 1 - jnp.abs(source[..., None] - jnp.arange(size, dtype=jnp.float32)))
+
+
+def shift_and_scale(images: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+  """Moves and resizes pictures about their centre, bilinear; white comes in from outside.
+
+  Args:
+    images: [B, H, W, C] in [-1, 1].
+    shift: [B, 2] in pixels (rows, columns).
+    scale: [B], source pixels per result pixel.
+
+  Returns:
+    [B, H, W, C].
+  """
+  rows = _line_matrix(shift[:, 0], scale, images.shape[1])
+  columns = _line_matrix(shift[:, 1], scale, images.shape[2])
+  moved = jnp.einsum("bih,bhwc->biwc", rows, images - 1)
+  return 1 + jnp.einsum("bjw,biwc->bijc", columns, moved)

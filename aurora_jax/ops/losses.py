@@ -7,11 +7,24 @@ batch given; under a sharded batch that is the global batch.
   B batch, D embedding width, M bank size
 """
 
+import flax
 import jax
 import jax.numpy as jnp
 
-from aurora_jax.models.clip import normalize
-from aurora_jax.ops import warp
+
+@flax.struct.dataclass
+class Logit:
+  """One prediction: positive means real and matching."""
+
+  value: jax.Array  # [B, exit, exit] float32
+  level: int = flax.struct.field(pytree_node=False)
+  exit: int = flax.struct.field(pytree_node=False)
+
+
+def normalize(embedding):
+  """Embeddings [..., D] on the unit sphere, float32."""
+  embedding = embedding.astype(jnp.float32)
+  return embedding * jax.lax.rsqrt(jnp.sum(jnp.square(embedding), axis=-1, keepdims=True) + 1e-12)
 
 
 def _weight(logit, cfg, early_exit):
@@ -51,6 +64,11 @@ def discriminator_matching(real, fake, cfg):
 def generator_adversarial(fake, cfg):
   """softplus(-D(fake)) over all predictions."""
   return weighted_mean(fake, cfg, cfg.early_exit_adversarial, lambda x: jax.nn.softplus(-x))
+
+
+def generator_matching(fake, cfg):
+  """softplus(-D(x, other caption)) on generated images."""
+  return weighted_mean(fake, cfg, cfg.early_exit_matching, lambda x: jax.nn.softplus(-x))
 
 
 def r1_penalty(score, pyramid, levels=()):
@@ -100,26 +118,3 @@ def contrastive_loss(image_embedding, text_embedding, scale, same=None, bank=Non
   by_image = jnp.mean(jax.nn.logsumexp(logits, axis=1) - right)
   accuracy = jnp.mean((jnp.argmax(logits, axis=1) == jnp.arange(len(logits))).astype(jnp.float32))
   return (by_image + by_text) / 2, accuracy
-
-
-def roughen(key, images):
-  """Shifts, scales, recolours and roughens pictures a little before an image tower sees them.
-
-  The tower's gradient would otherwise find pixel patterns that please it and nobody else.
-
-  Args:
-    key: PRNG key.
-    images: [B, R, R, 3] in [-1, 1].
-
-  Returns:
-    [B, R, R, 3].
-  """
-  batch, side = images.shape[:2]
-  keys = jax.random.split(key, 5)
-  shift = jax.random.uniform(keys[0], (batch, 2), minval=-0.06, maxval=0.06) * side
-  scale = jnp.exp(jax.random.uniform(keys[1], (batch,), minval=-0.1, maxval=0.1))
-  images = warp.shift_and_scale(images, shift, scale)
-  gain = jax.random.uniform(keys[2], (batch, 1, 1, 3), minval=0.9, maxval=1.1)
-  offset = jax.random.uniform(keys[3], (batch, 1, 1, 3), minval=-0.05, maxval=0.05)
-  noise = 0.08 * jax.random.normal(keys[4], images.shape)
-  return 1 + (images - 1) * gain + offset + noise

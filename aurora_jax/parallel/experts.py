@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from aurora_jax import config as config_lib
 from aurora_jax.ops import moe
 from aurora_jax.parallel import mesh as mesh_lib
 
@@ -175,44 +174,3 @@ def _through_peers(plan, backend, x, expert, peer, position, params):
     return exchange(out)
 
   return moe.through_slots(x, slot, slots, feed_forward)
-
-
-def of_experiment(experiment: config_lib.Experiment, layout: mesh_lib.Layout) -> Exchange:
-  """The exchange that an experiment asks for."""
-  cfg = experiment.mesh
-  return Exchange(layout, cfg.exchange, experiment.generator.remat, cfg.exchange_capacity)
-
-
-def explain(exchange: Exchange, cfg: config_lib.Generator, batch_size: int):
-  """The plan of every layer with experts in words, with the arithmetic behind it.
-
-  Args:
-    exchange: Exchange.
-    cfg: the generator.
-    batch_size: images per step, of all devices.
-
-  Returns:
-    list of lines, one per resolution.
-  """
-  lines, images, itemsize = [], batch_size // exchange.layout.devices, jnp.dtype(cfg.compute_dtype).itemsize
-  width = cfg.heads * cfg.head_dim
-  for r, experts in mesh_lib.experts_per_layer(cfg).items():
-    if r > max(cfg.output_resolutions):
-      continue
-    tokens, layers = images * r * r, cfg.blocks[r] * cfg.attention_depth[r]
-    plan = exchange.plan(tokens, width, cfg.feed_forward_ratio * width, experts, itemsize)
-    head = f"experts at {r} px: {layers} layer{'s' if layers > 1 else ''} of {experts}, "
-    if plan.mode == "local":
-      lines.append(f"{head}all on every device")
-      continue
-    reason = "chosen by bytes" if exchange.mode == "auto" else f"mesh.exchange={exchange.mode}"
-    lines.append(
-      f"{head}{experts // plan.group} per device along {' x '.join(plan.axes)} = {plan.group}; {tokens:,} tokens a "
-      f"device; a layer and step receives {_megabytes(plan.token_bytes)} as tokens ({plan.capacity:,} slots from "
-      f"each of {plan.group - 1}) or {_megabytes(plan.weight_bytes)} as weights: {plan.mode} ({reason})"
-    )
-  return lines
-
-
-def _megabytes(size):
-  return f"{size / 1e6:,.{1 if size >= 1e5 else 3}f} MB"

@@ -237,6 +237,22 @@ def from_first(number):
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def check_same(digest: int, message: str) -> None:
+  """Makes sure that all processes have read the same.
+
+  Args:
+    digest: an int32 of what was read.
+    message: what is wrong otherwise; " than in process 0" is added.
+
+  Raises:
+    UserError: in all processes, if one differs from the first.
+  """
+  first = from_first(digest)
+  with together("comparing what was read"):
+    if first != digest:
+      raise UserError(f"{message} than in process 0")
+
+
 def from_all(text):
   """A text of each process, in all of them.
 

@@ -5,28 +5,69 @@ what divides them: an expert axis of 16 for layers of 4, 8 and 16 experts is (ex
 and a layer of 8 experts lies along (expert0, expert1), repeated along expert2.
 
 The batch lies along all axes, so no device idles outside the layers with experts. Experts lie along their run of
-sub-axes, with their optimiser state and average. All other parameters ("dense") are on every device, or with `fsdp` cut
+sub-axes, with their optimizer state and EMA. All other parameters ("dense") are on every device, or with `fsdp` sharded
 where they are stored, over as many devices as divide them (of all, or of those along `expert`), and gathered where they
-are used.
+are used. Which parameters are stacked experts is said by their labels.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh as DeviceMesh
 
-from aurora_jax import config as config_lib
+from aurora_jax.config import Mesh
 from aurora_jax.errors import UserError
-from aurora_jax.ops import moe
 
 DATA = "data"
 EXPERT = "expert"
 
-# Arrays of fewer values than this stay whole under fsdp: cutting them saves less than the exchange costs.
+# Under fsdp, arrays of fewer values than this stay whole: sharding them saves less than the exchange costs.
 SMALL = 4096
+
+KeyPath = tuple[Any, ...]
+
+
+class ParamLabel(NamedTuple):
+  """What the generic code needs to know of a parameter. Systems say it; nothing else parses names.
+
+  Attributes:
+    stage: the smallest resolution of progressive growing, in pixels, at which the parameter is used; 0: always.
+    decay: whether the optimizer's decoupled weight decay acts on it.
+    experts: whether its leading axis is a stack of experts, which may lie along the mesh's expert axis.
+    matrix: whether it is a weight: a matrix from inputs to outputs, or a stack of such, which Muon may orthogonalise.
+    bias: whether it is a bias, which may have a learning rate of its own.
+    module: the module that a person would look for.
+    group: its group in the logs, the same for like modules.
+  """
+
+  stage: int = 0
+  decay: bool = False
+  experts: bool = False
+  matrix: bool = False
+  bias: bool = False
+  module: str = ""
+  group: str = ""
+
+
+Label = Callable[[KeyPath], ParamLabel]
+
+
+def parameter_path(path: KeyPath) -> KeyPath:
+  """The path of a parameter from that of its entry in an optimizer state: the dictionary keys at the end."""
+  first = len(path)
+  while first and isinstance(path[first - 1], jax.tree_util.DictKey):
+    first -= 1
+  return path[first:]
+
+
+def names_of(path: KeyPath) -> tuple[str, ...]:
+  """The names along a key path, whatever the kinds of its keys."""
+  return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +84,7 @@ class Rules:
   experts: tuple[str, ...] = (EXPERT,)
   dense: tuple[str, ...] = ()
 
-  def spec(self, *logical):
+  def spec(self, *logical: str | None) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes (names of this class's fields, or None for a whole axis).
 
     Raises:
@@ -64,7 +105,7 @@ class Rules:
     return PartitionSpec(*entries)
 
 
-def sub_axes(size, counts):
+def sub_axes(size: int, counts: Iterable[int]) -> tuple[int, ...]:
   """Cuts an expert axis into sub-axes, so that as much of it as can divides each count. (16, {4, 8, 16}) -> (4, 2, 2).
 
   Args:
@@ -84,18 +125,13 @@ def sub_axes(size, counts):
   return tuple(sizes)
 
 
-def longest_run(sizes, count):
+def longest_run(sizes: Sequence[int], count: int) -> tuple[int, int]:
   """The run of neighbouring sub-axes with the largest product that divides `count`. Returns (first, after the last)."""
   runs = [(first, last) for first in range(len(sizes)) for last in range(first, len(sizes) + 1)]
   return max(
     (run for run in runs if count % math.prod(sizes[slice(*run)]) == 0),
     key=lambda run: (math.prod(sizes[slice(*run)]), -run[0], -run[1]),
   )
-
-
-def experts_per_layer(cfg: config_lib.Generator):
-  """{resolution: experts} of the layers that have more than one, ascending."""
-  return {r: cfg.experts[r] for r in sorted(cfg.attention_depth) if cfg.attention_depth[r] and cfg.experts[r] > 1}
 
 
 def _problem(data, expert, devices, batch_size, experts):
@@ -113,10 +149,10 @@ def _problem(data, expert, devices, batch_size, experts):
     return f"mesh.expert={expert}, but no layer has more than one expert"
   sizes = sub_axes(expert, experts.values())
   used = set()
-  for resolution, count in experts.items():
+  for place, count in experts.items():
     first, last = longest_run(sizes, count)
     if math.prod(sizes[first:last]) == 1:
-      return f"mesh.expert={expert} has no divisor in common with the {count} experts at {resolution} px"
+      return f"mesh.expert={expert} has no divisor in common with the {count} experts {place}"
     used.update(range(first, last))
   idle = math.prod(size for i, size in enumerate(sizes) if i not in used)
   if idle > 1:
@@ -131,7 +167,7 @@ def _table(devices, batch_size, experts):
     for expert in range(1, devices + 1)
     if devices % expert == 0 and _problem(devices // expert, expert, devices, batch_size, experts) is None
   ]
-  layers = ", ".join(f"{count} at {resolution} px" for resolution, count in experts.items()) or "one per layer"
+  layers = ", ".join(f"{count} {place}" for place, count in experts.items()) or "one per layer"
   return (
     f"devices {devices}; train.batch_size {batch_size}; experts {layers}; data x expert that fit: "
     f"{', '.join(fitting) or 'none'}"
@@ -147,45 +183,37 @@ class Layout:
     rules: Rules.
   """
 
-  mesh: Mesh | AbstractMesh
+  mesh: DeviceMesh | AbstractMesh
   rules: Rules
 
   @property
-  def devices(self):
+  def devices(self) -> int:
     """Number of devices."""
     return self.mesh.size
 
-  def size(self, axes):
+  def size(self, axes: Iterable[str]) -> int:
     """Devices along some mesh axes."""
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
   @property
-  def replicated(self):
+  def replicated(self) -> NamedSharding:
     """The sharding of what every device has whole."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   @property
-  def batch(self):
+  def batch(self) -> NamedSharding:
     """The sharding of whatever has samples along its first axis."""
     return NamedSharding(self.mesh, self.rules.spec("batch"))
 
-  def expert_axes(self, count):
+  def expert_axes(self, count: int) -> tuple[str, ...]:
     """The mesh axes along which a layer of `count` experts lies; () where every device has all of them."""
     axes = self.rules.experts
     first, last = longest_run([self.mesh.shape[axis] for axis in axes], count)
     return tuple(axis for axis in axes[first:last] if self.mesh.shape[axis] > 1)
 
-  def parameter(self, path, shape):
-    """Where a parameter, or its entry in an optimiser state or an average, is stored.
-
-    Args:
-      path: its key path in the tree.
-      shape: its shape.
-
-    Returns:
-      NamedSharding.
-    """
-    if axes := self._axes_of_experts(path, shape):
+  def parameter(self, label: ParamLabel, shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter, or its entry in an optimizer state or an average, is stored."""
+    if label.experts and (axes := self.expert_axes(shape[0])):
       return NamedSharding(self.mesh, dataclasses.replace(self.rules, experts=axes).spec("experts"))
     axes = () if math.prod(shape) < SMALL else self._dense_axes(shape)
     if not axes:
@@ -193,25 +221,25 @@ class Layout:
     axis = shape.index(max(size for size in shape if size % self.size(axes) == 0))
     return NamedSharding(self.mesh, dataclasses.replace(self.rules, dense=axes).spec(*[None] * axis, "dense"))
 
-  def state(self, tree):
-    """The sharding of every leaf of a training state, or of any part of one."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: self.parameter(path, leaf.shape), tree)
+  def shardings(self, tree: Any, label: Label) -> Any:
+    """The sharding of every leaf of a network's parameters, average or optimizer state."""
 
-  def abstract(self, tree):
-    """A tree of shapes with the shardings of `state`."""
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, self.state(tree)
-    )
+    def one(path, leaf):
+      name = parameter_path(path)
+      # What an optimizer keeps beside the parameters (a count) belongs to none of them.
+      return self.parameter(label(name), leaf.shape) if name and leaf.shape else self.replicated
 
-  def gather(self, parameters):
-    """Parameters as the networks use them: dense ones whole on every device, experts where they are stored.
+    return jax.tree_util.tree_map_with_path(one, tree)
 
-    The gradient comes back to where the parameter is stored, so that the optimiser works on its piece alone.
+  def gather(self, parameters: Any, label: Label) -> Any:
+    """Parameters as a network uses them: dense ones whole on every device, experts where they are stored.
+
+    Gradients come back sharded as the parameters are stored, so the optimizer updates each device's shard alone.
     """
 
     def whole(path, leaf):
-      stored = self.parameter(path, leaf.shape)
-      if stored.is_fully_replicated or self._axes_of_experts(path, leaf.shape):
+      stored = self.parameter(label(path), leaf.shape)
+      if stored.is_fully_replicated or (label(path).experts and self.expert_axes(leaf.shape[0])):
         return leaf
       return _gathered(leaf, self._stages(stored), self.replicated)
 
@@ -229,10 +257,6 @@ class Layout:
     if self.size(axes) < self.devices or len(axes) == 1:
       return (stored,)
     return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, axes[0])), stored
-
-  def _axes_of_experts(self, path, shape):
-    """The mesh axes along which the experts stacked in this parameter lie; () for a dense one."""
-    return self.expert_axes(shape[0]) if is_expert(path) else ()
 
   def _dense_axes(self, shape):
     """The mesh axes along which an array without experts is cut: the most, `data` first, that divide one of its axes."""
@@ -265,51 +289,44 @@ def _gathered_backward(stages, used, _, cotangent):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def is_expert(path):
-  """Whether a key path ends at stacked experts: `.../feed_forward/in_weight` and the like."""
-  names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-  return len(names) > 1 and names[-2] == "feed_forward" and names[-1] in moe.ExpertParams._fields
-
-
-def _shape(experiment: config_lib.Experiment, devices: int):
-  """((mesh axis, size), ...) of an experiment on so many devices.
-
-  Raises:
-    UserError: what does not divide what.
-  """
-  cfg, batch_size = experiment.mesh, experiment.train.batch_size
-  experts = experts_per_layer(experiment.generator)
-  data = cfg.data or max(devices // cfg.expert, 1)
-  problem = _problem(data, cfg.expert, devices, batch_size, experts)
+def _shape(mesh, batch_size, experts, devices):
+  """((mesh axis, size), ...) on so many devices; UserError says what does not divide what."""
+  data = mesh.data or max(devices // mesh.expert, 1)
+  problem = _problem(data, mesh.expert, devices, batch_size, experts)
   if problem:
     raise UserError(f"{problem} ({_table(devices, batch_size, experts)})")
-  sizes = sub_axes(cfg.expert, experts.values())
+  sizes = sub_axes(mesh.expert, experts.values())
   names = [EXPERT] if len(sizes) == 1 else [f"{EXPERT}{i}" for i in range(len(sizes))]
   return ((DATA, data), *zip(names, sizes))
 
 
-def build(experiment: config_lib.Experiment, devices: Any = None) -> Layout:
+def single_device() -> Layout:
+  """The layout on the default device, for what runs without a mesh."""
+  mesh = jax.make_mesh((1, 1), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
+  return Layout(mesh, Rules(batch=(DATA, EXPERT), experts=(EXPERT,)))
+
+
+def build(cfg: Mesh, batch_size: int, experts: Mapping[str, int], devices: Any = None) -> Layout:
   """The layout of an experiment.
 
   Args:
-    experiment: the configuration; `mesh`, `train.batch_size` and the numbers of experts are read.
-    devices: a list of devices, of a topology that is not there, say; None: all that there are. Or their number: then
-      the mesh is abstract, for looking at.
-
-  Returns:
-    `Layout`.
+    cfg: the configuration of the mesh.
+    batch_size: images per step.
+    experts: {place, in words: number of experts} of the layers that have several.
+    devices: a list of devices, such as those of a topology that is not there; None: all that there are. Or their number:
+      then the mesh is abstract, for looking at.
 
   Raises:
     UserError: the mesh does not divide the devices, the batch or the experts; the line says what would.
   """
   abstract = isinstance(devices, int)
   devices = jax.devices() if devices is None else devices
-  names, sizes = zip(*_shape(experiment, devices if abstract else len(devices)))
+  names, sizes = zip(*_shape(cfg, batch_size, experts, devices if abstract else len(devices)))
   types = (AxisType.Auto,) * len(sizes)
   mesh = (
     AbstractMesh(sizes, names, axis_types=types)
     if abstract
     else jax.make_mesh(sizes, names, axis_types=types, devices=devices)
   )
-  dense = {"all": names, "expert": names[1:]}[experiment.mesh.fsdp_over] if experiment.mesh.fsdp else ()
+  dense = {"all": names, "expert": names[1:]}[cfg.fsdp_over] if cfg.fsdp else ()
   return Layout(mesh, Rules(batch=names, experts=names[1:], dense=dense))

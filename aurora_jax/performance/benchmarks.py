@@ -5,20 +5,18 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aurora_jax import config as config_lib
+from aurora_jax.config import Experiment
 from aurora_jax.performance import flop_count
 from aurora_jax.runs import checkpoint_manager, metrics
-from aurora_jax.systems.aurora import generator as generator_lib
-from aurora_jax.training import ahead, guard, setup
-
-_TOKENS = 77  # of a CLIP caption
+from aurora_jax.systems import base, registry
+from aurora_jax.training import guard, setup
 
 
 class SampleSpeed(NamedTuple):
@@ -60,60 +58,63 @@ def matmul_flops_per_second(repeats: int = 15) -> float:
   return 2 * 4096 * 512 * 4096 / median_seconds(lambda: multiply(left, right), repeats, warm_up=3)
 
 
-def useful_flops(cfg: config_lib.Generator) -> int:
-  """Products and convolutions of one image that no implementation can do without.
+class _Sampling(NamedTuple):
+  """What one call of `System.sample` takes, as shapes."""
 
-  Counted on the generator with a single expert (each token sees one) and without the reads of deformed pixels.
-  """
-  cfg = dataclasses.replace(
-    cfg, experts=config_lib.PerResolution({r: 1 for r in cfg.experts}), deformable_max_resolution=0, remat=False
-  )
-  shape = jax.ShapeDtypeStruct
-  return flop_count.count(
-    lambda *arguments: generator_lib.Generator(cfg).apply(*arguments).image,
-    generator_lib.abstract_variables(cfg),
-    shape((1, cfg.z_dim), jnp.float32),
-    shape((1, _TOKENS, cfg.text_feature_dim), jnp.float32),
-    shape((1,), jnp.int32),
-  )
+  networks: Mapping[str, Any]
+  condition: Any
+  latents: Any
 
 
-def random_variables(cfg: config_lib.Generator, seed: int = 0) -> Mapping:
-  """Standard normal weights, those that start at zero too, so that nothing is skipped; w's average is zero."""
+def _sampling_shapes(system: base.System, batch: int) -> _Sampling:
+  variables = jax.eval_shape(system.init, jax.random.key(0))
+  networks = {name: dict(variables[name]) for name in system.sampled}
+  inputs = system.abstract_inputs(batch)
+  condition = jax.eval_shape(system.condition, networks, system.abstract_frozen(), inputs)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  return _Sampling(networks, condition, jax.eval_shape(jax.vmap(system.draw_latents), keys))
+
+
+def useful_flops(experiment: Experiment) -> int:
+  """Products and convolutions of one image that no implementation can do without."""
+  system = registry.system_class(experiment.system)(experiment).with_least_work()
+  shapes = _sampling_shapes(system, 1)
+  return flop_count.count(lambda *arguments: system.sample(arguments[0], {}, *arguments[1:]).image, *shapes)
+
+
+def random_values(shapes: Any, seed: int = 0) -> Any:
+  """Standard normal arrays of these shapes, weights that start at zero too, so that nothing is skipped."""
   rng = np.random.default_rng(seed)
   draw = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype))
-  return jax.tree.map(draw, dict(generator_lib.abstract_variables(cfg)))
+  return jax.tree.map(draw, shapes)
 
 
-def sample_speed(cfg: config_lib.Generator, batches, repeats: int = 5):
-  """Times the generator with random weights, one batch size after the other.
+def sample_speed(experiment: Experiment, batches: Sequence[int], repeats: int = 5) -> Iterator[SampleSpeed]:
+  """Times `System.sample` with random weights, one batch size after the other.
 
   Args:
-    cfg: the generator; its `for_sampling` is what runs.
+    experiment: the configuration.
     batches: images per call, several.
     repeats: calls whose median counts, after one for warming up.
-
-  Yields:
-    `SampleSpeed`.
   """
-  flops, variables, cfg = useful_flops(cfg), random_variables(cfg), cfg.for_sampling(jax.default_backend())
-  run = jax.jit(lambda *arguments: generator_lib.Generator(cfg).apply(*arguments).image)
-  rng = np.random.default_rng(1)
+  system, flops = registry.system_class(experiment.system)(experiment), useful_flops(experiment)
+  networks = random_values(_sampling_shapes(system, 1).networks)
+  run = jax.jit(lambda networks, condition, latents: system.sample(networks, {}, condition, latents).image)
   for batch in batches:
-    z = jnp.asarray(rng.standard_normal((batch, cfg.z_dim), np.float32))
-    text = jnp.asarray(rng.standard_normal((batch, _TOKENS, cfg.text_feature_dim), np.float32))
-    eot = jnp.full((batch,), 9, jnp.int32)
+    shapes = _sampling_shapes(system, batch)
+    arguments = networks, *random_values((shapes.condition, shapes.latents), 1)
     begin = time.perf_counter()
-    jax.block_until_ready(run(variables, z, text, eot))
+    jax.block_until_ready(run(*arguments))
     first = time.perf_counter() - begin
     floor = flops * batch / matmul_flops_per_second()
-    seconds = median_seconds(lambda: run(variables, z, text, eot), repeats)
+    seconds = median_seconds(lambda: run(*arguments), repeats)
     yield SampleSpeed(batch, first, seconds, flops, floor, peak_bytes())
 
 
-def parameter_bytes(cfg: config_lib.Generator) -> int:
-  """Bytes of the generator's float32 variables."""
-  return sum(4 * leaf.size for leaf in jax.tree.leaves(generator_lib.abstract_variables(cfg)))
+def parameter_bytes(experiment: Experiment) -> int:
+  """Bytes of the sampled networks' float32 variables."""
+  system = registry.system_class(experiment.system)(experiment)
+  return sum(4 * leaf.size for leaf in jax.tree.leaves(_sampling_shapes(system, 1).networks))
 
 
 def peak_bytes() -> int:
@@ -126,7 +127,7 @@ class GuardCost(NamedTuple):
   """Training with and without the numerical guard, steps taken in turn.
 
   Attributes:
-    on, off: seconds of a step, the mean of the medians of each kind: with or without R1, with or without update norms.
+    on, off: median seconds of a step.
     low, high: the middle half of (off / on) over pairs of neighbouring steps: how noisy the machine is.
     work_on, work_off: the same in seconds of processor time that this process spent, all threads together. What other
       processes do to the machine hardly shows in them.
@@ -152,7 +153,7 @@ class GuardCost(NamedTuple):
     return self.work_off / self.work_on
 
 
-def guard_cost(experiment: config_lib.Experiment, pairs: int = 100, warm_up: int = 3) -> GuardCost:
+def guard_cost(experiment: Experiment, pairs: int = 100, warm_up: int = 3) -> GuardCost:
   """Trains twice at once, one run with `train.guard` and one without, on the same batches.
 
   A step's time is what the loop waits for: the step (R1 where it is due) and its metrics on the host, judged and
@@ -167,34 +168,40 @@ def guard_cost(experiment: config_lib.Experiment, pairs: int = 100, warm_up: int
   for on in (True, False):
     train = dataclasses.replace(experiment.train, guard=on)
     prepared = setup.prepare(dataclasses.replace(experiment, train=train))
-    arms[on] = _Arm(
-      prepared, checkpoint_manager.place(prepared.init(), prepared.abstract_state), guard.Skips(pairs), metrics.Window()
-    )
-  interval = experiment.loss.r1_interval if experiment.loss.r1_gamma else 1
-  compiling = {0, 1 % interval}  # steps with and without R1
+    state = checkpoint_manager.place(prepared.init(), prepared.abstract_state)
+    arms[on] = _Arm(prepared, state, guard.Skips(pairs, prepared.log_names), metrics.Window())
+  warm_up += 1  # the step that compiles
   batches = iter(arms[True].prepared.batches(0))
-  seconds, work, kinds = {True: [], False: []}, {True: [], False: []}, []
+  seconds, work = {True: [], False: []}, {True: [], False: []}
   try:
-    for step in range(len(compiling) + warm_up + pairs):
-      batch = {
-        name: jax.make_array_from_process_local_data(arms[True].prepared.batch_sharding, value)
-        for name, value in next(batches).items()
-        if name in ahead.INPUTS
-      }
-      if step >= len(compiling) + warm_up:
-        kinds.append((step % interval == 0, (step + 1) % experiment.train.log_every == 0))
+    for step in range(warm_up + pairs):
+      prepared = arms[True].prepared
+      step_batches = [
+        {
+          name: jax.make_array_from_process_local_data(prepared.batch_sharding, value)
+          for name, value in next(batches).items()
+          if isinstance(value, np.ndarray)
+        }
+        for _ in range(prepared.batches_per_step)
+      ]
       for on in (step % 2 == 0, step % 2 == 1):
         begin, begin_work = time.perf_counter(), time.process_time()
-        arms[on].train(step, batch)
-        if step >= len(compiling) + warm_up:
+        arms[on].train(step, step_batches)
+        if step >= warm_up:
           seconds[on].append(time.perf_counter() - begin)
           work[on].append(time.process_time() - begin_work)
   finally:
     batches.close()
   low, high = np.quantile(np.divide(seconds[False], seconds[True]), (0.25, 0.75))
-  mean = lambda values: sum(statistics.median(v for v, k in zip(values, kinds) if k == kind) for kind in kinds) / pairs
+  median = statistics.median
   return GuardCost(
-    mean(seconds[True]), mean(seconds[False]), float(low), float(high), mean(work[True]), mean(work[False]), pairs
+    median(seconds[True]),
+    median(seconds[False]),
+    float(low),
+    float(high),
+    median(work[True]),
+    median(work[False]),
+    pairs,
   )
 
 
@@ -203,12 +210,12 @@ class _Arm:
   """One of the two runs."""
 
   prepared: setup.Prepared
-  state: object
+  state: base.TrainState
   skips: guard.Skips
   window: metrics.Window
 
-  def train(self, step, batch):
-    self.state, values = self.prepared.step(step, self.state, batch)
-    values, _ = self.skips.look(step, metrics.to_host(values))
+  def train(self, step, batches):
+    self.state, phases = self.prepared.step(step, self.state, batches)
+    values, _ = self.skips.look(step, phases, detail=(step + 1) % self.prepared.experiment.train.log_every == 0)
     self.window.add(values)
     jax.block_until_ready(self.state)

@@ -1,44 +1,33 @@
 """Compiles an experiment's training programs for a machine that need not be there, and reports what they take.
 
-The programs are those of `placed.place`, which `train` runs; data and CLIP are needed only as shapes.
+The programs are those that `train` runs; data and frozen weights are needed only as shapes.
 """
 
-import dataclasses
-import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from aurora_jax import config as config_lib
-from aurora_jax.interop import clip_hf
-from aurora_jax.models import clip as clip_lib
+from aurora_jax.config import Experiment
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.performance import collectives as collectives_lib
-from aurora_jax.performance import compiler_log, flop_count
-from aurora_jax.performance import estimate as compile_lib
+from aurora_jax.performance import compiler_log, estimate, flop_count
 from aurora_jax.performance import topology as topology_lib
-from aurora_jax.training import ahead, schedule
-from aurora_jax.training import clip as clip_training
-from aurora_jax.training import placed as placed_lib
+from aurora_jax.systems import base, registry, stages
 from aurora_jax.training import step as step_lib
-
-_UNCHUNKED = 1 << 30
 
 
 class Compiled(NamedTuple):
   """One program.
 
   Attributes:
-    name: one of `ahead.programs`.
-    memory: `compile.memory_of` it, or None where the compiler refused (too large), or refused `generate`, which this
-      program waits for.
+    name: of its phase.
+    memory: `estimate.memory_of` it, or None where the compiler refused (too large).
     collectives: `collectives.of_program`, or None.
     shardings: of its arguments, or None. The program itself is not kept: a pod's takes GiB of the host.
-    generated: what `ahead.generated` gives for it, or None for other programs than `ahead.GENERATE`.
-    seconds: that tracing, lowering and compiling took.
+    seconds: for tracing, lowering and compiling.
     flops: of all devices, experts in balance.
     worst_flops: the same with the costliest way of each branch.
     refusal: the compiler's sum, where it refused.
@@ -47,10 +36,9 @@ class Compiled(NamedTuple):
   """
 
   name: str
-  memory: Any
+  memory: estimate.Memory | None
   collectives: Any
   shardings: Any
-  generated: Any
   seconds: float
   flops: int
   worst_flops: int
@@ -59,87 +47,35 @@ class Compiled(NamedTuple):
   warnings: int
 
 
-def clip_config(experiment: config_lib.Experiment):
-  """The sizes of an experiment's CLIP, from its folder's config.json, or guessed by its width where there is none.
-
-  Returns:
-    (ClipConfig, where that is from, in words).
-  """
-  folder, width = experiment.text.clip, experiment.generator.text_feature_dim
-  if folder and pathlib.Path(folder).is_dir():
-    return clip_hf.read_config(pathlib.Path(folder)), f"of {folder}"
-  missing = f"nothing at text.clip={folder}" if folder else "text.clip is not set"
-  known = {768: ("ViT-L/14", clip_lib.vit_l14), 512: ("ViT-B/32", clip_lib.vit_b32)}
-  if width in known:
-    name, sizes = known[width]
-    return sizes(), f"taken to be {name}, whose text features are {width} wide ({missing})"
-  usual = clip_training.ClipTraining()
-  heads = usual.heads if width % usual.heads == 0 else 1
-  text = clip_lib.TextConfig(
-    width=width,
-    layers=usual.text_layers,
-    heads=heads,
-    mlp_width=usual.mlp_ratio * width,
-    vocabulary_size=usual.vocabulary_size,
-    context_length=usual.context_length or 77,
-  )
-  image = clip_lib.ImageConfig(
-    width=usual.image_width,
-    layers=usual.image_layers,
-    heads=usual.heads,
-    mlp_width=usual.mlp_ratio * usual.image_width,
-    size=usual.resolution,
-    patch=usual.patch,
-  )
-  return (
-    clip_lib.ClipConfig(text=text, image=image, embedding_width=usual.embedding_width),
-    f"taken to be one of train-clip with text features {width} wide ({missing})",
-  )
-
-
-def abstract_frozen(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, layout: mesh_lib.Layout):
-  """`step.Frozen` as shapes, the bank of captions full."""
-  bank = experiment.loss.clip_bank
-  frozen = step_lib.Frozen(
-    clip_lib.abstract_variables(clip),
-    jax.ShapeDtypeStruct((bank, clip.embedding_width), jnp.float32),
-    jax.ShapeDtypeStruct((bank,), jnp.int32),
-  )
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated), frozen)
-
-
-def compile_program(placed: placed_lib.Placed, name: str, frozen, batch, platform: str, before=None) -> Compiled:
+def compile_program(step: step_lib.Step, index: int, frozen: Any, platform: str) -> Compiled:
   """Traces, counts, lowers and compiles one program.
 
   Args:
-    placed: the programs.
-    name: one of `ahead.programs`.
-    frozen, batch: shapes with shardings.
+    step: the programs.
+    index: of the program.
+    frozen: the frozen networks, as shapes.
     platform: "cpu", "cuda" or "tpu".
-    before: what this gave for `ahead.GENERATE`, needed for `ahead.LEARN`.
   """
   started = time.monotonic()
-  made = before and before.generated
   with compiler_log.captured() as log:
-    traced = ahead.trace(placed, name, frozen, batch, made if name == ahead.LEARN else None)
+    traced = step.trace(index, frozen)
     flops = flop_count.of_jaxpr(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
-    if made or name != ahead.LEARN:
-      try:
-        executable = traced.lower().compile()
-      except jax.errors.JaxRuntimeError as error:
-        refusal, used = _refusal(error)
+    try:
+      executable = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+      refusal, used = _refusal(error)
     warnings = log().count(compiler_log.REMATERIALIZATION)
-  seconds, facts = time.monotonic() - started, (None,) * 4
+  seconds, facts = time.monotonic() - started, (None,) * 3
   if executable:
+    mesh = dict(step.system.layout.mesh.shape)
     facts = (
-      compile_lib.memory_of(executable),
-      collectives_lib.of_program(executable.as_text(), dict(placed.layout.mesh.shape)),
+      estimate.memory_of(executable),
+      collectives_lib.of_program(executable.as_text(), mesh),
       executable.input_shardings[0],
-      ahead.generated(placed, frozen, batch, executable) if name == ahead.GENERATE else None,
     )
-  return Compiled(name, *facts, seconds, flops, worst, refusal, used, warnings)
+  return Compiled(step.programs[index].name, *facts, seconds, flops, worst, refusal, used, warnings)
 
 
 def _refusal(error):
@@ -152,22 +88,16 @@ def _refusal(error):
   return (match[0] if match else text[:300]), used
 
 
-def useful_flops(experiment: config_lib.Experiment, clip: clip_lib.ClipConfig, layout: mesh_lib.Layout, platform: str):
+def useful_flops(system: base.System, platform: str) -> dict[str, int]:
   """{program: operations of all devices if nothing were computed twice}."""
-  replace = dataclasses.replace
-  plain = replace(
-    experiment,
-    generator=replace(experiment.generator, remat=False, attention_chunk=_UNCHUNKED),
-    discriminator=replace(experiment.discriminator, remat=False, attention_chunk=_UNCHUNKED),
-  )
-  placed = placed_lib.place(plain, clip_lib.Clip(clip), layout)
-  shapes = abstract_frozen(plain, clip, layout), ahead.abstract_batch(plain, clip, layout)
-  jaxpr = lambda name: ahead.trace(placed, name, *shapes).jaxpr.jaxpr
-  return {name: flop_count.of_jaxpr(jaxpr(name), flop_count.usual_branch, platform) for name in ahead.programs(plain)}
+  step = step_lib.build(system.without_recomputation())
+  frozen = system.abstract_frozen()
+  count = lambda index: flop_count.of_jaxpr(step.trace(index, frozen).jaxpr.jaxpr, flop_count.usual_branch, platform)
+  return {program.name: count(index) for index, program in enumerate(step.programs)}
 
 
 def report(
-  experiment: config_lib.Experiment, topology: topology_lib.Topology, progress=lambda words: None
+  experiment: Experiment, topology: topology_lib.Topology, progress: Callable[[str], None] = lambda message: None
 ) -> dict[str, Any]:
   """Compiles all programs of an experiment for a topology.
 
@@ -179,64 +109,54 @@ def report(
   Returns:
     The report, of plain values: the fields of the documented contract (`fits`, `chip`, `devices`, `mesh`,
     `bytes_per_device`, `flops_per_device`, `useful_flops_per_device`, `collectives`, `experts`, `step_seconds_bound`) and
-    some more. Numbers per step are means: the lazy R1 counts by its share of the steps.
+    some more. Numbers per step are means: a lazy phase counts by its share of the steps.
 
   Raises:
     UserError: the mesh does not divide the devices, the batch or the experts.
   """
-  layout = mesh_lib.build(experiment, topology.devices)
-  clip, clip_words = clip_config(experiment)
+  layout = mesh_lib.build(experiment.mesh, experiment.train.batch_size, experiment.expert_counts, topology.devices)
+  system = registry.system_class(experiment.system)(experiment, layout)
   platform, devices = topology.name.platform, list(layout.mesh.devices.flat)
-  placed = placed_lib.place(experiment, clip_lib.Clip(clip), layout)
-  frozen, batch = abstract_frozen(experiment, clip, layout), ahead.abstract_batch(experiment, clip, layout)
+  step, frozen = step_lib.build(system), system.abstract_frozen()
   progress("counting useful operations")
-  useful, compiled = useful_flops(experiment, clip, layout, platform), {}
-  shares = ahead.programs(experiment)
-  for name in shares:  # one after the other: the compilers of a pod's programs take many GiB of the host's memory
+  useful, compiled = useful_flops(system, platform), {}
+  shares = {program.name: program.runs_per_step for program in step.programs}
+  for index, name in enumerate(shares):  # one after the other: a pod's programs take many GiB of the host's memory
     progress(f"compiling {name} for {len(devices)} x {topology.chip.name}")
-    compiled[name] = compile_program(placed, name, frozen, batch, platform, compiled.get(ahead.GENERATE))
+    compiled[name] = compile_program(step, index, frozen, platform)
     jax.clear_caches()  # they would keep the program
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
-  size, made = compile_lib.bytes_per_device, compiled[ahead.GENERATE].generated
-  exact = {
-    name: size(ahead.arguments(placed, name, frozen, batch, made))
-    for name in shares
-    if made or name not in ahead.STEP[1:]
-  }
-  resident = state_bytes(placed.abstract_state) | {"frozen": size(frozen), "batch": size(batch)}
-  if ahead.SNAPSHOT in shares:
-    resident["snapshot"] = resident["parameters"]
-  sizes = memory(resident, compiled, exact, topology.chip.memory)
+  arguments = step.abstract_arguments(frozen)
+  size = estimate.bytes_per_device
+  resident = state_bytes(step.state) | {"frozen": size(arguments[1]), "batch": size(arguments[2])}
+  sizes = memory(resident, compiled, size(arguments), topology.chip.memory)
   found = {name: program.collectives for name, program in compiled.items() if program.collectives}
   mean = lambda values: sum(shares[name] * value for name, value in values.items())
   refusals = [program.refusal for program in compiled.values() if program.refusal]
   flops = mean({name: program.flops for name, program in compiled.items()}) / len(devices)
+  schedule = experiment.schedule
   return {
     "name": experiment.name,
-    "stage": (
-      schedule.words(experiment.schedule, experiment.schedule.resolutions[-1])
-      if experiment.schedule.resolutions
-      else ""
-    ),
+    "stage": stages.description(schedule, schedule.resolutions[-1]) if schedule.resolutions else "",
     "topology": topology.name.text,
     "fits": not refusals and sizes["total"] <= sizes["limit"],
     "chip": topology.chip.name,
     "devices": len(devices),
     "mesh": dict(layout.mesh.shape),
     "batch_size": experiment.train.batch_size,
-    "clip": clip_words,
+    "frozen": system.frozen_note,
     "bytes_per_device": sizes,
     "flops_per_device": flops,
     "useful_flops_per_device": mean(useful) / len(devices),
     "worst_routing_flops_per_device": mean({n: program.worst_flops for n, program in compiled.items()}) / len(devices),
-    "collectives": [row for name in found for row in compile_lib.summed(found[name][0], name)],
+    "collectives": [row for name in found for row in estimate.summed(found[name][0], name)],
     "loops_of_unknown_length": sum(unknown for _, unknown in found.values()),
-    "experts": compile_lib.experts(_as_compiled(placed, compiled[ahead.GENERATE]), devices),
-    "step_seconds_bound": compile_lib.step_seconds(
+    "experts": _experts(step, compiled, devices),
+    "step_seconds_bound": estimate.step_seconds(
       topology.chip,
-      experiment.generator.compute_dtype,
+      system.compute_dtype,
       flops,
-      _traffic(compiled, exact, mean),
+      mean(_traffic(compiled, size(arguments))),
       _link_seconds(found, topology, devices, mean),
     ),
     "compiler_message": "; ".join(refusals),
@@ -255,52 +175,50 @@ def report(
   }
 
 
-def _as_compiled(placed, program):
-  """The generator's parameters with the shardings that the compiled program takes them in."""
-  parameters = placed.abstract_state.generator
-  if not program.shardings:
-    return parameters
-  shardings = program.shardings[0]
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), parameters, shardings
-  )
+def _experts(step, compiled, devices):
+  """The homes of the experts, by the shardings in which the first program takes the parameters."""
+  state = step.state
+  first = next(iter(compiled.values()))
+  if first.shardings:
+    state = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, first.shardings[0]
+    )
+  return [
+    entry
+    for name, network in step.system.networks.items()
+    for entry in estimate.experts(state.networks[name].params, network.label, devices)
+  ]
 
 
-def state_bytes(state) -> dict[str, int]:
-  """Bytes of a TrainState (shapes with shardings) on each device, by part."""
-  size = compile_lib.bytes_per_device
+def state_bytes(state: base.TrainState) -> dict[str, int]:
+  """Bytes of a training state (shapes with shardings) on each device, by part."""
+  size, networks = estimate.bytes_per_device, state.networks.values()
   return {
-    "parameters": size((state.generator, state.discriminator)),
-    "optimizer": size((state.generator_opt, state.discriminator_opt)),
-    "ema": size(state.ema),
-    "buffers": size((state.step, state.buffers)),
+    "parameters": size([network.params for network in networks]),
+    "optimizer": size([network.opt_state for network in networks]),
+    "ema": size([network.ema for network in networks if network.ema is not None]),
+    "buffers": size((state.step, [network.variables for network in networks])),
   }
 
 
-def memory(resident, compiled, exact, limit: int) -> dict[str, int]:
-  """The report's `bytes_per_device`: what lies there between steps, and what the program that needs most adds to it.
+def memory(resident: dict[str, int], compiled: dict[str, Compiled], exact: int, limit: int) -> dict[str, int]:
+  """The report's `bytes_per_device`: what is there between steps, and what the program that needs most adds to it.
 
   Args:
-    resident: {part: bytes} of what lies there between steps.
+    resident: {part: bytes} of what is there between steps.
     compiled: {name: `Compiled`}.
-    exact: {name: bytes of the program's arguments}, as the shardings tell.
+    exact: bytes of the programs' arguments, by their shardings.
     limit: bytes of a device.
 
   Where the compiler refused, `temporaries` is what its own sum leaves.
   """
-  taken = {name: program.memory for name, program in compiled.items() if program.memory}
-  sizes = dict(resident) | {"code": sum(item.code for item in taken.values())}
-  adds = [{"residuals": 0, "padding": 0, "outputs": 0, "temporaries": 0}]
-  crossing = taken[ahead.GENERATE].outputs if ahead.GENERATE in taken else 0
-  for name, item in taken.items():
-    adds.append(
-      {
-        "residuals": crossing if name in ahead.STEP[1:] else 0,
-        "padding": max(0, item.arguments - exact[name]),
-        "outputs": item.outputs,
-        "temporaries": item.temporaries,
-      }
-    )
+  taken = [program.memory for program in compiled.values() if program.memory]
+  sizes = dict(resident) | {"code": sum(item.code for item in taken)}
+  adds = [{"padding": 0, "outputs": 0, "temporaries": 0}]
+  adds += [
+    {"padding": max(0, item.arguments - exact), "outputs": item.outputs, "temporaries": item.temporaries}
+    for item in taken
+  ]
   sizes |= max(adds, key=lambda parts: sum(parts.values()))
   refused = [program for program in compiled.values() if program.refusal]
   if refused:
@@ -310,24 +228,23 @@ def memory(resident, compiled, exact, limit: int) -> dict[str, int]:
   return sizes | {"total": sum(sizes.values()), "limit": limit}
 
 
-def _traffic(compiled, exact, mean):
-  """Bytes to and from a device's memory in a step, at the least."""
-  traffic = dict(exact)
+def _traffic(compiled, exact):
+  """{program: bytes to and from a device's memory, at the least}."""
+  traffic = dict.fromkeys(compiled, exact)
   for name, program in compiled.items():
     item = program.memory
-    if not item:
-      continue
-    # What is updated is written over the old values.
-    traffic[name] = item.arguments + item.aliased + item.outputs + 2 * item.temporaries
-  return mean(traffic)
+    if item:
+      # What is updated is written over the old values.
+      traffic[name] = item.arguments + item.aliased + item.outputs + 2 * item.temporaries
+  return traffic
 
 
 def _link_seconds(found, topology, devices, mean):
-  node_of = compile_lib.nodes(devices, topology.per_node)
+  node_of = estimate.nodes(devices, topology.per_node)
   seconds = {}
   for name, (collectives, _) in found.items():
     each = [
-      (compile_lib.link_seconds(item, topology.chip, node_of), times)
+      (estimate.link_seconds(item, topology.chip, node_of), times)
       for item, times in collectives.items()
       if not item.fallback
     ]

@@ -5,7 +5,7 @@ not asked (it counts a loop's body once).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,25 +51,27 @@ def bytes_per_device(tree) -> int:
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def experts(parameters, devices) -> list[dict[str, Any]]:
-  """Which expert lives where.
+def experts(parameters: Any, label: mesh_lib.Label, devices: Sequence[Any]) -> list[dict[str, Any]]:
+  """Which expert is stored where.
 
   Args:
-    parameters: of the generator, leaves with shardings (of a compiled program, say).
+    parameters: of a network, leaves with shardings (of a compiled program, say).
+    label: of its parameters. Of each module's stacked experts the first array counts.
     devices: of the mesh, in its order.
 
   Returns:
     [{"layer", "expert", "device"}], `device` a list of places in the mesh: all that have the expert.
   """
-  places, entries = {device: place for place, device in enumerate(devices)}, []
+  places, entries, seen = {device: place for place, device in enumerate(devices)}, [], set()
   for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
-    if not mesh_lib.is_expert(path) or str(path[-1].key) != "in_weight":
+    layer = "/".join(mesh_lib.names_of(path)[:-1])
+    if not label(path).experts or layer in seen:
       continue
+    seen.add(layer)
     homes = {}
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
       for expert in range(*index[0].indices(leaf.shape[0])):
         homes.setdefault(expert, []).append(places[device])
-    layer = "/".join(str(entry.key) for entry in path[:-1])
     entries += [{"layer": layer, "expert": expert, "device": sorted(homes[expert])} for expert in sorted(homes)]
   return entries
 
@@ -164,7 +166,8 @@ def lines(report: Mapping[str, Any]):
   sizes, total = report["bytes_per_device"], report["bytes_per_device"]["total"]
   axes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
   yield f"{report['name']} on {report['topology']}: {report['devices']} x {report['chip']}, mesh {axes}"
-  yield f"CLIP: {report['clip']}"
+  if report["frozen"]:
+    yield report["frozen"]
   if report["stage"]:
     yield f"the last and largest of the stages of progressive growing, {report['stage']}"
   yield ""

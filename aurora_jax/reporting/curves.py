@@ -2,15 +2,27 @@
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 import re
 
 import numpy as np
 
+from aurora_jax.runs import metrics
+
 # Fields of a metrics line that say when and what, and are no curve.
-_COUNTERS = ("step", "seconds", "images", "kind", "time", "resolution", "features", "pictures", "factor")
+_COUNTERS = (
+  "step",
+  "seconds",
+  "images",
+  "kind",
+  "time",
+  "resolution",
+  "features",
+  "pictures",
+  "images_compared",
+  "factor",
+)
 _LOAD = "moe/load/"
 # Lines that tell of something; their numbers are no curve.
 _EVENTS = ("warning", "skipped")
@@ -53,19 +65,11 @@ def read_metrics(path):
     RunLog.
   """
   points = collections.defaultdict(lambda: ([], []))
-  last, resumes, skipped = {}, [], 0
+  last, resumes = {}, []
   events = {kind: [] for kind in _EVENTS}
-  path = pathlib.Path(path)
-  lines = path.open(encoding="utf-8", errors="replace") if path.is_file() else ()
-  for line in lines:
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-      step = int(row["step"])
-    except (ValueError, TypeError, KeyError, OverflowError):
-      skipped += 1
-      continue
+  rows, unreadable = metrics.read_lines(path)
+  for row in rows:
+    step = row["step"]
     for name in ("step", "seconds", "images", "resolution"):
       if _is_number(row.get(name)):
         last[name] = row[name]
@@ -75,7 +79,7 @@ def read_metrics(path):
       resumes.append(step)
       events = {kind: [entry for entry in entries if entry[0] <= step] for kind, entries in events.items()}
     if row.get("kind") in _EVENTS:
-      events[row["kind"]].append((step, str(row.get("words", ""))))
+      events[row["kind"]].append((step, str(row.get("message", ""))))
       continue
     for name, value in row.items():
       if name in _COUNTERS or not _is_number(value):
@@ -86,10 +90,8 @@ def read_metrics(path):
         values.pop()
       steps.append(step)
       values.append(float(value))
-  if hasattr(lines, "close"):
-    lines.close()
   series = {name: (np.asarray(steps), np.asarray(values)) for name, (steps, values) in points.items()}
-  return RunLog(series, last, tuple(resumes), skipped, tuple(events["warning"]), tuple(events["skipped"]))
+  return RunLog(series, last, tuple(resumes), unreadable, tuple(events["warning"]), tuple(events["skipped"]))
 
 
 def _is_number(value):

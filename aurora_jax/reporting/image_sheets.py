@@ -1,8 +1,10 @@
 """Pictures a person looks at: captioned grids, rows of latents, maps of experts; written atomically as PNG."""
 
 import functools
+import math
 import pathlib
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -199,6 +201,73 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1, title=
         (left + label + 3 * _PADDING + latent * (width + _PADDING), top + _PADDING),
       )
   return page
+
+
+def grid(
+  images: np.ndarray,
+  marks: np.ndarray | None = None,
+  options: int = 0,
+  *,
+  columns: int | None = None,
+  scale: int | None = None,
+  title: str = "",
+) -> Image.Image:
+  """Images without captions in a grid, each with the option that made it: a bar in that option's colour, and its number.
+
+  Args:
+    images: [N, R, R, 3], float in [-1, 1] or uint8.
+    marks: int [N], each in [0, options), such as the generator that made each image; None for no marks.
+    options: number of options.
+    columns: images side by side; None makes the grid about square.
+    scale: whole factor of enlargement; None takes `default_scale`.
+    title: a line above.
+  """
+  images = np.asarray(images)
+  columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+  scale = scale or default_scale(images.shape[1])
+  side, line, font = images.shape[1] * scale, _line_height(11), typeface(11)
+  bar = line if marks is not None else 0
+  width, height = side + _PADDING, side + bar + _PADDING
+  head = _line_height(13) + _GAP if title else 0
+  rows = -(-len(images) // columns)
+  page = Image.new("RGB", (columns * width + _PADDING, head + rows * height + _PADDING), _PAGE)
+  draw = ImageDraw.Draw(page)
+  draw.text((_PADDING, _PADDING), title, INK, typeface(13), anchor="la")
+  colours = expert_colours(options) if marks is not None else None
+  for n, image in enumerate(images):
+    left, top = _PADDING + n % columns * width, head + _PADDING + n // columns * height
+    page.paste(enlarge(image, scale), (left, top))
+    if marks is not None:
+      colour = tuple(int(value) for value in colours[marks[n]])
+      draw.rectangle((left, top + side, left + side - 1, top + side + bar - 1), fill=colour)
+      ink = _CARD if sum(colour) < 400 else INK
+      draw.text((left + side / 2, top + side + bar / 2), str(int(marks[n])), ink, font, anchor="mm")
+  return page
+
+
+def sample_sheet(
+  images: np.ndarray,
+  prompts: Sequence[str],
+  makers: np.ndarray | None = None,
+  maker_count: int = 0,
+  *,
+  columns: int = 0,
+  title: str = "",
+) -> Image.Image:
+  """The usual sheet of samples: a card per prompt, or a grid where there are no prompts.
+
+  Args:
+    images: [P, L, R, R, 3].
+    prompts: P strings; all empty for an unconditional system.
+    makers: int [P, L], as of `grid`, or None.
+    maker_count: how many there are.
+    columns: cards side by side; 0 takes two for many prompts.
+    title: a line above.
+  """
+  if any(prompts):
+    return captioned_rows(images, prompts, columns=columns or (2 if len(prompts) > 6 else 1), title=title)
+  flat = np.asarray(images).reshape(-1, *np.shape(images)[2:])
+  return grid(flat, None if makers is None else np.ravel(makers), maker_count, columns=columns or None, title=title)
 
 
 def captioned_table(images, captions, headers, scale=None, text_size=13):

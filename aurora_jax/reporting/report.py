@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from aurora_jax import files
+from aurora_jax import config_migration, files
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import judge
 from aurora_jax.reporting import curves, report_sections
@@ -134,9 +134,9 @@ def render(run_dir, panels):
 
 
 def _read_config(path) -> dict[str, Any]:
-  """config.json as a dict; empty if it is missing or no JSON object."""
+  """config.json as a dict in today's names; empty if it is missing or no JSON object."""
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
     return {}
-  return config if isinstance(config, dict) else {}
+  return config_migration.migrate(config) if isinstance(config, dict) else {}

@@ -16,7 +16,9 @@ from aurora_jax.reporting import image_sheets
 
 # The config fields that the head of the page shows, and what they are called there.
 _SUMMARY = (
+  ("system", "System"),
   ("generator.resolution", "Resolution"),
+  ("generator.generators", "Generators"),
   ("generator.experts", "Experts"),
   ("generator.z_dim", "Latent width"),
   ("generator.w_dim", "Style width"),
@@ -27,8 +29,8 @@ _SUMMARY = (
   ("train.batch_size", "Batch"),
   ("train.total_steps", "Planned steps"),
   ("train.seed", "Seed"),
-  ("optimizer.generator_lr", "Rate of G"),
-  ("optimizer.discriminator_lr", "Rate of D"),
+  ("optimizer.generator.learning_rate", "Learning rate of G"),
+  ("optimizer.discriminator.learning_rate", "Learning rate of D"),
   ("loss.r1_gamma", "R1 gamma"),
   ("loss.clip_weight", "CLIP weight"),
   ("loss.matching_weight", "Matching weight"),

@@ -108,17 +108,14 @@ def size_words(size):
     size /= 1000
 
 
-def networks_in_words(experiment):
-  """Resolution and experts of an experiment."""
-  cfg = experiment.generator
-  experts = ", ".join(f"{cfg.experts[r]} at {r}" for r in sorted(cfg.attention_depth) if cfg.experts[r] > 1)
-  return f"{cfg.resolution}x{cfg.resolution} pictures; experts per layer by resolution: {experts or 'none'}"
-
-
 def _opening(folder, experiment):
   yield _line("run", f"{folder.path} ({experiment.name})")
-  yield _line("trains", networks_in_words(experiment))
-  yield _line("on", f"{experiment.data.path} [{experiment.data.split}], text by {experiment.text.clip}")
+  yield _line("trains", experiment.summary)
+  yield _line(
+    "on",
+    f"{experiment.data.path} [{experiment.data.split}]"
+    + (f", text by {experiment.text.clip}" if experiment.text.clip else ""),
+  )
 
 
 def _of_kind(rows, *kinds):
@@ -211,9 +208,7 @@ def _lost(step, resume):
 def _ending(row):
   if row.get("reason") == "non-finite":
     return (
-      f"stopped: {row.get('words') or ''}"
-      if row.get("words")
-      else (f"stopped: {row.get('metric')} is {row.get('value')}")
+      f"stopped: {row['message']}" if row.get("message") else (f"stopped: {row.get('metric')} is {row.get('value')}")
     )
   reason = str(row.get("reason"))
   return _ENDINGS[reason] if reason == "done" else f"stopped: {_ENDINGS.get(reason, reason)}"
@@ -263,7 +258,7 @@ def _warnings(rows):
   if len(warnings) > _WARNINGS_SHOWN:
     yield _line("", f"... the newest {_WARNINGS_SHOWN}:")
   for row in warnings[-_WARNINGS_SHOWN:]:
-    for line in _wrapped(f"step {row['step']:,}: {row.get('words', row.get('warning'))}"):
+    for line in _wrapped(f"step {row['step']:,}: {row.get('message', row.get('warning'))}"):
       yield _line("", line)
 
 
@@ -275,7 +270,7 @@ def _skipped(folder, rows):
     f"{_count(len(listed), 'record') if listed else 'no record'}"
     + (f" (listed in {folder.skipped_records})" if listed else ""),
   )
-  newest = [f"the newest, step {skips[-1]['step'] - 1:,}: {skips[-1].get('words')}"] if skips else []
+  newest = [f"the newest, step {skips[-1]['step'] - 1:,}: {skips[-1].get('message')}"] if skips else []
   newest += [f"the newest record, at step {listed[-1].step:,}: {listed[-1]}"] if listed else []
   for line in (line for words in newest for line in _wrapped(words)):
     yield _line("", line)
@@ -391,8 +386,9 @@ def _next(folder, experiment, rows, steps, held):
   elif not steps:
     ideas.append("the same `train` command begins")
   if steps:
-    ideas.append(f"pictures: sample --workdir {path} --prompt WORDS")
-    if not _of_kind(rows, "judge"):
+    more = "--prompt WORDS" if experiment.conditional else "--latents 64"
+    ideas.append(f"images: sample --workdir {path} {more} --out FILE.png")
+    if experiment.conditional and not _of_kind(rows, "judge"):
       ideas.append(f"figures: evaluate --workdir {path} --judge CLIP")
   if folder.report.is_file():
     ideas.append(f"the whole story with pictures: {folder.report}")

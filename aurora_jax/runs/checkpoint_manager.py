@@ -10,7 +10,7 @@ nothing else. It is one folder `checkpoints/S` with three items:
 A converted checkpoint (`write_parts`) has some parts of the state only: what a generator has, and no optimisers. It can
 be sampled from, and a run can begin with it, but not go on.
 
-They are read, without being the run, by stored_checkpoint.py. These two, orbax_errors.py and fingerprint.py are the only
+They are read, without being the run, by checkpoint_reader.py. These two, orbax_errors.py and fingerprint.py are the only
 ones that know Orbax (v0: its v1 is still moving, see the 0.12 changelog).
 """
 
@@ -20,12 +20,15 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, cleanup, orbax_errors, retention, save_failures
+from aurora_jax.runs import format as state_format
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_QUESTIONS = 0.02
@@ -186,34 +189,38 @@ class Checkpoints:
       UserError: no such checkpoint, one of another architecture (what differs is named), or one that cannot be read.
     """
     self.wait()
-    step = checkpoint_reader.chosen(self.folder, step)
-    checkpoint_reader.check_same_leaves(self.folder / str(step), abstract_state)
-    args = self._ocp.args
-    try:
-      restored = self._manager.restore(
-        step,
-        args=args.Composite(
-          state=args.StandardRestore(checkpoint_reader.with_shardings(abstract_state)), progress=args.JsonRestore()
-        ),
-      )
-    except Exception as error:
-      raise orbax_errors.unreadable(self.folder / str(step), error) from error
-    return restored.state, restored.progress
+    step, state = checkpoint_reader.read(self.folder, abstract_state, step, whole=True)
+    return state, checkpoint_reader.stored_progress(self.folder, step)
 
 
 def _config_item(config, **more):
   """The item `config` of a checkpoint."""
   text = json.dumps(config, sort_keys=True)
-  return {"experiment": json.loads(text), "fingerprint": hashlib.sha256(text.encode()).hexdigest()} | more
+  return {
+    "format": state_format.NEWEST,
+    "experiment": json.loads(text),
+    "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+  } | more
 
 
-def write_parts(folder, step, parts, config, progress=None):
+def part_names(parts: Mapping[str, Any]) -> list[str]:
+  """The names of parts of a state: "generator/ema" for {"networks": {"generator": {"ema": ...}}}."""
+  return sorted(f"{network}/{part}" for network, tree in parts["networks"].items() for part in tree)
+
+
+def write_parts(
+  folder: str | os.PathLike,
+  step: int,
+  parts: Mapping[str, Any],
+  config: Mapping[str, Any],
+  progress: Mapping[str, Any] | None = None,
+) -> None:
   """Writes a checkpoint of some parts of the state; returns when it is complete. Copies none of the arrays.
 
   Args:
     folder: path of `checkpoints/`.
     step: int.
-    parts: {part: its tree of numpy arrays}.
+    parts: {"networks": {network: {part: its tree of numpy arrays}}}, parts as of `NetworkState`.
     config: as of `Checkpoints.save`.
     progress: a small JSON object.
 
@@ -241,7 +248,7 @@ def write_parts(folder, step, parts, config, progress=None):
         path,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(parts),
-          config=ocp.args.JsonSave(_config_item(config, parts=sorted(parts))),
+          config=ocp.args.JsonSave(_config_item(config, parts=part_names(parts))),
           progress=ocp.args.JsonSave(progress or {}),
         ),
       )

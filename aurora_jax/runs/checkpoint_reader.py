@@ -6,15 +6,20 @@ What they consist of stands in checkpoint.py, which writes them. Only what reads
 import json
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.runs import format as state_format
 from aurora_jax.runs import orbax_errors
 
+Path = str | os.PathLike
 
-def steps(folder):
+
+def steps(folder: Path) -> list[int]:
   """Steps of the complete checkpoints in a folder, ascending; [] where there is no such folder. Needs no Orbax.
 
   Orbax writes into a folder of another name and renames it when all is written, so a bare number means complete.
@@ -25,12 +30,12 @@ def steps(folder):
   return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
 
 
-def newest(folder):
+def newest(folder: Path) -> int | None:
   """The newest complete checkpoint's step, or None."""
   return max(steps(folder), default=None)
 
 
-def chosen(folder, step):
+def chosen(folder: Path, step: int | None) -> int:
   """The step asked for, or the newest; UserError if it is not there."""
   found = steps(folder)
   if not found:
@@ -40,57 +45,117 @@ def chosen(folder, step):
   return found[-1] if step is None else step
 
 
-def size_bytes(folder, step):
+def size_bytes(folder: Path, step: int) -> int:
   """Bytes on disk of a checkpoint."""
   return sum(path.stat().st_size for path in (pathlib.Path(folder) / str(step)).rglob("*") if path.is_file())
 
 
-def only_parts(folder, step=None):
+def only_parts(folder: Path, step: int | None = None) -> list[str] | None:
   """Names of the parts that a checkpoint of `write_parts` has; None for one with the full state. Needs no Orbax."""
   return _stored_config_item(folder, step).get("parts")
 
 
-def read(folder, abstract_parts, step=None):
-  """Reads some parts of a checkpoint's state without being the run that writes there. For sampling and evaluation.
+def read(folder: Path, wanted: Any, step: int | None = None, *, whole: bool = False) -> tuple[int, Any]:
+  """Reads leaves of a checkpoint's state by name, without being the run that writes there.
 
   Args:
     folder: path of `checkpoints/`.
-    abstract_parts: {name of a field of the state: its shapes and dtypes, and shardings where it matters}; the fields that
-      are not named (optimisers, say) are left on the disk.
-    step: which one; None takes the newest.
+    wanted: a tree of shapes and dtypes, and shardings where it matters: the whole state, or nested dicts with some of its
+      parts, such as {"networks": {"generator": {"ema": ...}}}. Everything else stays on the disk. Shardings need not be
+      those under which the checkpoint was written.
+    step: which checkpoint; None takes the newest.
+    whole: refuse a checkpoint that has more than `wanted`.
 
   Returns:
-    (step, {part: its tree}).
+    (step, the tree with its arrays).
 
   Raises:
-    UserError: as of `Checkpoints.restore`; the checkpoint may have more parts, or others of another architecture.
+    UserError: no such checkpoint, one of another architecture (what differs is named), or one that cannot be read.
   """
   import orbax.checkpoint as ocp
 
   step = chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
   orbax_errors.quieten()
-  wanted = with_shardings(dict(abstract_parts))
-  check_same_leaves(path, wanted, tuple(wanted))
+  wanted = jax.tree.map(_as_stored, with_shardings(wanted))
+  differences = _differences(path, wanted, whole)
+  if differences:
+    raise UserError(f"checkpoint {path} is of another architecture: {differences}")
+  names, structure = _flatten(wanted)
   try:
     stored = stored_tree(path)
-    item = {name: wanted.get(name, jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)) for name, tree in stored.items()}
+    version = state_format.of_tree(stored)
+    placed = jax.tree_util.tree_map_with_path(
+      lambda keys, _: names.get(state_format.name(leaf_name(keys), version), ocp.PLACEHOLDER), stored
+    )
     how = jax.tree.map(
-      lambda leaf: ocp.RestoreArgs() if leaf is ocp.PLACEHOLDER else ocp.ArrayRestoreArgs(sharding=leaf.sharding), item
+      lambda leaf: ocp.RestoreArgs() if leaf is ocp.PLACEHOLDER else ocp.ArrayRestoreArgs(sharding=leaf.sharding),
+      placed,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      restored = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+      restored = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(item=placed, restore_args=how))
+    found = {
+      state_format.name(leaf_name(keys), version): leaf
+      for keys, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]
+    }
   except Exception as error:
     raise orbax_errors.unreadable(path, error) from error
-  return step, {part: restored[part] for part in wanted}
+  return step, structure.unflatten([found[name] for name in names])
 
 
-def stored_config(folder, step=None):
+def _as_stored(leaf):
+  """A leaf as a checkpoint describes it: typed PRNG keys by their data. Orbax makes keys of these again."""
+  if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return leaf
+  data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def read_parts(folder: Path, prefixes: Sequence[str], step: int | None = None) -> tuple[int, dict[str, Any]]:
+  """Reads parts of a checkpoint's state onto the default device; their shapes are those in its metadata.
+
+  Args:
+    folder: path of `checkpoints/`.
+    prefixes: of the leaves' names, such as "networks/generator/ema".
+    step: which checkpoint; None takes the newest.
+
+  Returns:
+    (step, {prefix: nested dicts of arrays}; a prefix that the checkpoint does not have is left out).
+
+  Raises:
+    UserError: no such checkpoint, or one that cannot be read.
+  """
+  wanted: dict[str, Any] = {}
+  for name, leaf in shapes(folder, step).items():
+    if any(name.startswith(f"{prefix}/") for prefix in prefixes):
+      *groups, last = name.split("/")
+      target = wanted
+      for group in groups:
+        target = target.setdefault(group, {})
+      target[last] = leaf
+  step, tree = read(folder, wanted, step)
+  found = {}
+  for prefix in prefixes:
+    part = tree
+    for name in prefix.split("/"):
+      part = part.get(name, {})
+    if part:
+      found[prefix] = part
+  return step, found
+
+
+def _flatten(tree):
+  """({name: leaf} in order, the structure)."""
+  leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+  return {leaf_name(keys): leaf for keys, leaf in leaves}, structure
+
+
+def stored_config(folder: Path, step: int | None = None) -> dict[str, Any] | None:
   """The configuration under which a checkpoint was written, nested dicts; None where the checkpoint has none."""
   return _stored_config_item(folder, step).get("experiment")
 
 
-def stored_progress(folder, step=None):
+def stored_progress(folder: Path, step: int | None = None) -> dict[str, Any]:
   """The small JSON object beside a checkpoint's state; {} where there is none. Needs no Orbax."""
   return _stored_item(folder, step, "progress")
 
@@ -109,30 +174,41 @@ def _stored_item(folder, step, name):
   return {}
 
 
-def describe(folder, step=None):
-  """What a checkpoint's state consists of, without reading it.
-
-  Returns:
-    {top-level part of the state: (arrays, values, bytes)}.
+def describe(folder: Path, step: int | None = None) -> dict[str, tuple[int, int, int]]:
+  """What a checkpoint's state consists of, without reading it: {part: (arrays, values, bytes)}.
 
   Raises:
     UserError: no such checkpoint, or one that cannot be read.
   """
-  path = pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))
-  orbax_errors.quieten()
-  try:
-    tree = stored_tree(path)
-  except Exception as error:
-    raise orbax_errors.unreadable(path, error) from error
   parts = {}
-  for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    leaves, values, size = parts.get(leaf_name(keys[:1]), (0, 0, 0))
+  for name, leaf in _stored_leaves(pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))).items():
+    part = state_format.part(name)
+    leaves, values, size = parts.get(part, (0, 0, 0))
     count = int(np.prod(leaf.shape))
-    parts[leaf_name(keys[:1])] = leaves + 1, values + count, size + count * np.dtype(leaf.dtype).itemsize
+    parts[part] = leaves + 1, values + count, size + count * np.dtype(leaf.dtype).itemsize
   return parts
 
 
-def stored_tree(path):
+def _stored_leaves(path):
+  """{name in the newest format: shape and dtype} of a checkpoint's state."""
+  orbax_errors.quieten()
+  try:
+    stored = stored_tree(path)
+  except Exception as error:
+    raise orbax_errors.unreadable(path, error) from error
+  version = state_format.of_tree(stored)
+  return {
+    state_format.name(leaf_name(keys), version): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stored)[0]
+  }
+
+
+def shapes(folder: Path, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+  """{name: shape and dtype} of the leaves of a checkpoint's state, from its metadata."""
+  path = pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _stored_leaves(path).items()}
+
+
+def stored_tree(path: pathlib.Path) -> dict[str, Any]:
   """What a checkpoint says of its leaves: nested dicts and lists of objects with shape and dtype."""
   import orbax.checkpoint as ocp
   from etils import epath
@@ -141,65 +217,42 @@ def stored_tree(path):
   return metadata.tree
 
 
-def leaf_name(keys):
+def leaf_name(keys: tuple) -> str:
   """A leaf's path as "generator/mapping/0/kernel", the same for dicts, lists, tuples and dataclasses."""
   return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
-def _named_shapes(tree):
-  return {
-    leaf_name(keys): tuple(leaf.shape)
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  }
-
-
-def misfit(folder, step, wanted):
+def misfit(folder: Path, step: int, wanted: Any) -> str | None:
   """How some parts of a checkpoint differ from those wanted, in names and shapes: words, None if they do not.
 
   Args:
     folder: path of `checkpoints/`.
     step: of the checkpoint.
-    wanted: {part: its tree of `jax.ShapeDtypeStruct`}.
+    wanted: as of `read`.
 
   Raises:
     UserError: the checkpoint cannot be read.
   """
-  orbax_errors.quieten()
-  return _differences(pathlib.Path(os.path.abspath(folder)) / str(step), wanted, tuple(wanted))
+  return _differences(pathlib.Path(os.path.abspath(folder)) / str(step), wanted, whole=False)
 
 
-def check_same_leaves(path, abstract_state, parts=None):
-  """Says in one line how a checkpoint's leaves differ from those wanted; Orbax would print all of them."""
-  differences = _differences(path, abstract_state, parts)
-  if differences:
-    raise UserError(f"checkpoint {path} is of another architecture: {differences}")
-
-
-def _differences(path, abstract_state, parts=None):
-  """In words, None where there are none; of all parts of the stored state, or of these only."""
-  try:
-    stored = {
-      name: shape
-      for name, shape in _named_shapes(stored_tree(path)).items()
-      if parts is None or name.split("/")[0] in parts
-    }
-  except Exception as error:
-    raise orbax_errors.unreadable(path, error) from error
-  wanted = _named_shapes(abstract_state)
-  keys = {leaf_name(k) for k, leaf in jax.tree_util.tree_flatten_with_path(abstract_state)[0]} - wanted.keys()
-  problems = [f"it has no {name}" for name in wanted if name not in stored]
-  problems += [f"it has {name} besides" for name in stored if name not in wanted and name not in keys]
+def _differences(path, wanted, whole):
+  """In words, None where there are none."""
+  stored = {name: tuple(leaf.shape) for name, leaf in _stored_leaves(path).items()}
+  asked = {name: tuple(leaf.shape) for name, leaf in _flatten(wanted)[0].items()}
+  problems = [f"it has no {name}" for name in asked if name not in stored]
+  if whole:
+    problems += [f"it has {name} besides" for name in stored if name not in asked]
   problems += [
-    f"its {name} has shape {stored[name]}, wanted {wanted[name]}"
-    for name in wanted
-    if name in stored and stored[name] != wanted[name]
+    f"its {name} has shape {stored[name]}, wanted {asked[name]}"
+    for name in asked
+    if name in stored and stored[name] != asked[name]
   ]
   more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
   return "; ".join(problems[:3]) + more if problems else None
 
 
-def with_shardings(abstract_state):
+def with_shardings(abstract_state: Any) -> Any:
   """Gives every leaf a sharding: its own, else the default device."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(

@@ -9,6 +9,7 @@ import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, orbax_errors
+from aurora_jax.runs import format as state_format
 
 # Leaves are read and hashed in groups of about this many bytes, so that little memory is needed.
 _GROUP_BYTES = 1 << 28
@@ -34,7 +35,8 @@ def of_checkpoint(folder, step=None):
   try:
     tree = checkpoint_reader.stored_tree(path)
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [checkpoint_reader.leaf_name(keys) for keys, _ in paths_and_leaves]
+    version = state_format.of_tree(tree)
+    names = [state_format.name(checkpoint_reader.leaf_name(keys), version) for keys, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       for group in _groups(sorted(range(len(names)), key=names.__getitem__), leaves):

@@ -19,6 +19,7 @@ import os
 import pathlib
 import socket
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -119,26 +120,36 @@ def _plain(value):
   return int(value) if isinstance(value, np.integer) else value
 
 
-def read(path):
-  """All lines of a metrics.jsonl, in order. A line that is cut off (by a kill) is left out.
+def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+  """All lines of a metrics.jsonl that can be read, in order, and the number of those that cannot (cut off by a kill).
 
-  Returns:
-    list of dict; [] where there is no file.
+  Lines of earlier versions get today's names. ([], 0) where there is no file.
   """
   path = pathlib.Path(path)
-  rows = []
+  rows, unreadable = [], 0
   if path.is_file():
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+      if not line.strip():
+        continue
       try:
         row = json.loads(line)
       except ValueError:
-        continue
-      if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = None
+      if isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool):
+        if "words" in row:
+          row["message"] = row.pop("words")
         rows.append(row)
-  return rows
+      else:
+        unreadable += 1
+  return rows, unreadable
 
 
-def history(path):
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of `read_lines` alone."""
+  return read_lines(path)[0]
+
+
+def history(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The lines that led to the present state: what came after the step from which a run was resumed is left out.
 
   Returns:

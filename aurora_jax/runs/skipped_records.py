@@ -1,7 +1,8 @@
 """The records that a run could not read: its list, their number, the warnings, the limit.
 
-skipped_records.jsonl has one line per record, in the order in which training first wanted them: `step` (whose batch it
-was), `number` (in the split), `shard`, `record` (its number there), `offset` (in bytes, -1: unknown), `key`, `reason`.
+skipped_records.jsonl has one line per record, in the order in which training first wanted them: `step` (number of the
+batch: the step's, where a step reads one batch), `number` (in the split), `shard`, `record` (its number there), `offset`
+(in bytes, -1: unknown), `key`, `reason`.
 The loader tells of them (data/loader.py); process 0 writes, and each of several processes knows those of all.
 
 The list is a function of data set, seed and step alone: a run that is resumed meets what it had met again and lists it
@@ -73,9 +74,9 @@ class SkippedRecords:
       self._append(new)
       self._warn(new)
 
-  def count(self, steps):
-    """How many records the first so many steps skipped; of several processes, as far as `share` has told."""
-    return sum(skip.step < steps for skip in self._known.values())
+  def count(self, batches):
+    """How many records the first so many batches skipped; of several processes, as far as `share` has told."""
+    return sum(skip.step < batches for skip in self._known.values())
 
   @property
   def too_many(self):
@@ -139,7 +140,7 @@ class NothingSkipped:
   def share(self):
     pass
 
-  def count(self, steps):
+  def count(self, batches):
     return 0
 
 

@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aurora_jax.data import index_sampler, loader
+from aurora_jax import xla_flags
+from aurora_jax.data import loader
+from aurora_jax.data.index_sampler import CAPTION, IndexSampler
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop.clip_hf import ClipBundle
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig
 from aurora_jax.ops import losses
 from aurora_jax.ops.augment import Augmentation, augment
-from aurora_jax.training import compiling
 
 _LARGEST_SCALE = 100.0  # of the released models
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 12, 77
@@ -163,7 +164,9 @@ def init_state(config: ClipConfig, settings: ClipTraining) -> TrainState:
     params = Clip(config).init(init_key, tokens, images)["params"]
     return TrainState(jnp.zeros((), jnp.int32), augment_key, params, _optimizer(settings).init(params))
 
-  return jax.jit(init, compiler_options=compiling.options(runs_once=True))(jax.random.key(settings.seed))
+  return jax.jit(init, compiler_options=xla_flags.compiler_options(jax.default_backend(), runs_once=True))(
+    jax.random.key(settings.seed)
+  )
 
 
 def make_step(config: ClipConfig, settings: ClipTraining):
@@ -301,7 +304,7 @@ def train_clip(
     seed=settings.seed,
     tokenizer=tokenizer,
     primary_caption_probability=settings.primary_caption_probability,
-    visits=index_sampler.Visits(dataset, index_sampler.CAPTIONS),
+    index_sampler=IndexSampler(dataset, CAPTION),
     workers=1,
   ) as batches:
     for step in itertools.count():

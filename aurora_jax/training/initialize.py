@@ -1,29 +1,25 @@
 """The first state of a run: fresh, or with the networks of another checkpoint (`train.init_from`).
 
-Taken over: the generator, its average (EMA) and its buffers, and the discriminator where the source has one that fits.
-The optimisers and the step begin anew.
+Taken over: parameters, averages and other collections of the networks that sampling needs, and of the others (the
+discriminator) where the source has one that fits. Optimizers and the step begin anew.
 """
 
-import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 
-from aurora_jax import config_files
+from aurora_jax import config_files, xla_flags
+from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
-from aurora_jax.runs import checkpoint_reader, workdir
-from aurora_jax.systems.aurora.released_config import RUNTIME_FIELDS
-from aurora_jax.training import compiling
-
-# Differences that leave the meaning of the weights alone.
-_GENERATOR_FREE = RUNTIME_FIELDS | {"zero_init_attention", "output_resolutions"}
-_DISCRIMINATOR_FREE = RUNTIME_FIELDS
-GENERATOR_PARTS = ("generator", "ema", "buffers")
+from aurora_jax.runs import checkpoint_reader, config_check
+from aurora_jax.systems import base
+from aurora_jax.training import optimizers
 
 
-def source(init_from):
-  """Where the checkpoint of `train.init_from` lies.
+def source(init_from: str) -> tuple[pathlib.Path, int]:
+  """Where the checkpoint of `train.init_from` is.
 
   Args:
     init_from: a run's folder (its newest checkpoint), or one checkpoint in it, `RUN/checkpoints/STEP`.
@@ -44,102 +40,128 @@ def source(init_from):
   return folder, step
 
 
-def check(experiment, allowed=()):
+def check(experiment: Experiment, allowed: tuple[str, ...] = ()) -> None:
   """Refuses a `train.init_from` whose generator computes something else than the experiment's. Reads no weights.
 
   Args:
-    experiment: `config.Experiment`.
-    allowed: names of fields or groups that may differ all the same, as of `run_folder.refuse_changes`.
+    experiment: the configuration.
+    allowed: names of fields or groups that may differ all the same, as of `config_check.refuse_changes`.
 
   Raises:
     UserError: no checkpoint there, or one line with every field that differs.
   """
-  folder, step = source(experiment.train.init_from)
-  stored = _stored_experiment(folder, step)
+  init_from = experiment.train.init_from
+  stored = _stored_experiment(*source(init_from))
   if stored is None:
     return  # the shapes will tell
-  differing = [
-    name
-    for name in _differences(stored.generator, experiment.generator, _GENERATOR_FREE)
-    if not workdir.is_allowed(f"generator.{name}", allowed)
-  ]
+  if stored.system != experiment.system:
+    raise UserError(f"train.init_from={init_from} is a run of system '{stored.system}', not '{experiment.system}'")
+  differing = _differences(stored, experiment, "generator")
+  differing = {
+    name: pair for name, pair in differing.items() if not config_check.is_allowed(f"generator.{name}", allowed)
+  }
   if differing:
-    show = lambda cfg, name: json.dumps(getattr(cfg, name))
-    words = "; ".join(
-      f"generator.{name} {show(stored.generator, name)} -> {show(experiment.generator, name)}" for name in differing
-    )
-    raise UserError(
-      f"train.init_from={experiment.train.init_from}: its generator is another one than the config's: {words}"
-    )
+    show = lambda value: json.dumps(value, default=list)
+    words = "; ".join(f"generator.{name} {show(old)} -> {show(new)}" for name, (old, new) in differing.items())
+    raise UserError(f"train.init_from={init_from}: its generator is another one than the config's: {words}")
 
 
-def first_state(experiment, init, key, abstract_state):
+def first_state(system: base.System, abstract_state: base.TrainState) -> tuple[base.TrainState, str]:
   """The state at step 0.
 
   Args:
-    experiment: `config.Experiment`.
-    init: key -> `TrainState`, pure: the fresh one. Parts that are taken over are not computed.
-    key: for it.
-    abstract_state: its shapes, dtypes and shardings.
+    system: the whole system.
+    abstract_state: its state as shapes with shardings.
 
   Returns:
-    (`TrainState`, a line that says where it comes from, "" for a fresh one).
+    (state, a line that says where it comes from, "" for a fresh one).
 
   Raises:
     UserError: the checkpoint of `train.init_from` is missing, does not fit or cannot be read.
   """
+  train = system.experiment.train
+  platform = system.layout.mesh.devices.flat[0].platform
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-  if not experiment.train.init_from:
-    return jax.jit(init, out_shardings=shardings, compiler_options=compiling.options(runs_once=True))(key), ""
-  folder, step = source(experiment.train.init_from)
-  try:
-    _, taken = checkpoint_reader.read(folder, {part: getattr(abstract_state, part) for part in GENERATOR_PARTS}, step)
-  except UserError as error:
-    raise UserError(f"train.init_from={experiment.train.init_from}: {error}") from error
-  words = f"generator, its average and buffers from {folder / str(step)}; "
-  why_not = _why_no_discriminator(folder, step, experiment, abstract_state)
-  if why_not is None:
-    taken |= checkpoint_reader.read(folder, {"discriminator": abstract_state.discriminator}, step)[1]
-    words += "discriminator from there too"
-  else:
-    words += f"discriminator fresh ({why_not})"
+  compiler_options = xla_flags.compiler_options(platform, runs_once=True)
+  key = jax.random.key(train.seed)
+  init = optimizers.init_state(system)
+  if not train.init_from:
+    return jax.jit(init, out_shardings=shardings, compiler_options=compiler_options)(key), ""
+  folder, step = source(train.init_from)
+  taken, words = _take_over(system, abstract_state, folder, step)
 
   def rest(key):
+    """What is not taken over; XLA computes nothing else."""
     fresh = init(key)
-    return {field.name: getattr(fresh, field.name) for field in dataclasses.fields(fresh) if field.name not in taken}
+    drop = lambda name, network: network.replace(params=None, variables=None, ema=None) if name in taken else network
+    return fresh.replace(networks={name: drop(name, network) for name, network in fresh.networks.items()})
 
-  shardings = {name: getattr(shardings, name) for name in jax.eval_shape(rest, key)}
-  fresh = jax.jit(rest, out_shardings=shardings, compiler_options=compiling.options(runs_once=True))(key)
-  return abstract_state.replace(**fresh, **taken), words
+  wanted = jax.eval_shape(rest, key)
+  placed = shardings.replace(
+    networks={
+      name: jax.tree.map(lambda _, sharding: sharding, network, _like(network, shardings.networks[name]))
+      for name, network in wanted.networks.items()
+    }
+  )
+  fresh = jax.jit(rest, out_shardings=placed, compiler_options=compiler_options)(key)
+  networks = {
+    name: network.replace(**taken[name]) if name in taken else network for name, network in fresh.networks.items()
+  }
+  return fresh.replace(networks=networks), words
 
 
-def _why_no_discriminator(folder, step, experiment, abstract_state):
-  """Why the source's discriminator cannot be taken over; None if it can."""
-  stored = _stored_experiment(folder, step)
-  if "discriminator" not in checkpoint_reader.describe(folder, step):
+def _like(network, shardings):
+  """The shardings of those parts of a network that are there."""
+  parts = {part: None for part in ("params", "variables", "ema") if getattr(network, part) is None}
+  return shardings.replace(**parts)
+
+
+def _take_over(system, abstract_state, folder, step):
+  """({network: {part: tree}}, words)."""
+  init_from = system.experiment.train.init_from
+  parts = lambda network: {
+    name: tree
+    for name, tree in (("params", network.params), ("variables", network.variables), ("ema", network.ema))
+    if tree is not None
+  }
+  needed = {name: parts(abstract_state.networks[name]) for name in system.sampled}
+  try:
+    _, found = checkpoint_reader.read(folder, {"networks": needed}, step)
+  except UserError as error:
+    raise UserError(f"train.init_from={init_from}: {error}") from error
+  taken = found["networks"]
+  words = f"{' and '.join(system.sampled)} with averages from {folder / str(step)}"
+  for name in system.networks:
+    if name in taken:
+      continue
+    wanted = {"networks": {name: parts(abstract_state.networks[name])}}
+    why_not = _why_not(system.experiment, folder, step, name, wanted)
+    if why_not is None:
+      taken |= checkpoint_reader.read(folder, wanted, step)[1]["networks"]
+      words += f"; {name} from there too"
+    else:
+      words += f"; {name} fresh ({why_not})"
+  return taken, words
+
+
+def _why_not(experiment, folder, step, name, wanted):
+  """Why a network of the source cannot be taken over; None if it can."""
+  if f"{name}/params" not in checkpoint_reader.describe(folder, step):
     return "the checkpoint has none"
-  differing = stored and _differences(stored.discriminator, experiment.discriminator, _DISCRIMINATOR_FREE)
+  stored = _stored_experiment(folder, step)
+  differing = stored and _differences(stored, experiment, name)
   if differing:
-    return f"that one differs in {', '.join(f'discriminator.{name}' for name in differing)}"
-  misfit = checkpoint_reader.misfit(folder, step, {"discriminator": abstract_state.discriminator})
+    return f"that one differs in {', '.join(f'{name}.{field}' for field in differing)}"
+  misfit = checkpoint_reader.misfit(folder, step, wanted)
   return misfit and f"that one does not fit: {misfit}"
 
 
 def _stored_experiment(folder, step):
   values = checkpoint_reader.stored_config(folder, step)
-  return None if values is None else config_files.from_mapping(values)
+  return None if values is None else config_files.from_stored(values)
 
 
-def _differences(stored, now, free):
-  """Names of the fields of two configurations whose values mean different networks."""
-
-  def meaning(cfg, name):
-    value = getattr(cfg, name)
-    # The same for a batch of one; `independent` keeps the samples of a batch apart.
-    return "independent" if name == "text_attention" and value == "uniform" else value
-
-  return [
-    field.name
-    for field in dataclasses.fields(now)
-    if field.name not in free and meaning(stored, field.name) != meaning(now, field.name)
-  ]
+def _differences(stored: Experiment, now: Experiment, network: str) -> dict[str, tuple[Any, Any]]:
+  """{field: (stored value, value now)} of a network's configuration, where its weights mean something else."""
+  before, after = stored.identity(network), now.identity(network)
+  return {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}

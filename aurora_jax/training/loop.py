@@ -19,15 +19,14 @@ from aurora_jax.parallel import hosts
 from aurora_jax.runs import (
   checkpoint_manager,
   checkpoint_reader,
+  config_check,
   progress,
   retention,
   skipped_records,
   workdir,
 )
 from aurora_jax.runs import metrics as metrics_lib
-from aurora_jax.runs import (
-  profiler as profiler_lib,
-)
+from aurora_jax.runs import profiler as profiler_lib
 from aurora_jax.runs.signals import Interrupts
 from aurora_jax.runs.timer import Clock
 from aurora_jax.training import guard, health, schedule
@@ -109,7 +108,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
   primary = hosts.is_first()
   with hosts.together("looking at the run's folder"):
     newest = checkpoint_reader.newest(folder.checkpoints)
-    changes = workdir.refuse_changes(folder, experiment, allow_config_change)
+    changes = config_check.refuse_changes(folder, experiment, allow_config_change)
   _check_same_folder(folder, newest)
   if newest is not None and newest >= train.total_steps:
     _tell(
@@ -186,7 +185,7 @@ def run(prepared, run_dir, *, hooks=Hooks(), allow_config_change=(), started=Non
           "reason": NON_FINITE,
           "metric": error.name,
           "value": error.value,
-          "words": str(error),
+          "message": str(error),
           "phases": trainer.clock.phases,
         },
       )
@@ -216,6 +215,7 @@ class _Trainer:
     self._headline = tuple(getattr(prepared, "headline", ()))
     self._vote = hosts.vote(getattr(prepared, "batch_sharding", None))
     self._unread = unread
+    self._batches_per_step = getattr(prepared, "batches_per_step", 1)
     self._no_batch = None  # why there is no next batch
 
   def begin(self, stored, started):
@@ -225,8 +225,9 @@ class _Trainer:
     self._resolution = None  # of the stage that `_prepared` is at
     self._take_stage()
     self._window = metrics_lib.Window(stored.get("window"))
-    self._skips = guard.Skips(self._settings.max_skipped_in_a_row, stored.get("skips"))
-    self._watch = health.Watch(self._prepared.experiment.watch, stored.get("watch"))
+    names = getattr(self._prepared, "log_names", {"g": "generator", "d": "discriminator"})
+    self._skips = guard.Skips(self._settings.max_skipped_in_a_row, names, stored.get("skips"))
+    self._health = health.Health(self._prepared.experiment.health, stored.get("health", stored.get("watch")))
     self._pending = None  # (steps done, device metrics): dispatched, not yet looked at
     self._sampled = None
     self.step = None  # steps dispatched so far
@@ -242,7 +243,7 @@ class _Trainer:
     batches = iter(self._prepared.batches(step))
     try:
       with clock.phase("input"):
-        batch = self._next(batches)
+        step_batches = self._next(batches)
       while (reason := self._reason_to_stop(step)) is None:
         if step % settings.sample_every == 0:  # after the state is saved and it is known that there is time
           self._sample(step, state)
@@ -250,11 +251,11 @@ class _Trainer:
         with clock.phase("step"), self._profiler.step(step):
           # Whatever reaches the device unasked is a mistake that would cost time at every step.
           with jax.transfer_guard("disallow"):
-            state, metrics = self._prepared.step(step, state, batch)
+            state, metrics = self._prepared.step(step, state, step_batches)
         self.step = step = step + 1
         self._interrupts.idle = False
         with clock.phase("input"):  # the next batch travels while this step runs
-          batch = self._next(batches)
+          step_batches = self._next(batches)
         with clock.phase("step"):
           self._observe(self._pending)  # waits for the step before this one
         self._pending = (step, metrics)
@@ -284,15 +285,15 @@ class _Trainer:
     return DAMAGED_DATA if self._no_batch or self._unread.too_many else wish
 
   def _next(self, batches):
-    """The next batch, on its way to the devices; None where nothing can be read, which ends training before it."""
+    """The next step's batches, on their way to the devices; None where nothing can be read: training ends before it."""
     try:
-      batch = next(batches)
+      found = [next(batches) for _ in range(self._batches_per_step)]
     except loader.NothingReadable as error:
       if not hosts.is_alone():  # The others have a batch and will wait in it for this process.
         raise
-      self._no_batch, batch = str(error), None
+      self._no_batch, found = str(error), None
     self._unread.met(getattr(batches, "skipped", {}))
-    return None if batch is None else self._put(batch)
+    return found and [self._put(batch) for batch in found]
 
   def _grow(self, step, state):
     """Measures what is due, and goes on to the next stage where the schedule says so."""
@@ -329,10 +330,9 @@ class _Trainer:
     """Looks at the metrics of a step that was dispatched earlier: guard, average, log, display."""
     if pending is None:
       return
-    done, metrics = pending
-    metrics = metrics_lib.to_host(metrics)
+    done, phases = pending
+    metrics, skip = self._skips.look(done - 1, phases, detail=done % self._settings.log_every == 0)
     self.clock.step_done()
-    metrics, skip = self._skips.look(done - 1, metrics)
     self._window.add(metrics)
     if skip is not None:
       self._report_skip(skip)
@@ -357,24 +357,24 @@ class _Trainer:
     values["images"] = done * self._settings.batch_size
     if self._resolution:
       values["resolution"] = self._resolution
-    values["data/skipped"] = self._unread.count(done)
-    figures, warnings = self._watch.window(values)
+    values["data/skipped"] = self._unread.count(done * self._batches_per_step)
+    figures, warnings = self._health.window(values)
     self._log.train(done, self.clock.seconds, values | figures)
     self._warn(done, warnings)
 
   def _report_skip(self, skip):
     """Says why a step was left out; raises `NonFinite` if it was one too many."""
-    self._log.note("skipped", skip.step + 1, self.clock.seconds, {"words": skip.words, **skip.to_json()})
+    self._log.note("skipped", skip.step + 1, self.clock.seconds, {"message": skip.message, **skip.to_json()})
     if hosts.is_first():
       in_a_row = f" ({self._skips.in_a_row} in a row)" if self._skips.in_a_row > 1 else ""
-      print(f"aurora_jax train: step {skip.step} was skipped{in_a_row}: {skip.words}", file=sys.stderr, flush=True)
+      print(f"aurora_jax train: step {skip.step} was skipped{in_a_row}: {skip.message}", file=sys.stderr, flush=True)
     self._skips.refuse(skip)
 
   def _warn(self, step, warnings):
     for warning in warnings:
       self._log.note("warning", step, self.clock.seconds, warning.to_json())
       if hosts.is_first():
-        print(f"aurora_jax train: warning at step {step:,}: {warning.words}", file=sys.stderr, flush=True)
+        print(f"aurora_jax train: warning at step {step:,}: {warning.message}", file=sys.stderr, flush=True)
 
   def _tell_profile(self, line):
     if line is not None:
@@ -403,7 +403,7 @@ class _Trainer:
     with self.clock.phase("samples"):
       self._display.doing("drawing samples", brief=True)
       samples = self._prepared.sample(state)
-      figures, warnings = self._watch.samples(step, samples.images)
+      figures, warnings = self._health.samples(step, samples.images)
       if hosts.is_first():
         picture = self._hooks.on_samples(step, samples, self._folder)
         if picture is not None:
@@ -426,7 +426,7 @@ class _Trainer:
           "clock": self.clock.to_json(),
           "window": self._window.to_json(),
           "skips": self._skips.to_json(),
-          "watch": self._watch.to_json(),
+          "health": self._health.to_json(),
           "schedule": self._growing.to_json(),
         },
       )

@@ -13,11 +13,15 @@ at the beginning and at the end.
 
 import collections
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from aurora_jax.config import Optimizer
+from aurora_jax.parallel.mesh import KeyPath, Label
 
 _MATRIX, _OTHER = "matrix", "other"
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's: singular values to between 0.7 and 1.2, in few iterations
@@ -31,18 +35,21 @@ class MomentumState(NamedTuple):
   momentum: Any
 
 
-def for_matrices(cfg, in_use, others):
+def for_matrices(
+  cfg: Optimizer, label: Label, in_use: Callable[[KeyPath], bool], others: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
   """Muon for all weights, `others` for biases, norms and what else there is.
 
   Args:
-    cfg: `config.Optimizer`.
+    cfg: its configuration.
+    label: of the parameters; its `matrix` says which are weights.
     in_use: key path -> whether the parameter is trained at present; the others' gradients are not looked at.
     others: optax transformation.
 
   Returns:
-    `optax.GradientTransformationExtraArgs` whose updates are the direction of ascent; `keep` is as of `state.update`.
+    `optax.GradientTransformationExtraArgs` whose updates are the direction of ascent; `keep` is as of `optimizers.make`.
   """
-  beta = cfg.muon_momentum
+  beta = cfg.momentum
 
   def init(weights):
     return MomentumState(jax.tree.map(jnp.zeros_like, weights))
@@ -53,13 +60,11 @@ def for_matrices(cfg, in_use, others):
     mean = lambda momentum, gradient: beta * momentum + (1 - beta) * gradient
     momentum = jax.tree.map(mean, state.momentum, used)
     # Nesterov's: the gradient counts once more. What is kept is not waited for: that depends on every gradient.
-    updates = orthogonalize(jax.tree.map(mean, momentum, used), cfg.muon_iterations)
+    updates = orthogonalize(jax.tree.map(mean, momentum, used), cfg.iterations)
     return updates, MomentumState(jax.tree.map(keep, momentum, state.momentum))
 
   def labels(params):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: _MATRIX if path[-1].key.endswith("weight") else _OTHER, params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: _MATRIX if label(path).matrix else _OTHER, params)
 
   return optax.partition({_MATRIX: optax.GradientTransformationExtraArgs(init, rescale), _OTHER: others}, labels)
 

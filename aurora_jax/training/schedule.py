@@ -11,79 +11,9 @@ from it alone, so a resumed run decides as an uninterrupted one. How a distance 
 
 import dataclasses
 
-from aurora_jax import config as config_lib
 from aurora_jax.runs import checkpoint_reader
+from aurora_jax.systems.stages import BEATEN, CAP, START, Measurement, Progress, Stage, description
 from aurora_jax.training import initialize
-
-# Why a stage began.
-START, BEATEN, CAP = "start", "reference beaten", "cap"
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-  """The distance of the generator's pictures at a step."""
-
-  step: int
-  resolution: int
-  distance: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """A stage that has begun.
-
-  Attributes:
-    resolution: pixels.
-    step: steps done when it began.
-    reason: why the one before ended: one of the words above.
-    reference: the distance between the two sets of real pictures.
-  """
-
-  resolution: int
-  step: int
-  reason: str
-  reference: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """What has happened so far: stages begun and distances taken, in order."""
-
-  stages: tuple[Stage, ...] = ()
-  measurements: tuple[Measurement, ...] = ()
-
-  def to_json(self):
-    """Plain values; floats survive JSON exactly."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, values):
-    """The inverse of `to_json`."""
-    return cls(
-      tuple(Stage(**entry) for entry in values["stages"]),
-      tuple(Measurement(**entry) for entry in values["measurements"]),
-    )
-
-
-def words(cfg, side):
-  """The stage of a resolution in words: "stage 2 of 5: 8x8 pixels"."""
-  return f"stage {cfg.resolutions.index(side) + 1} of {len(cfg.resolutions)}: {side}x{side} pixels"
-
-
-def at_checkpoint(experiment, folder, step=None):
-  """What of an experiment a checkpoint has trained: the experiment at the stage it was saved in.
-
-  Args:
-    experiment: the whole one.
-    folder: path of `checkpoints/`.
-    step: of the checkpoint; None takes the newest.
-
-  Returns:
-    `config.at_stage`; the experiment itself where there are no stages or the checkpoint knows of none (a converted one).
-  """
-  stored = checkpoint_reader.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
-  stages = Progress.from_json(stored).stages if stored else ()
-  return config_lib.at_stage(experiment, stages[-1].resolution) if stages else experiment
 
 
 def first_resolution(experiment):
@@ -199,7 +129,7 @@ class Growing:
       values,
       (
         f"step {step:,}, {side}x{side} pixels: Frechet distance {found:.4g}, of real pictures "
-        f"{reference:.4g} (goal: less than {factor:g} times that; {self._distances.words})"
+        f"{reference:.4g} (goal: less than {factor:g} times that; {self._distances.description})"
       ),
     )
 
@@ -216,13 +146,13 @@ class Growing:
       "stage",
       values,
       (
-        f"step {step:,}: on to {words(self._cfg, side)} ({reason}); Frechet distance of real pictures "
-        f"{found:.4g} ({self._distances.words})"
+        f"step {step:,}: on to {description(self._cfg, side)} ({reason}); Frechet distance of real pictures "
+        f"{found:.4g} ({self._distances.description})"
       ),
     )
 
   def _about(self, side):
-    return {"resolution": side, "features": self._distances.features, "pictures": self._distances.count}
+    return {"resolution": side, "features": self._distances.features, "images_compared": self._distances.count}
 
   def to_json(self):
     """What a checkpoint keeps."""

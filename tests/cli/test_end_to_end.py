@@ -215,7 +215,7 @@ def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
   done = train_with_nan("3:4", *train_args(home, "one_nan"))
   assert done.returncode == 0 and "all 6 steps are done" in done.stdout, done.stderr[-3000:]
   (said,) = [line for line in done.stderr.splitlines() if "skipped" in line]
-  assert "step 3 was skipped: the batch's pictures are not finite; discriminator: loss/d_adversarial is nan" in said
+  assert "step 3 was skipped: the batch's images are not finite; discriminator: loss/d_adversarial is nan" in said
   assert "gradient not finite in " in said and "generator" not in said
   lines = [json.loads(line) for line in (home / "one_nan" / "metrics.jsonl").read_text().splitlines()]
   trained = {line["step"]: line for line in lines if line["kind"] == "train"}
@@ -223,7 +223,7 @@ def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
   assert "loss/g_clip" not in trained[4] and np.isfinite(trained[6]["loss/g_clip"])
   assert fingerprint(home / "one_nan" / "checkpoints" / "2") == fingerprint(run / "checkpoints" / "2")
   _, story, _ = here("inspect", home / "one_nan")
-  assert "skipped    1 step, no record" in story and "the newest, step 3: the batch's pictures are not finite" in story
+  assert "skipped    1 step, no record" in story and "the newest, step 3: the batch's images are not finite" in story
 
 
 def test_nan_in_every_batch_stops_with_the_last_good_checkpoint(home, run):
@@ -295,7 +295,7 @@ def test_damaged_data(home, tmp_path, capsys):
   fail(cut.name, *args)
   assert not (home / "cut").exists()
 
-  done = succeed(*args, "--config.data.tolerate_damage=True")
+  done = succeed(*args, "--config.data.tolerate_corruption=True")
   assert f"WARNING: shard {cut} has" in done.stdout and "it is truncated" in done.stdout
   assert "WARNING: 2 of " in done.stderr or "WARNING: 1 of " in done.stderr
   listed = [json.loads(line) for line in (home / "cut/skipped_records.jsonl").read_text().splitlines()]

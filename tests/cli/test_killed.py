@@ -1,12 +1,11 @@
 """Training that is killed and restarted, again and again, ends as if nothing had happened."""
 
 import os
-import pathlib
 import random
 import signal
-import sys
 import time
 
+import fork_server
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,9 +13,6 @@ from PIL import Image
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources
 from aurora_jax.runs import checkpoint_reader, metrics
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import fork_server
 
 KILLS, STEPS = 20, 150
 CONFIG = f"""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import toy
 from PIL import Image
 
 from aurora_jax import config_files
@@ -16,8 +17,6 @@ from aurora_jax.runs import checkpoint_reader, fingerprint, workdir
 from aurora_jax.training import setup
 
 _ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(_ROOT / "tests/training"))
-import toy
 
 _CONFIG = """
 from aurora_jax import config_files

@@ -11,13 +11,11 @@ import sys
 import time
 
 import pytest
+import toy
 
 from aurora_jax.cli import main
 from aurora_jax.runs import checkpoint_reader, fingerprint, metrics
 from aurora_jax.training import setup
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
-import toy
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -79,7 +77,8 @@ def test_a_disk_that_is_full_when_a_save_writes_in_the_background(train):
 
 _READ_ONLY = """
 import errno, os, runpy, sys, toy
-from aurora_jax.training import setup, stored_checkpoint
+from aurora_jax.runs import checkpoint_reader
+from aurora_jax.training import setup
 
 mkdir, run = os.mkdir, sys.argv.pop(1)
 
@@ -89,7 +88,7 @@ def read_only(path, *args, **options):
   return mkdir(path, *args, **options)
 
 def after_batch(step):
-  if step > 4 and stored_checkpoint.steps(run + "/checkpoints"):
+  if step > 4 and checkpoint_reader.steps(run + "/checkpoints"):
     os.mkdir = read_only
 
 setup.prepare = lambda values: toy.Toy(values, delay=0.002, width=5000, after_batch=after_batch)

@@ -1,4 +1,4 @@
-"""Visits of captions and pairs within a batch, on a data set where some captions have several pictures."""
+"""IndexSampler of captions and pairs within a batch, on a data set where some captions have several pictures."""
 
 import collections
 import itertools
@@ -9,7 +9,7 @@ from PIL import Image
 
 from aurora_jax.data import build, shuffle, sources, tfrecords
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.data.index_sampler import CAPTIONS, PICTURES, Visits
+from aurora_jax.data.index_sampler import CAPTION, IMAGE, IndexSampler
 from aurora_jax.data.loader import train_batches
 from aurora_jax.errors import UserError
 
@@ -34,14 +34,14 @@ def captions(folder):
 
 
 def test_without_a_wish_the_permutation_of_records(folder):
-  visits = Visits(Dataset.open(folder))
+  visits = IndexSampler(Dataset.open(folder))
   for step in range(5):
     expected = shuffle.example_index(3, 18, BATCH, step, np.arange(BATCH))
     np.testing.assert_array_equal(visits(3, BATCH, step, np.arange(BATCH)), expected)
 
 
 def test_an_epoch_of_captions_has_each_once_and_in_time_every_picture(folder, captions):
-  visits = Visits(Dataset.open(folder), CAPTIONS)
+  visits = IndexSampler(Dataset.open(folder), CAPTION)
   seen = collections.Counter()
   for epoch in range(60):
     numbers = np.concatenate([visits(3, 4, 3 * epoch + i, np.arange(4)) for i in range(3)])
@@ -54,11 +54,11 @@ def test_an_epoch_of_captions_has_each_once_and_in_time_every_picture(folder, ca
       assert abs(seen[number] - share) <= 4 * np.sqrt(share * (1 - 1 / count))
 
 
-@pytest.mark.parametrize("visit", [PICTURES, CAPTIONS])
+@pytest.mark.parametrize("visit", [IMAGE, CAPTION])
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_pairs(folder, captions, visit, pairs):
   dataset = Dataset.open(folder)
-  plain, paired = Visits(dataset, visit), Visits(dataset, visit, pairs)
+  plain, paired = IndexSampler(dataset, visit), IndexSampler(dataset, visit, pairs)
   partners, completed = collections.defaultdict(set), 0
   for step in range(200):
     before, numbers = plain(3, BATCH, step, np.arange(BATCH)), paired(3, BATCH, step, np.arange(BATCH))
@@ -79,7 +79,7 @@ def test_pairs(folder, captions, visit, pairs):
 
 def test_pairs_of_warped_pictures(folder, captions):
   dataset = Dataset.open(folder)
-  visits, own, alone = Visits(dataset, pairs=2, warped=True), BATCH - 2, 0
+  visits, own, alone = IndexSampler(dataset, pairs=2, warped=True), BATCH - 2, 0
   for step in range(200):
     numbers = visits(3, BATCH, step, np.arange(BATCH))
     for first, second in zip(
@@ -94,7 +94,7 @@ def test_pairs_of_warped_pictures(folder, captions):
 def test_a_batch_too_small_for_pairs_has_none(folder):
   dataset = Dataset.open(folder)
   slots = np.arange(4)
-  np.testing.assert_array_equal(Visits(dataset, pairs=2)(3, 4, 7, slots), Visits(dataset)(3, 4, 7, slots))
+  np.testing.assert_array_equal(IndexSampler(dataset, pairs=2)(3, 4, 7, slots), IndexSampler(dataset)(3, 4, 7, slots))
 
 
 def test_hosts_and_resumed_runs_see_the_same(folder):
@@ -107,7 +107,7 @@ def test_hosts_and_resumed_runs_see_the_same(folder):
       seed=3,
       start_step=start,
       slots=slots,
-      visits=Visits(dataset, CAPTIONS, 2),
+      index_sampler=IndexSampler(dataset, CAPTION, 2),
     ) as found:
       return list(itertools.islice(found, 6))
 
@@ -128,10 +128,10 @@ def test_what_cannot_be_read_has_no_caption(folder, tmp_path, captions):
   content = bytearray(shard.read_bytes())
   content[offset + length // 2] ^= 1
   shard.write_bytes(content)
-  visits = Visits(Dataset.open(data), CAPTIONS, 2)
-  assert visits.digest != Visits(Dataset.open(folder), CAPTIONS, 2).digest
+  visits = IndexSampler(Dataset.open(data), CAPTION, 2)
+  assert visits.digest != IndexSampler(Dataset.open(folder), CAPTION, 2).digest
   assert 2 not in np.concatenate([visits(3, BATCH, step, np.arange(BATCH)) for step in range(100)])
   for shard in data.glob("*.tfrecord"):
     shard.write_bytes(bytes(len(shard.read_bytes())))
-  with pytest.raises(UserError, match=f"no record of data set {data} can be read"):
-    Visits(Dataset.open(data), CAPTIONS)
+  with pytest.raises(UserError, match=f"no record of data set {data} can be read; .*record 0 at byte 0 has a broken"):
+    IndexSampler(Dataset.open(data), CAPTION)

@@ -34,10 +34,10 @@ class Painter:
   def __init__(self, sizes):
     self.step, self._sizes, self.asked = 7, sizes, []
     self.experiment = types.SimpleNamespace(
-      generator=types.SimpleNamespace(resolution=SIDE), train=types.SimpleNamespace(sample_prompts=())
+      resolution=SIDE, conditional=True, train=types.SimpleNamespace(sample_prompts=())
     )
 
-  def sample(self, prompts, *, latents, seed, routing, on_batch):
+  def sample(self, prompts, *, latents, seed, choices, on_batch):
     del seed, on_batch
     self.asked.append(list(prompts))
     images = np.full((len(prompts), latents, SIDE, SIDE, 3), 255, np.uint8)
@@ -45,7 +45,7 @@ class Painter:
       for l in range(latents):
         size = self._sizes[(p + l) % len(self._sizes)]
         images[p, l, :size, :size] = COLOURS[prompt]
-    return types.SimpleNamespace(images=loader.to_float(images), routing={} if routing else None)
+    return types.SimpleNamespace(images=loader.to_float(images), choices={} if choices else None)
 
 
 def by_colour():

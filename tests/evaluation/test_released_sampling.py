@@ -3,6 +3,7 @@ out plainly: one prompt, one latent, one step at a time through `Generator.apply
 
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +13,10 @@ from safetensors.numpy import load_file
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import interpolation, latents, sampling
 from aurora_jax.reporting import image_sheets
+from aurora_jax.systems.aurora import convert
 from aurora_jax.systems.aurora import generator as generator_lib
 from aurora_jax.systems.aurora import released as released_lib
+from aurora_jax.systems.aurora import system as system_lib
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
@@ -45,35 +48,75 @@ def golden():
   return cfg, variables, load_file(GOLDENS / "tiny16.io.safetensors")
 
 
+class Scripted(NamedTuple):
+  """A sampler and what the text head makes of the golden's two texts, each read by itself, as the released scripts do."""
+
+  sampler: sampling.Sampler
+  weights: sampling.Weights
+  conditions: dict
+  eot: np.ndarray
+  text: np.ndarray
+  plain: Plain
+
+  def sample(self, given, **options):
+    return self.sampler.sample_conditions(self.weights, self.conditions, given, **options)
+
+  def walk(self, given, *, steps=9, move_all=False, psi):
+    path = interpolation.path(self.conditions, steps, () if move_all else self.sampler.system.fixed_text)
+    spread = lambda part: {name: np.broadcast_to(v, (steps, *v.shape[1:])) for name, v in part.items()}
+    noise = latents.Latents(spread(given.values), spread(given.means))
+    return self.sampler.sample_conditions(self.weights, path, noise, psi=psi).images.swapaxes(0, 1)
+
+
+def system_of(cfg):
+  experiment = convert.experiment_of(cfg, "golden")
+  return system_lib.System(experiment)
+
+
 @pytest.fixture(scope="module")
 def scripted(golden):
-  """Sampler, variables, prompts, and the plain recipe, as the released scripts run them: each text by itself."""
   cfg, variables, io = golden
-  cfg = cfg.for_sampling("cpu")
-  sampler = sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size=3, prompts_at_once=2)
-  return sampler, variables, sampling.Prompts(io["in.text"], io["in.eot"].astype(np.int32)), Plain(cfg, variables)
+  system = system_of(cfg)
+  plain = Plain(cfg.for_sampling("cpu"), variables)
+  eot = io["in.eot"].astype(np.int32)
+  texts = [plain.encode(io["in.text"][p : p + 1], eot[p : p + 1]) for p in range(2)]
+  conditions = {
+    name: np.concatenate([np.asarray(text[i]) for text in texts])
+    for i, name in enumerate(("global_text", "local_text"))
+  }
+  sampler = sampling.Sampler(system, batch_size=3, prompts_at_once=2)
+  return Scripted(sampler, sampling.Weights({"generator": variables}, {}), conditions, eot, io["in.text"], plain)
 
 
-def test_the_goldens_latents_give_the_goldens_pictures(golden):
-  cfg, variables, io = golden  # not `for_sampling`: the golden's two texts saw each other
-  sampler = sampling.make_sampler(generator_lib.Generator(cfg), cfg.z_dim, batch_size=2)
-  given = latents.Latents(io["in.z"][:, None], np.zeros((2, 0, cfg.z_dim), np.float32))
-  prompts = sampling.Prompts(io["in.text"], io["in.eot"].astype(np.int32))
-  images = sampler(variables, prompts, given=given, psi=[0.7, 1.0]).images
+def test_the_goldens_latents_give_the_goldens_images(golden):
+  cfg, variables, io = golden
+  model = generator_lib.Generator(cfg)  # not `for_sampling`: the golden's two texts saw each other
+  texts = jax.jit(lambda *a: model.apply(variables, *a, method="encode_text"))(
+    io["in.text"], io["in.eot"].astype(np.int32)
+  )
+  conditions = {"global_text": np.asarray(texts[0]), "local_text": np.asarray(texts[1])}
+  sampler = sampling.Sampler(system_of(cfg), batch_size=2)
+  given = latents.Latents({"z": io["in.z"][:, None]}, {})
+  weights = sampling.Weights({"generator": variables}, {})
+  images = sampler.sample_conditions(weights, conditions, given, psi=[0.7, 1.0]).images
   for k, name in enumerate(("out.image_trunc0.7", "out.image")):
     released = io[name].transpose(0, 2, 3, 1)
     assert relative(images[:, 0, k], released) < 1e-5
 
 
+def draw(scripted, seed, prompts, count, means):
+  return latents.draw(scripted.sampler.system.draw_latents, seed, range(prompts), count, means)
+
+
 def test_double_truncation_is_the_released_scripts(scripted):
-  sampler, variables, prompts, plain = scripted
-  given, sweep = latents.draw(4, range(2), 2, 16, 8), (0.0, 0.05, 0.2, 0.8)
-  images = sampler(variables, prompts, given=given, psi=sweep).images
+  plain = scripted.plain
+  given, sweep = draw(scripted, 4, 2, 2, 16), (0.0, 0.05, 0.2, 0.8)
+  images = scripted.sample(given, psi=sweep).images
   for p in range(2):
-    global_text, local_text = plain.encode(prompts.features[p : p + 1], prompts.eot[p : p + 1])
-    mean = sum(plain.w(z, global_text) for z in given.mean_z[p]) / 16
+    global_text, local_text = plain.encode(scripted.text[p : p + 1], scripted.eot[p : p + 1])
+    mean = sum(plain.w(z, global_text) for z in given.means["z"][p]) / 16
     for n in range(2):
-      w = plain.w(given.z[p, n], global_text)
+      w = plain.w(given.values["z"][p, n], global_text)
       for k, psi in enumerate(sweep):
         once = plain.average + psi * (w - plain.average)
         twice = mean + psi * (once - mean)
@@ -89,62 +132,63 @@ def bytes_that_differ(ours, released):
   return (difference != 0).mean()
 
 
-def test_the_released_sampling_script_showed_the_same_pictures(scripted, tmp_path):
-  sampler, variables, prompts, _ = scripted
+def test_the_released_sampling_script_showed_the_same_images(scripted, tmp_path):
   script = load_file(GOLDENS / "tiny16.scripts.safetensors")
   path = tmp_path / "latents.npz"
   np.savez(path, z=script["sample.z"], mean_z=script["sample.mean_z"])
-  given = latents.fit(latents.load(path), path, 2, 8)
-  images = sampler(variables, prompts, given=given, psi=script["sample.psi"]).images
+  given = latents.fit(latents.load(path), path, 2, scripted.sampler.system.draw_latents)
+  images = scripted.sample(given, psi=script["sample.psi"]).images
   assert bytes_that_differ(images, script["sample.images"]) < 1e-3
 
 
-@pytest.mark.parametrize("name, move_global", [("local", False), ("global_mean", True)])
-def test_the_released_interpolation_script_showed_the_same_pictures(scripted, name, move_global):
-  sampler, variables, prompts, _ = scripted
+@pytest.mark.parametrize("name, move_all", [("local", False), ("global_mean", True)])
+def test_the_released_interpolation_script_showed_the_same_images(scripted, name, move_all):
   script = load_file(GOLDENS / "tiny16.scripts.safetensors")
-  given = latents.Latents(script[f"{name}.z"][None], script[f"{name}.mean_z"][None])
-  images = interpolation.interpolate(
-    sampler, variables, prompts, given, move_global=move_global, psi=float(script[f"{name}.psi"][0])
-  )
+  given = latents.Latents({"z": script[f"{name}.z"][None]}, {"z": script[f"{name}.mean_z"][None]})
+  images = scripted.walk(given, move_all=move_all, psi=float(script[f"{name}.psi"][0]))
   assert bytes_that_differ(images[0], script[f"{name}.images"]) < 1e-3
 
 
-@pytest.mark.parametrize("move_global, means", [(False, 0), (True, 0), (False, 3), (True, 3)])
-def test_interpolation_is_the_released_scripts(scripted, move_global, means):
-  sampler, variables, prompts, plain = scripted
-  steps, psi = 4, 0.6
-  given = latents.draw(1, range(1), 2, means, 8)
-  images = interpolation.interpolate(sampler, variables, prompts, given, steps=steps, move_global=move_global, psi=psi)
+@pytest.mark.parametrize("move_all, means", [(False, 0), (True, 0), (False, 3), (True, 3)])
+def test_interpolation_is_the_released_scripts(scripted, move_all, means):
+  plain, steps, psi = scripted.plain, 4, 0.6
+  given = draw(scripted, 1, 1, 2, means)
+  images = scripted.walk(given, steps=steps, move_all=move_all, psi=psi)
   assert images.shape == (2, steps, 16, 16, 3)
   (source, source_local), (target, target_local) = (
-    map(np.asarray, plain.encode(prompts.features[p : p + 1], prompts.eot[p : p + 1])) for p in range(2)
+    map(np.asarray, plain.encode(scripted.text[p : p + 1], scripted.eot[p : p + 1])) for p in range(2)
   )
-  assert prompts.eot[0] != prompts.eot[1]  # the texts are of different lengths; padding moves along
+  assert scripted.eot[0] != scripted.eot[1]  # the texts are of different lengths; padding moves along
   for step, weight in enumerate(np.linspace(0, 1, steps)):
     local_text = (source_local + weight * (target_local - source_local)).astype(np.float32)
-    global_text = (source + weight * (target - source)).astype(np.float32) if move_global else source
+    global_text = (source + weight * (target - source)).astype(np.float32) if move_all else source
     for n in range(2):
-      w = plain.average + psi * (plain.w(given.z[0, n], global_text) - plain.average)
+      w = plain.average + psi * (plain.w(given.values["z"][0, n], global_text) - plain.average)
       if means:
-        mean = sum(plain.w(z, global_text) for z in given.mean_z[0]) / means
+        mean = sum(plain.w(z, global_text) for z in given.means["z"][0]) / means
         w = mean + psi * (w - mean)
       assert relative(images[n, step], plain.image(w, local_text)) < 1e-5
-  sampled = sampler(variables, prompts, given=latents.Latents(*(np.repeat(a, 2, 0) for a in given)), psi=psi).images
+  twice = lambda part: {name: np.repeat(v, 2, 0) for name, v in part.items()}
+  sampled = scripted.sample(latents.Latents(twice(given.values), twice(given.means)), psi=psi).images
   assert relative(images[:, 0], sampled[0]) < 1e-5
   at_the_end = relative(images[:, -1], sampled[1])
-  assert at_the_end < 1e-5 if move_global else at_the_end > 1e-3
+  assert at_the_end < 1e-5 if move_all else at_the_end > 1e-3
 
 
 def test_a_path_through_several_texts():
-  texts = sampling.Texts(np.float32([[0], [4], [0]]), np.float32([[[0], [8]], [[4], [0]], [[4], [-8]]]))
-  path = interpolation.path(texts, 3, move_global=True)
-  assert path.global_text[:, 0].tolist() == [0, 2, 4, 2, 0]
-  assert path.local_text[:, :, 0].tolist() == [[0, 8], [2, 4], [4, 0], [4, -4], [4, -8]]
-  assert interpolation.path(texts, 3).global_text[:, 0].tolist() == [0] * 5
+  conditions = {
+    "global_text": np.float32([[0], [4], [0]]),
+    "local_text": np.float32([[[0], [8]], [[4], [0]], [[4], [-8]]]),
+  }
+  path = interpolation.path(conditions, 3)
+  assert path["global_text"][:, 0].tolist() == [0, 2, 4, 2, 0]
+  assert path["local_text"][:, :, 0].tolist() == [[0, 8], [2, 4], [4, 0], [4, -4], [4, -8]]
+  assert interpolation.path(conditions, 3, ("global_text",))["global_text"][:, 0].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("count, steps, words", [(1, 3, "two prompts, got 1"), (2, 1, "at least 2 steps .*, got 1")])
 def test_paths_that_lead_nowhere(count, steps, words):
   with pytest.raises(UserError, match=words):
-    interpolation.path(sampling.Texts(np.zeros((count, 1)), np.zeros((count, 2, 1))), steps)
+    interpolation.path({"text": np.zeros((count, 1))}, steps)
+  with pytest.raises(UserError, match="no text to interpolate"):
+    interpolation.path({}, 3)

@@ -1,18 +1,14 @@
 """Reading a run for sampling: another CLIP, bfloat16, batches of a fitting size."""
 
-import pathlib
-import sys
-
 import jax
 import numpy as np
 import pytest
+import random_run
 
-from aurora_jax import config
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import latents, trained_generator
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import random_run
+from aurora_jax.systems.aurora import system
 
 
 @pytest.fixture(scope="module")
@@ -22,45 +18,51 @@ def home(tmp_path_factory):
   return home
 
 
+def variables(model):
+  return model.weights.networks["generator"]
+
+
 def test_weights_become_bfloat16_and_buffers_do_not(home):
   full, half = trained_generator.load(home / "run"), trained_generator.load(home / "run", dtype="bfloat16")
-  assert {leaf.dtype.name for leaf in jax.tree.leaves(full.variables)} == {"float32"}
-  assert {leaf.dtype.name for leaf in jax.tree.leaves(half.variables["params"])} == {"bfloat16"}
-  jax.tree.map(np.testing.assert_array_equal, half.variables["buffers"], full.variables["buffers"])
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(variables(full))} == {"float32"}
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(variables(half)["params"])} == {"bfloat16"}
+  jax.tree.map(np.testing.assert_array_equal, variables(half)["buffers"], variables(full)["buffers"])
   jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), half.variables["params"], full.variables["params"]
+    lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
+    variables(half)["params"],
+    variables(full)["params"],
   )
 
 
 def test_no_batch_is_larger_than_what_there_is(home):
   sizes = lambda **options: trained_generator.load(home / "run", **options).sampler.batch_size
-  assert (sizes(), sizes(pictures=3), sizes(batch_size=2, pictures=3), sizes(batch_size=64)) == (32, 3, 2, 64)
-  released = config.Generator()
-  on_cpu, on_gpu = (trained_generator.pictures_at_once(released.for_sampling(backend)) for backend in ("cpu", "gpu"))
-  assert 1 < on_gpu < on_cpu < 32
+  assert (sizes(), sizes(images=3), sizes(batch_size=2, images=3), sizes(batch_size=64)) == (32, 3, 2, 64)
+  full = config_files.load(["--config=configs/aurora_64.py"])
+  assert 1 < system.System(full).sampling_batch_size < 32
 
 
 def test_a_run_whose_config_names_no_clip(home):
   with pytest.raises(UserError, match="names no CLIP: --clip DIR"):
     trained_generator.load(home / "nameless")
-  assert trained_generator.load(home / "nameless", clip=home / "clip").clip.config.text.width == 32
-  with pytest.raises(UserError, match="wide: text features are 48 wide, the generator wants 32"):
-    trained_generator.load(home / "run", clip=home / "wide")
+  assert trained_generator.load(home / "nameless", clip=str(home / "clip")).system.clip.config.text.width == 32
+  with pytest.raises(UserError, match="wide: text features are 48 wide, generator.text_feature_dim is 32"):
+    trained_generator.load(home / "run", clip=str(home / "wide"))
 
 
 def test_a_walk_ends_where_sampling_goes(home):
-  model, seen = trained_generator.load(home / "run", prompts_at_once=4, pictures=8), []
-  given = latents.draw(0, [0], 2, 3, 8)
+  model, seen = trained_generator.load(home / "run", prompts_at_once=4, images=8), []
+  given = latents.draw(model.system.draw_latents, 0, [0], 2, 3)
   walk = model.interpolate(
     ["red circle", "green bar"],
     given,
     steps=4,
-    move_global=True,
+    move_all=True,
     psi=0.5,
     on_batch=lambda done, total: seen.append((done, total)),
   )
   assert walk.shape == (2, 4, 16, 16, 3) and seen == [(8, 8)]
-  both = latents.Latents(*(np.repeat(array, 2, axis=0) for array in given))
+  twice = lambda part: {name: np.repeat(array, 2, axis=0) for name, array in part.items()}
+  both = latents.Latents(twice(given.values), twice(given.means))
   ends = model.sample(["red circle", "green bar"], given=both, psi=0.5).images
   np.testing.assert_allclose(walk[:, [0, -1]], ends.swapaxes(0, 1), rtol=1e-3, atol=1e-3 * np.abs(ends).max())
   assert np.abs(walk[:, 1] - walk[:, 2]).max() > 1e-2 * np.abs(ends).max()

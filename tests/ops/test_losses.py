@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from aurora_jax import config
+from aurora_jax.config import PerResolution
 from aurora_jax.ops import losses
+from aurora_jax.systems.aurora import config
 from aurora_jax.systems.aurora.discriminator import Logit
 
 CFG = config.Loss(
-  level_weights=config.PerResolution({8: 0.5}),
+  level_weights=PerResolution({8: 0.5}),
   level_weight_default=0.25,
   early_exit_adversarial=0.1,
   early_exit_matching=0.2,

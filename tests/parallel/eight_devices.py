@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,16 @@ import pytest
 from aurora_jax import config, config_files
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.models.clip import ClipConfig, ImageConfig, TextConfig
-from aurora_jax.ops import moe
+from aurora_jax.ops import moe, random_keys
 from aurora_jax.parallel import experts as experts_lib
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.runs import checkpoint_manager
+from aurora_jax.systems import base
 from aurora_jax.systems.aurora import generator as generator_lib
-from aurora_jax.training import ahead
-from aurora_jax.training import placed as placed_lib
-from aurora_jax.training import state as state_lib
+from aurora_jax.systems.aurora.labels import label
+from aurora_jax.systems.aurora.objective import Objective
+from aurora_jax.systems.aurora.system import System
+from aurora_jax.training import optimizers
 from aurora_jax.training import step as step_lib
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
@@ -46,11 +49,16 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
   attention is left out: its tied queries and keys have a distance of zero to themselves, whose root's gradient in
   float32 is rounding noise, on any number of devices.
   """
-  base, replace = config_files.load([f"--config={CONFIG}:test"]), dataclasses.replace
+  whole, replace = config_files.load([f"--config={CONFIG}:test"]), dataclasses.replace
+  sizes = {name: getattr(whole, name) for name in ("generator", "discriminator", "loss", "train")}
+  rates = {
+    name: replace(getattr(whole.optimizer, name), learning_rate=0.02, eps=1e-2)
+    for name in ("generator", "discriminator")
+  }
   return replace(
-    base,
+    whole,
     generator=replace(
-      base.generator,
+      sizes["generator"],
       resolution=8,
       blocks={4: 1, 8: 1},
       adaptive_kernels={4: 1, 8: 2},
@@ -62,7 +70,7 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
       deformable_max_resolution=4,
     ),
     discriminator=replace(
-      base.discriminator,
+      sizes["discriminator"],
       resolution=8,
       blocks={8: 1, 4: 1},
       attention_depth={},
@@ -71,10 +79,10 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
       minibatch_std=4,
       compare_pairs=True,
     ),
-    loss=replace(base.loss, clip_augment=True, clip_bank=3, clip_min_resolution=4, generator_matching_weight=0.5),
-    optimizer=replace(base.optimizer, generator_lr=0.02, discriminator_lr=0.02, eps=1e-2),
+    loss=replace(sizes["loss"], clip_augment=True, clip_bank=3, clip_min_resolution=4, generator_matching_weight=0.5),
+    optimizer=replace(whole.optimizer, **rates),
     mesh=config.Mesh(data, expert, bool(fsdp), fsdp or "all", exchange, CAPACITY),
-    train=replace(base.train, batch_size=BATCH),
+    train=replace(sizes["train"], batch_size=BATCH),
   )
 
 
@@ -101,11 +109,11 @@ def inputs():
   tokens = np.array([[48, 3 + i // 2, 5 + i, 49, 0, 0, 0, 0] for i in range(BATCH)], np.int32)
   image = jax.random.uniform(keys[0], (BATCH, 8, 8, 3), minval=-1)
   bank = jax.random.normal(keys[2], (3, 16))
-  frozen = step_lib.Frozen(
-    clip_module().init(keys[1], tokens, image),
-    bank / jnp.linalg.norm(bank, axis=1, keepdims=True),
-    jnp.array([0, 4, 20]),
-  )
+  frozen = {
+    "clip": clip_module().init(keys[1], tokens, image),
+    "bank": bank / jnp.linalg.norm(bank, axis=1, keepdims=True),
+    "bank_id": jnp.array([0, 4, 20]),
+  }
   return to_host(frozen), {
     "image": np.asarray(image),
     "tokens": tokens,
@@ -113,17 +121,44 @@ def inputs():
   }
 
 
+class Placed(NamedTuple):
+  """A system on a mesh, its abstract state and its compiled step: (number, state, frozen, batch) -> (state, metrics)."""
+
+  system: System
+  abstract_state: base.TrainState
+  step: step_lib.CompiledStep
+
+  def put(self, state):
+    """A state on the host where it is stored."""
+    return jax.tree.map(lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), state, self.abstract_state)
+
+  def run(self, number, state):
+    """A step with the batch of `inputs`."""
+    return self.step(number, state, [jax.device_put(inputs()[1], self.system.layout.batch)])
+
+
+def system_on(wanted, devices=None):
+  system = System(wanted, mesh_lib.build(wanted.mesh, wanted.train.batch_size, wanted.expert_counts, devices))
+  system.clip = clip_module()
+  return system
+
+
+def place(wanted, devices=None):
+  system = system_on(wanted, devices)
+  step = step_lib.build(system)
+  return Placed(system, step.state, step.compile(jax.device_put(inputs()[0], system.layout.replicated))())
+
+
 @functools.cache
 def on_one_device():
-  layout = mesh_lib.build(experiment(), jax.devices()[:1])
-  return placed_lib.place(experiment(), clip_module(), layout)
+  return place(experiment(), jax.devices()[:1])
 
 
 @functools.cache
 def first_state(routing):
   """A state in which nothing is zero. Routing "spread": every image's tokens go to many experts, which `overflowing`
   makes sure of; "all to one": every token's favourite is the same expert."""
-  state = to_host(jax.jit(on_one_device().programs.init)(jax.random.key(0)))
+  state = to_host(jax.jit(optimizers.init_state(system_on(experiment(), jax.devices()[:1])))(jax.random.key(0)))
 
   def stir(path, leaf):
     key = jax.random.fold_in(jax.random.key(2), hash_of(path))
@@ -136,9 +171,12 @@ def first_state(routing):
       leaf = np.asarray(jax.random.normal(jax.random.key(seed), leaf.shape))
     return leaf.astype(np.float32)
 
-  generator = jax.tree_util.tree_map_with_path(stir, state.generator)
-  discriminator = jax.tree_util.tree_map_with_path(stir, state.discriminator)
-  return state.replace(generator=generator, discriminator=discriminator, ema=state.generator)
+  stirred = {
+    name: network.replace(params=jax.tree_util.tree_map_with_path(stir, network.params))
+    for name, network in state.networks.items()
+  }
+  generator = stirred["generator"]
+  return state.replace(networks={**stirred, "generator": generator.replace(ema=generator.params)})
 
 
 def hash_of(path):
@@ -146,16 +184,10 @@ def hash_of(path):
 
 
 def one_step(placed, routing):
-  """A step and then R1. Returns (state, metrics) on the host."""
-  layout = placed.layout
-  frozen, batch = inputs()
-  state = jax.tree.map(
-    lambda leaf, abstract: jax.device_put(leaf, abstract.sharding), first_state(routing), placed.abstract_state
-  )
-  frozen, batch = jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch)
-  state, metrics = step_lib.run_step(placed.programs, state, frozen, batch, measure=True)
-  state, more = placed.programs.r1_step(state, frozen, batch)
-  return state, to_host(metrics | more)
+  """A step with R1. Returns (state, metrics) on the host."""
+  state, metrics = placed.run(0, placed.put(first_state(routing)))
+  assert list(metrics) == ["networks", "r1"]
+  return state, to_host(metrics)
 
 
 @functools.cache
@@ -239,7 +271,7 @@ def differences(expected, got):
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(got), strict=True)
   ]
   second = lambda name: ".nu" in name
-  network = lambda name: name.split("_opt")[0]
+  network = lambda name: name.split(".opt_state")[0]
   largest = {}
   for name, a, _ in leaves:
     if second(name):
@@ -259,15 +291,13 @@ def overflowing(peers):
   """For both routings, by layer: has any device more tokens for one of its `peers` than the bounded exchange takes?"""
   cfg = experiment().generator
   frozen, batch = inputs()
-  # As in training/step.py: the latents of step 0.
-  z = jax.random.normal(jax.random.split(jax.random.fold_in(jax.random.key(0), 0))[0], (BATCH, cfg.z_dim))
+  key = random_keys.fold(jax.random.key(0), "phase/networks", 0, 0)
+  z = jax.random.normal(random_keys.fold(key, "latents"), (BATCH, cfg.z_dim))  # of step 0
 
   @jax.jit
   def route(state):
-    text = clip_module().apply(frozen.clip, batch["tokens"], method="encode_text")
-    out = generator_lib.Generator(cfg).apply(
-      {"params": state.generator, "buffers": state.buffers}, z, text.features, text.eot
-    )
+    text = clip_module().apply(frozen["clip"], batch["tokens"], method="encode_text")
+    out = generator_lib.Generator(cfg).apply(state.variables("generator"), z, text.features, text.eot)
     return {name: item.expert for name, item in out.routing.items()}
 
   found = {}
@@ -296,8 +326,7 @@ EVERY = [
 
 @functools.cache
 def on_mesh(*case):
-  wanted = experiment(*case)
-  return placed_lib.place(wanted, clip_module(), mesh_lib.build(wanted))
+  return place(experiment(*case))
 
 
 @pytest.mark.parametrize("case", EVERY if os.environ.get("ALL_MESHES") else CHOSEN, ids=str)
@@ -316,15 +345,14 @@ def test_a_training_step_equals_the_single_device_step(case):
 
 def test_muon_gives_weights_that_are_cut_over_devices_the_same_updates():
   placed = on_mesh(*CHOSEN[0])
-  cfg = dataclasses.replace(experiment().optimizer, method="muon")
-  optimizer = state_lib.optimizer(cfg, 0.99)
+  optimizer = optimizers.make(config.Optimizer(method="muon"), label)
 
   @jax.jit
   def updates(gradients):
     return optimizer.update(gradients, optimizer.init(gradients), gradients, keep=lambda new, old: new)[0]
 
   for network in ("generator", "discriminator"):
-    gradients, abstract = getattr(first_state("spread"), network), getattr(placed.abstract_state, network)
+    gradients, abstract = (state.networks[network].params for state in (first_state("spread"), placed.abstract_state))
     cut = jax.tree.map(lambda leaf, a: jax.device_put(leaf, a.sharding), gradients, abstract)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(cut))
     expected, got = to_host(updates(gradients)), to_host(updates(cut))
@@ -333,33 +361,37 @@ def test_muon_gives_weights_that_are_cut_over_devices_the_same_updates():
       assert relative(a, b) < 1e-4, jax.tree_util.keystr(path)
 
 
-def test_gathered_parameters_do_not_cross_from_program_to_program():
-  """Cut over the devices or not, what `generate` leaves for `learn` is the same: of parameters nothing."""
-  crossing = {}
+def test_gathered_parameters_are_not_kept_for_the_backward_pass():
+  """Cut over the devices or not, the generator's forward pass leaves the same: of the parameters none but the stored ones."""
+  kept = {}
   for fsdp in ("", "all"):
     wanted = experiment(2, 4, fsdp, "tokens")
     wanted = dataclasses.replace(wanted, generator=dataclasses.replace(wanted.generator, remat=True, loop_layers=True))
-    placed = placed_lib.place(wanted, clip_module(), mesh_lib.build(wanted))
-    made = placed.programs.generate.eval_shape(*ahead.arguments(placed, ahead.GENERATE, *inputs()))
-    crossing[fsdp] = sorted(leaf.shape for leaf in made.residuals.computed)
-  large = {leaf.shape for leaf in jax.tree.leaves(placed.abstract_state.generator) if leaf.size >= mesh_lib.SMALL}
-  assert crossing["all"] == crossing[""] and not large & set(crossing["all"])
+    system = system_on(wanted)
+    objective, (frozen, batch) = Objective(system, optimizers.Updates(system, 1)), inputs()
+
+    def forward(state):
+      text = clip_module().apply(frozen["clip"], batch["tokens"], method="encode_text")
+      return objective._generate(state, text, jax.random.key(0)).pull_back
+
+    state = step_lib.abstract_state(system)
+    kept[fsdp] = sorted(leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(forward, state)))
+  large = [leaf.shape for leaf in jax.tree.leaves(state.networks["generator"].params) if leaf.size >= mesh_lib.SMALL]
+  assert kept["all"] == kept[""] and len(large) > 3
+  assert all(kept["all"].count(shape) <= large.count(shape) for shape in large)
 
 
 def test_a_run_moves_between_meshes(tmp_path):
   """Saved on 8 x 1, restored on 2 x 4 (cut otherwise) and on one device: the same bits, and the next step's losses."""
-  frozen, batch = inputs()
 
   def next_step(placed, state):
-    layout = placed.layout
-    _, metrics = step_lib.run_step(
-      placed.programs, state, jax.device_put(frozen, layout.replicated), jax.device_put(batch, layout.batch)
-    )
-    return to_host({name: value for name, value in metrics.items() if name.startswith("loss/")})
+    return {
+      name: to_host(value) for name, value in placed.run(1, state)[1]["networks"].items() if name.startswith("loss/")
+    }
 
   wanted, whole = experiment(*CHOSEN[1]), on_mesh(*CHOSEN[1])
-  state = jax.tree.map(lambda leaf, a: jax.device_put(leaf, a.sharding), first_state("spread"), whole.abstract_state)
-  pieces = state.discriminator["r8_block0"]["conv1"]["weight"].addressable_shards
+  state = whole.put(first_state("spread"))
+  pieces = state.networks["discriminator"].params["r8_block0"]["conv1"]["weight"].addressable_shards
   assert len({str(piece.index) for piece in pieces}) == 8  # it is cut indeed
   with checkpoint_manager.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(3, state, config_files.to_mapping(wanted))
@@ -374,4 +406,6 @@ def test_a_run_moves_between_meshes(tmp_path):
         assert after.sharding == a.sharding
         np.testing.assert_array_equal(before, after)
       for name, value in next_step(placed, restored).items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=f"{placed.layout.mesh.shape} {name}")
+        np.testing.assert_allclose(
+          value, expected[name], rtol=1e-6, err_msg=f"{placed.system.layout.mesh.shape} {name}"
+        )

@@ -1,6 +1,7 @@
 """Meshes and sharding rules, without any device: what divides what, what is refused, where a parameter lies."""
 
 import dataclasses
+import itertools
 import math
 import pathlib
 
@@ -12,6 +13,9 @@ from aurora_jax import config, config_files
 from aurora_jax.cli import main
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import experts, mesh
+from aurora_jax.systems.aurora import exchange_report
+from aurora_jax.systems.aurora.labels import label
+from aurora_jax.systems.aurora.system import System
 from aurora_jax.training import step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -26,6 +30,10 @@ def experiment(data=0, expert=1, fsdp=False, exchange="auto", counts=None, batch
     mesh=config.Mesh(data, expert, fsdp, over, exchange),
     train=dataclasses.replace(base.train, batch_size=batch),
   )
+
+
+def build(wanted, devices):
+  return mesh.build(wanted.mesh, wanted.train.batch_size, wanted.expert_counts, devices)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +107,15 @@ def test_rules_name_axes_and_find_collisions():
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_the_table(wanted, devices, words):
   with pytest.raises(UserError) as error:
-    mesh.build(wanted, devices)
+    build(wanted, devices)
   assert "\n" not in str(error.value)
   for part in words:
     assert part in str(error.value)
 
 
 def test_data_takes_what_expert_leaves():
-  assert dict(mesh.build(experiment(0, 16), 64).mesh.shape) == {"data": 4, "expert0": 4, "expert1": 2, "expert2": 2}
-  assert dict(mesh.build(experiment(0, 4), 8).mesh.shape) == {"data": 2, "expert": 4}
+  assert dict(build(experiment(0, 16), 64).mesh.shape) == {"data": 4, "expert0": 4, "expert1": 2, "expert2": 2}
+  assert dict(build(experiment(0, 4), 8).mesh.shape) == {"data": 2, "expert": 4}
   with pytest.raises(UserError, match="mesh.data .* got -1"):
     config.Mesh(data=-1)
   with pytest.raises(UserError, match="mesh.exchange .* got 'ring'"):
@@ -116,22 +124,22 @@ def test_data_takes_what_expert_leaves():
 
 @pytest.fixture(scope="module")
 def state():
-  return jax.eval_shape(step.build(experiment(), None).init, jax.random.key(0))
+  return step.abstract_state(System(experiment()))
 
 
 def leaves(layout, tree):
-  """[(name, leaf, sharding)]."""
-  return [
-    (jax.tree_util.keystr(path), leaf, layout.parameter(path, leaf.shape))
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  ]
+  """[(name, leaf, sharding)] of a part of a network's state."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  stored = jax.tree.leaves(layout.shardings(tree, label))
+  return [(jax.tree_util.keystr(path), leaf, sharding) for (path, leaf), sharding in zip(flat, stored, strict=True)]
 
 
 def test_each_expert_lives_along_its_run_with_its_optimiser_state_and_average(state):
-  layout = mesh.build(experiment(16, 16, fsdp=True, batch=256), 256)
+  layout = build(experiment(16, 16, fsdp=True, batch=256), 256)
   runs = {4: ("expert0",), 8: ("expert0", "expert1"), 16: ("expert0", "expert1", "expert2")}
   found = 0
-  for part in (state.generator, state.ema, state.generator_opt):
+  generator = state.networks["generator"]
+  for part in (generator.params, generator.ema, generator.opt_state):
     for name, leaf, sharding in leaves(layout, part):
       if "feed_forward" in name and "router" not in name:
         found += 1
@@ -141,10 +149,13 @@ def test_each_expert_lives_along_its_run_with_its_optimiser_state_and_average(st
 
 
 def test_fsdp_cuts_what_is_large_over_as_many_devices_as_divide_it(state):
-  whole = mesh.build(experiment(16, 16, batch=256), 256)
-  cut = mesh.build(experiment(16, 16, fsdp=True, batch=256), 256)
+  whole = build(experiment(16, 16, batch=256), 256)
+  cut = build(experiment(16, 16, fsdp=True, batch=256), 256)
   pieces_seen = set()
-  for name, leaf, sharding in leaves(cut, (state.generator, state.discriminator, state.discriminator_opt)):
+  generator, discriminator = state.networks["generator"], state.networks["discriminator"]
+  for name, leaf, sharding in [
+    entry for part in (generator.params, discriminator.params, discriminator.opt_state) for entry in leaves(cut, part)
+  ]:
     expert = "feed_forward" in name and "router" not in name
     pieces = max((n for n in (1, 16, 64, 128, 256) if any(size % n == 0 for size in leaf.shape)), default=1)
     if not expert and leaf.size >= mesh.SMALL and pieces > 1:
@@ -155,28 +166,41 @@ def test_fsdp_cuts_what_is_large_over_as_many_devices_as_divide_it(state):
     elif not expert:
       assert sharding.is_fully_replicated, name
   assert 256 in pieces_seen and len(pieces_seen) > 1
-  assert all(sharding.is_fully_replicated for _, _, sharding in leaves(whole, state.discriminator))
+  assert all(sharding.is_fully_replicated for _, _, sharding in leaves(whole, discriminator.params))
 
 
 @pytest.mark.parametrize("data, expert", [(1, 16), (4, 16), (16, 16)])
 def test_a_device_keeps_its_share_of_the_state_on_a_pod_of_any_size(state, data, expert):
-  layout = mesh.build(experiment(data, expert, fsdp=True, batch=256), data * expert)
-  share = sum(math.prod(sharding.shard_shape(leaf.shape)) for _, leaf, sharding in leaves(layout, state.discriminator))
-  total = sum(leaf.size for leaf in jax.tree.leaves(state.discriminator))
+  layout = build(experiment(data, expert, fsdp=True, batch=256), data * expert)
+  params = state.networks["discriminator"].params
+  share = sum(math.prod(sharding.shard_shape(leaf.shape)) for _, leaf, sharding in leaves(layout, params))
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert 0 < share - total / (data * expert) < 0.0005 * total  # what is small is whole everywhere
 
 
 def test_cut_over_the_expert_axis_a_device_keeps_the_same_pieces_on_a_pod_of_any_size(state):
-  pods = [mesh.build(experiment(data, 16, fsdp=True, batch=256, over="expert"), 16 * data) for data in (1, 4, 16)]
-  everywhere = mesh.build(experiment(1, 16, fsdp=True, batch=256), 16)  # of 16 devices along `expert` these are all
-  for layout in pods:
-    for (name, leaf, sharding), (_, _, other) in zip(leaves(layout, state), leaves(everywhere, state)):
+  pods = [build(experiment(data, 16, fsdp=True, batch=256, over="expert"), 16 * data) for data in (1, 4, 16)]
+  everywhere = build(experiment(1, 16, fsdp=True, batch=256), 16)  # of 16 devices along `expert` these are all
+  for layout, network in itertools.product(pods, state.networks.values()):
+    for (name, leaf, sharding), (_, _, other) in zip(leaves(layout, network), leaves(everywhere, network)):
       assert sharding.shard_shape(leaf.shape) == other.shard_shape(leaf.shape), name
       assert mesh.DATA not in jax.tree.leaves(tuple(sharding.spec)), name
 
 
+def test_all_that_is_kept_of_a_parameter_lies_where_it_does(state):
+  wanted = experiment(16, 16, fsdp=True, batch=256)
+  layout = build(wanted, 256)
+  stored = step.state_shardings(System(wanted, layout), state)
+  assert stored.step == layout.replicated and jax.tree.structure(stored) == jax.tree.structure(state)
+  for network in stored.networks.values():
+    assert network.opt_state[0].count == layout.replicated and network.opt_state[0].nu == network.params
+    assert any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(network.params))
+  assert stored.networks["generator"].ema == stored.networks["generator"].params
+  assert stored.networks["discriminator"].ema is None
+
+
 def test_exchange_is_chosen_by_bytes_and_explained():
-  few, many = (mesh.build(experiment(16, 16, batch=256 * images), 256) for images in (1, 64))
+  few, many = (build(experiment(16, 16, batch=256 * images), 256) for images in (1, 64))
   # One image: 256 tokens of 512 numbers, in fours of 2 x 64 slots from 3 others, there and back, both passes, float32.
   plan = experts.Exchange(few).plan(256, 512, 2048, 8, 4)
   assert plan.group == 8 and plan.capacity == 64 and plan.mode == "tokens"
@@ -185,7 +209,7 @@ def test_exchange_is_chosen_by_bytes_and_explained():
   assert experts.Exchange(many).plan(256 * 64, 512, 2048, 8, 4).mode == "weights"
   assert experts.Exchange(few, "weights").plan(256, 512, 2048, 8, 4).mode == "weights"
   assert experts.Exchange(few, rematerialised=True).plan(256, 512, 2048, 8, 4).token_bytes == plan.token_bytes * 3 // 2
-  lines = experts.explain(experts.Exchange(few), experiment().generator, 256)
+  lines = exchange_report.explain(experts.Exchange(few), experiment().generator, 256)
   assert len(lines) == 4
   assert lines[1].startswith("experts at 16 px: 6 layers of 8, 1 per device along expert0 x expert1 = 8")
   assert "3.7 MB as tokens" in lines[1] and "176.4 MB as weights: tokens (chosen by bytes)" in lines[1]

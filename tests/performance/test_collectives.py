@@ -155,8 +155,7 @@ def test_bytes_received_are_those_of_a_ring():
 _REAL = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from aurora_jax.ops import flop_count
-from aurora_jax.parallel import collectives
+from aurora_jax.performance import collectives, flop_count
 
 mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
 

@@ -13,9 +13,9 @@ from aurora_jax.data import build, sources
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import clip as clip_lib
-from aurora_jax.parallel import mesh
-from aurora_jax.performance import compile_report as training_compile
-from aurora_jax.training import ahead, placed, setup
+from aurora_jax.systems.aurora import system as system_lib
+from aurora_jax.training import setup
+from aurora_jax.training import step as step_lib
 
 _TINY = pathlib.Path(__file__).parents[1] / "parallel/tiny_pod.py"
 _CAPTIONS = ("red dot", "blue dot", "grey dot")
@@ -62,31 +62,33 @@ def _described(tree):
 
 
 def test_the_arguments_are_those_of_train(experiment, monkeypatch):
-  frozen = []
-  made = setup._freeze
-  monkeypatch.setattr(setup, "_freeze", lambda *args: frozen.append(made(*args)) or frozen[0])
+  frozen, steps = [], []
+  finish = system_lib.System.finish_frozen
+  monkeypatch.setattr(system_lib.System, "finish_frozen", lambda *args: frozen.append(finish(*args)) or frozen[0])
+  build_step = step_lib.build
+  monkeypatch.setattr(step_lib, "build", lambda *args: steps.append(build_step(*args)) or steps[-1])
   prepared = setup.prepare(experiment)
-  layout = mesh.build(experiment)
-  sizes, words = training_compile.clip_config(experiment)
-  assert words == f"of {experiment.text.clip}" and sizes == prepared.clip.config
+  ours = system_lib.System(experiment, prepared.system.layout)
+  state, abstract_frozen, batch, *_ = build_step(ours).abstract_arguments(ours.abstract_frozen())
+  assert ours.frozen_note == f"CLIP: of {experiment.text.clip}"
 
-  assert _described(training_compile.abstract_frozen(experiment, sizes, layout)) == _described(frozen[0])
+  assert _described(abstract_frozen) == _described(dict(frozen[0]))
   theirs = {
     name: jax.make_array_from_process_local_data(prepared.batch_sharding, value)
     for name, value in next(prepared.batches(0)).items()
     if isinstance(value, np.ndarray)
   }
-  ours = ahead.abstract_batch(experiment, sizes, layout)
-  assert _described(ours) == _described({name: theirs[name] for name in ours})
-  assert set(ours) == set(ahead.INPUTS)  # what else a batch has, no program reads
-  again = placed.place(experiment, clip_lib.Clip(sizes), layout)
-  assert _described(again.abstract_state) == _described(prepared.abstract_state)
+  assert _described(batch) == _described({name: theirs[name] for name in batch})
+  assert _described(state) == _described(prepared.abstract_state)
+  # `compile` lowers what `train` compiles.
+  lowered = [step.trace(0, ours.abstract_frozen()).lower().as_text() for step in (steps[0], build_step(ours))]
+  assert lowered[0] == lowered[1]
 
 
 def test_without_r1_there_is_one_program_less(experiment):
-  measured = {"snapshot": 1 / experiment.train.log_every, "moved": 1 / experiment.train.log_every}
-  assert ahead.programs(experiment) == dict.fromkeys(ahead.STEP, 1.0) | {"r1_step": 0.5} | measured
+  shares = lambda experiment: {
+    program.name: program.runs_per_step for program in step_lib.build(system_lib.System(experiment)).programs
+  }
+  assert shares(experiment) == {"networks": 1.0, "r1": 0.5}
   without = dataclasses.replace(experiment, loss=dataclasses.replace(experiment.loss, r1_gamma=0.0))
-  assert ahead.programs(without) == dict.fromkeys(ahead.STEP, 1.0) | measured
-  unguarded = dataclasses.replace(without, train=dataclasses.replace(without.train, guard=False))
-  assert ahead.programs(unguarded) == dict.fromkeys(ahead.STEP, 1.0)
+  assert shares(without) == {"networks": 1.0}

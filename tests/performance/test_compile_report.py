@@ -1,6 +1,5 @@
 """`compile`: its numbers against arithmetic by hand, its report's fields, and the command as a user runs it."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,6 +17,9 @@ from aurora_jax.parallel import mesh
 from aurora_jax.performance import advice, collectives, topology
 from aurora_jax.performance import compile_report as training_compile
 from aurora_jax.performance import estimate as parallel_compile
+from aurora_jax.systems import registry, text_encoder
+from aurora_jax.systems.aurora.labels import label
+from aurora_jax.training import optimizers
 from aurora_jax.training import step as step_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -48,6 +50,10 @@ def with_compilers():
   return {"PYTHONPATH": os.pathsep.join(filter(None, [str(_COMPILERS), os.environ.get("PYTHONPATH")]))}
 
 
+def system_of(experiment):
+  return registry.system_class(experiment.system)(experiment)
+
+
 def command(*arguments, **environment):
   """`python -m aurora_jax compile ...` in a process."""
   return subprocess.run(
@@ -69,7 +75,7 @@ def check_contract(report, devices):
   assert sizes["total"] == sum(size for name, size in sizes.items() if name not in ("total", "limit"))
   assert report["fits"] == (sizes["total"] <= sizes["limit"])
   assert report["devices"] == devices and np.prod(list(report["mesh"].values())) == devices
-  assert 0 < report["useful_flops_per_device"] < report["flops_per_device"] <= report["worst_routing_flops_per_device"]
+  assert 0 < report["useful_flops_per_device"] <= report["flops_per_device"] <= report["worst_routing_flops_per_device"]
   assert {"arithmetic", "memory", "interconnect", "bound", "assumptions"} == set(report["step_seconds_bound"])
   for row in report["collectives"]:
     assert row["kind"] in collectives.KINDS and row["count"] > 0 and row["bytes"] >= 0
@@ -87,15 +93,9 @@ def check_tiny(report, devices):
   assert exchanges and all(row["axes"] == ["expert"] and not row["fallback"] for row in exchanges)
   assert [row["program"] for row in report["collectives"] if row["kind"] == "all-reduce" and "data" in row["axes"]]
   assert {name: program["share_of_steps"] for name, program in report["programs"].items()} == {
-    "generate": 1.0,
-    "discriminate": 1.0,
-    "judge": 1.0,
-    "learn": 1.0,
-    "r1_step": 0.5,
-    "snapshot": 1.0,
-    "moved": 1.0,
+    "networks": 1.0,
+    "r1": 0.5,
   }
-  assert report["bytes_per_device"]["snapshot"] == report["bytes_per_device"]["parameters"]
 
 
 def test_as_a_user_on_a_cpu_stand_in(tmp_path):
@@ -105,7 +105,7 @@ def test_as_a_user_on_a_cpu_stand_in(tmp_path):
   assert {entry.name for entry in tmp_path.iterdir()} == {"r.json", "cache"}
   # Programs for train: that it asks for the very same is seen in test_compile_arguments.py.
   kept = {entry.name.rpartition("-")[0].rpartition("-")[0] for entry in cache.iterdir()}
-  assert {f"jit_{name}" for name in ("generate", "discriminate", "judge_images", "learn", "r1_step", "moved")} <= kept
+  assert {"jit_networks", "jit_r1"} <= kept
   report = json.loads(path.read_text())
   check_tiny(report, 4)
   assert "tiny_pod on cpu-4: 4 x CPU, mesh data 2 x expert 2" in done.stdout
@@ -113,12 +113,12 @@ def test_as_a_user_on_a_cpu_stand_in(tmp_path):
   assert "It fits with" in done.stdout and "all-to-all" in done.stdout
 
   # The state's bytes by hand: experts are halved by an expert axis of two, all else is whole.
-  state = jax.eval_shape(step_lib.build(config_files.load([f"--config={_ROOT / _TINY}"]), None).init, jax.random.key(0))
+  state = jax.eval_shape(
+    optimizers.init_state(system_of(config_files.load([f"--config={_ROOT / _TINY}"]))), jax.random.key(0)
+  )
   expected = sum(
-    4
-    * leaf.size
-    // (2 if "feed_forward" in str(path) and leaf.shape[0] == 4 and leaf.ndim > 1 and "router" not in str(path) else 1)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state.ema)[0]
+    4 * leaf.size // (2 if label(path).experts else 1)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.networks["generator"].ema)[0]
   )
   assert report["bytes_per_device"]["ema"] == expected
   assert report["bytes_per_device"]["batch"] == 2 * (4 * 8 * 8 * 3 + 4 + 4 * 77)
@@ -128,11 +128,11 @@ def test_an_interrupted_compile_keeps_the_programs_that_are_done(tmp_path, monke
   monkeypatch.setattr(os, "environ", dict(os.environ))
   with pytest.raises(KeyboardInterrupt), compile_command._kept_in(str(tmp_path)) as keep:
     new = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    (new / "jit_generate-0-cache").write_bytes(b"a program")
+    (new / "jit_networks-0-cache").write_bytes(b"a program")
     keep()
-    (new / "jit_learn-0-cache").write_bytes(b"half a")
+    (new / "jit_r1-0-cache").write_bytes(b"half a")
     raise KeyboardInterrupt
-  assert [entry.name for entry in tmp_path.iterdir()] == ["jit_generate-0-cache"]
+  assert [entry.name for entry in tmp_path.iterdir()] == ["jit_networks-0-cache"]
 
 
 @pytest.mark.parametrize("name, devices, chip", [("v5e:2x2", 4, "TPU v5e"), ("a100-8", 8, "A100 SXM4 80 GB")])
@@ -219,43 +219,32 @@ class _Program:
 
 def _compiled(name, executable, used=None):
   memory = executable and parallel_compile.memory_of(executable)
-  return training_compile.Compiled(
-    name, memory, None, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0
-  )
+  return training_compile.Compiled(name, memory, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0)
 
 
 _RESIDENT = {"parameters": 40, "optimizer": 20, "ema": 12, "buffers": 4, "frozen": 8, "batch": 16}
 
 
-def test_memory_is_what_lies_there_and_what_the_largest_program_adds():
+def test_memory_is_what_is_there_and_what_the_largest_program_adds():
   programs = {
-    "generate": _compiled("generate", _Program(50, 300, 0, 400, 10)),
-    "discriminate": _compiled("discriminate", _Program(44, 40, 36, 250, 5)),
-    "learn": _compiled("learn", _Program(403, 80, 76, 500, 30)),
-    "r1_step": _compiled("r1_step", _Program(90, 76, 76, 799, 5)),
+    "networks": _compiled("networks", _Program(103, 80, 76, 500, 30)),
+    "r1": _compiled("r1", _Program(90, 76, 76, 506, 5)),
   }
-  exact = {"generate": 50, "discriminate": 44, "learn": 400, "r1_step": 100}
-  sizes = training_compile.memory(_RESIDENT, programs, exact, limit=1000)
-  # `learn`: the residuals of `generate`, three bytes of padding, four that replace nothing. R1 comes when they are gone.
+  sizes = training_compile.memory(_RESIDENT, programs, 100, limit=1000)
+  # "networks": three bytes of padding, four that replace nothing. "r1" needs one byte less in all.
   assert sizes == _RESIDENT | {
-    "code": 50,
-    "residuals": 300,
+    "code": 35,
     "padding": 3,
     "outputs": 4,
     "temporaries": 500,
-    "total": 957,
+    "total": 642,
     "limit": 1000,
   }
 
 
 def test_where_the_compiler_refused_its_own_sum_counts():
-  programs = {
-    "generate": _compiled("generate", None, used=5000),
-    "learn": _compiled("learn", None),
-    "r1_step": _compiled("r1_step", _Program(100, 76, 76, 200, 5)),
-  }
-  programs["learn"] = programs["learn"]._replace(refusal="")  # it waits for `generate` and was not compiled
-  sizes = training_compile.memory(_RESIDENT, programs, {"r1_step": 100}, limit=1000)
+  programs = {"networks": _compiled("networks", None, used=5000), "r1": _compiled("r1", _Program(100, 76, 76, 200, 5))}
+  sizes = training_compile.memory(_RESIDENT, programs, 100, limit=1000)
   assert sizes["total"] == 5000 and sizes["temporaries"] == 5000 - 105
 
 
@@ -271,7 +260,7 @@ def test_a_refusal_is_understood_and_other_errors_are_not_hidden():
 
 _PER_SAMPLE = """
 import sys
-from aurora_jax.parallel import topology
+from aurora_jax.performance import topology
 name = topology.parse(sys.argv[1])
 topology.prepare_environment(name)
 import jax
@@ -306,7 +295,7 @@ def test_filters_of_their_own_stay_with_their_samples(machine):
 
 _CUT_OVER_ALL = """
 import sys
-from aurora_jax.parallel import topology
+from aurora_jax.performance import topology
 name = topology.parse(sys.argv[1])
 topology.prepare_environment(name)
 import jax
@@ -316,9 +305,9 @@ axes = "data", "expert0", "expert1"
 mesh = jax.make_mesh((1, 4, 4), axes, axis_types=(AxisType.Auto,) * 3, devices=topology.load(name).devices)
 layout = mesh_lib.Layout(mesh, mesh_lib.Rules(batch=axes, experts=axes[1:], dense=axes[1:]))
 def loss(weight, x):
-  weight = layout.gather({"w": weight})["w"]
+  weight = layout.gather({"w": weight}, lambda path: mesh_lib.ParamLabel())["w"]
   return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).var()
-weight = jax.ShapeDtypeStruct((3, 3, 256, 256), "bfloat16", sharding=layout.parameter((), (3, 3, 256, 256)))
+weight = jax.ShapeDtypeStruct((3, 3, 256, 256), "bfloat16", sharding=layout.parameter(mesh_lib.ParamLabel(), (3, 3, 256, 256)))
 x = jax.ShapeDtypeStruct((64, 8, 8, 256), "bfloat16", sharding=layout.batch)
 print(jax.jit(jax.grad(loss), out_shardings=weight.sharding).lower(weight, x).compile().as_text())
 """
@@ -341,11 +330,12 @@ def test_gradients_of_what_is_cut_over_all_devices_are_reduce_scattered():
 
 @pytest.mark.parametrize("width, words", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
 def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, words):
-  experiment = config_files.load([f"--config={_ROOT / _TINY}"])
-  replace = dataclasses.replace
-  experiment = replace(experiment, generator=replace(experiment.generator, text_feature_dim=width))
-  sizes, said = training_compile.clip_config(experiment)
+  sizes, said = text_encoder.clip_config("", width)
   assert sizes.text.width == width and words in said and "not set" in said
+  assert text_encoder.clip_config("no/such", width) == (
+    sizes,
+    said.replace("text.clip is not set", "nothing at text.clip=no/such"),
+  )
 
 
 def test_advice_names_fields_and_exact_savings():
@@ -354,12 +344,12 @@ def test_advice_names_fields_and_exact_savings():
     [f"--config={_ROOT / _TINY}", "--config.mesh.expert=1", "--config.generator.remat=False"]
   )
   machine = topology.Topology(topology.parse("a100-8"), _CHIP, [None] * 8, 8)
-  state = jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
-  size = lambda **changes: sum(
-    training_compile.state_bytes(
-      mesh.build(dataclasses.replace(experiment, mesh=config.Mesh(**changes)), 8).abstract(state)
-    ).values()
-  )
+
+  def size(**changes):
+    layout = mesh.build(config.Mesh(**changes), experiment.train.batch_size, experiment.expert_counts, 8)
+    state = step_lib.abstract_state(registry.system_class("aurora")(experiment, layout))
+    return sum(training_compile.state_bytes(state).values())
+
   report = {"fits": False, "devices": 8, "bytes_per_device": {"total": 3 * 2**30, "limit": 2**30, "temporaries": 2**31}}
   lines = advice.lines(experiment, machine, report)
   assert lines[0] == "It is 2.00 GiB per device too large."

@@ -167,8 +167,8 @@ import json, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[2])
-import test_checkpoint as t
-from aurora_jax.training import checkpoint, stored_checkpoint
+import test_checkpoint_manager as t
+from aurora_jax.runs import checkpoint_manager
 def abstract(mesh, spec):
   def place(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
@@ -178,7 +178,8 @@ flat = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 square = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
 root = sys.argv[1]
 for source, target, mesh, spec in (("one", "flat", flat, P("data")), ("flat", "square", square, P(("expert", "data")))):
-  with checkpoint.Checkpoints(f"{root}/{source}") as old, checkpoint.Checkpoints(f"{root}/{target}") as new:
+  folders = (checkpoint_manager.Checkpoints(f"{root}/{name}") for name in (source, target))
+  with next(folders) as old, next(folders) as new:
     state, _ = old.restore(abstract(mesh, spec))
     assert len(state.params["a"]["kernel"].sharding.device_set) == 4
     new.save(1, state, {})

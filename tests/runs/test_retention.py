@@ -1,17 +1,13 @@
 """What is kept of a run's checkpoints, and why."""
 
 import json
-import pathlib
-import sys
 
 import pytest
+import toy
 
 from aurora_jax.cli import main
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, retention, workdir
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "training"))
-import toy
 
 
 def _log(path, *rows):

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
+import random_run
 import safetensors.numpy
 from PIL import Image
 
@@ -16,14 +16,11 @@ from aurora_jax.cli import main
 from aurora_jax.data import build, loader, sources
 from aurora_jax.interop import inception_torch
 from aurora_jax.models import inception
-from aurora_jax.ops import frechet
+from aurora_jax.ops import frechet, resample
 from aurora_jax.runs import checkpoint_reader
 from aurora_jax.runs import fingerprint as fingerprint_lib
-from aurora_jax.systems.aurora import discriminator, growth
+from aurora_jax.systems.aurora.labels import label
 from aurora_jax.training import loop, setup
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import random_run
 
 RECORDS, SET = 11, 5
 
@@ -63,15 +60,17 @@ def experiment(home, total_steps=6):
     "train.sample_prompts": (),
     "data.path": home / "data",
     "text.clip": home / "clip",
-    "optimizer.attention_weight_decay": 0.1,
+    "optimizer.generator.weight_decay": 0.1,
+    "optimizer.discriminator.weight_decay": 0.1,
   }
   values = config_files.to_mapping(config_files.load([f"--config={random_run.ROOT / 'configs/aurora_64.py'}:test"]))
   for name, value in flags.items():
-    group, _, field = name.partition(".")
+    *path, field = name.split(".")
+    group = functools.reduce(lambda inner, part: inner[part], path, values)
     if field == "experts[16]":
-      values[group]["experts"], values[group]["attention_depth"] = {16: value}, {16: 1}
+      group["experts"], group["attention_depth"] = {16: value}, {16: 1}
     else:
-      values[group][field] = str(value) if isinstance(value, pathlib.Path) else value
+      group[field] = str(value) if isinstance(value, pathlib.Path) else value
   values["generator"]["adaptive_kernels"] = {4: 1, 8: 1, 16: 1}
   values["discriminator"] |= {"attention_depth": {}, "exit_resolutions": (4, 1)}
   return config_files.from_mapping(values)
@@ -88,54 +87,51 @@ def whole(home):
 
 
 def states(whole):
-  """{step: state} of the first one and of every change of stage, on the host."""
+  """{step: networks} of the first state and of every change of stage, on the host."""
   folder, run = whole
-  parts = ("generator", "ema", "discriminator", "generator_opt", "discriminator_opt")
-  abstract = {name: getattr(run.abstract_state, name) for name in parts}
-  first = run.init()
-  found = {0: {name: getattr(first, name) for name in parts}}
+  wanted = {"networks": run.abstract_state.networks}
+  found = {0: run.init().networks}
   for step in (2, 4, 6):
-    found[step] = checkpoint_reader.read(folder / "checkpoints", abstract, step)[1]
+    found[step] = checkpoint_reader.read(folder / "checkpoints", wanted, step)[1]["networks"]
   return jax.tree.map(np.asarray, found)
 
 
 def leaves(tree):
+  """{name: (the stage that needs it, leaf)} of parameters or of what is shaped like them."""
   return {
-    jax.tree_util.keystr(path): (growth.lowest_resolution(path), leaf)
+    jax.tree_util.keystr(path): (label(path).stage, leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   }
 
 
 def test_what_is_not_in_use_stays_bit_by_bit_and_then_moves(whole):
   found = states(whole)
+  parts = [("generator", "params"), ("generator", "ema"), ("discriminator", "params")]
+  of = lambda step, network, part: leaves(getattr(found[step][network], part))
+  nu = lambda step, network: leaves(found[step][network].opt_state[0].nu)
   for step, reached in ((2, 4), (4, 8)):
-    for part in ("generator", "ema", "discriminator"):
-      for name, (resolution, leaf) in leaves(found[step][part]).items():
+    unused = 0
+    for part in parts:
+      for name, (resolution, leaf) in of(step, *part).items():
         if resolution > reached:
-          np.testing.assert_array_equal(leaf, leaves(found[0][part])[name][1], err_msg=f"{part} {name}")
-    for part in ("generator_opt", "discriminator_opt"):
-      assert all(
-        not leaf.any() for resolution, leaf in leaves(found[step][part][0].nu).values() if resolution > reached
-      )
-  moved = lambda part, name, before, after: (
-    not np.array_equal(*(leaves(found[step][part])[name][1] for step in (before, after)))
-  )
-  for part, names in (
-    ("generator", "['synthesis']['r{}_rgb']['weight']"),
-    ("ema", "['synthesis']['r{}_rgb']['weight']"),
-    ("discriminator", "['r{}_from_rgb']['weight']"),
-  ):
+          unused += 1
+          np.testing.assert_array_equal(leaf, of(0, *part)[name][1], err_msg=f"{part} {name}")
+    assert unused > 20
+    for network in ("generator", "discriminator"):
+      assert all(not leaf.any() for resolution, leaf in nu(step, network).values() if resolution > reached)
+  moved = lambda part, name, before, after: not np.array_equal(*(of(step, *part)[name][1] for step in (before, after)))
+  for part, names in zip(parts, (*["['synthesis']['r{}_rgb']['weight']"] * 2, "['r{}_from_rgb']['weight']")):
     # What was trained before is trained on.
     assert [[moved(part, names.format(r), step, step + 2) for r in (4, 8, 16)] for step in (0, 2, 4)] == [
       [True, False, False],
       [True, True, False],
       [True, True, True],
     ]
-  for part in ("generator_opt", "discriminator_opt"):
-    assert found[6][part][0].count.tolist() == [6, 4, 2]
+  for network in ("generator", "discriminator"):
+    assert found[6][network].opt_state[0].count.tolist() == [6, 4, 2]
   # The second moments of layers trained before go on: a change of stage begins none of them anew.
-  nu = lambda step: leaves(found[step]["discriminator_opt"][0].nu)["['r4_from_rgb']['weight']"][1]
-  assert nu(2).any() and (nu(4) > 0.9 * nu(2)).all()
+  first = lambda step: nu(step, "discriminator")["['r4_from_rgb']['weight']"][1]
+  assert first(2).any() and (first(4) > 0.9 * first(2)).all()
 
 
 @pytest.mark.parametrize("stop", [2, 3])
@@ -164,8 +160,8 @@ def test_reference_is_the_distance_between_two_disjoint_sets(whole):
   numbers = distances._places(np.arange(2 * SET))
   assert len(set(numbers.tolist())) == 2 * SET
   pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  small = discriminator.image_pyramid(pictures, (8,))[8]
-  features = np.asarray(run.clip.module().apply(run.clip.variables, small, method="encode_image"))
+  small = resample.image_pyramid(pictures, (8,))[8]
+  features = np.asarray(run.system.clip.apply(run.distances._variables, small, method="encode_image"))
   sets = [frechet.Moments(features.shape[1]) for _ in range(2)]
   for moments, part in zip(sets, (features[:SET], features[SET:])):
     moments.add(part)
@@ -181,13 +177,11 @@ def test_a_generator_that_drew_the_second_set_would_have_the_references_distance
   reference = run.distances.reference(8, lambda: True)
   numbers = run.distances._places(np.arange(SET, 2 * SET))
   pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  small = discriminator.image_pyramid(pictures, (8,))[8]
-  features = np.asarray(run.clip.module().apply(run.clip.variables, small, method="encode_image"))
-  tokens = run.clip.tokenizer([run.dataset[int(number)].captions[0] for number in numbers])
+  small = resample.image_pyramid(pictures, (8,))[8]
+  features = np.asarray(run.system.clip.apply(run.distances._variables, small, method="encode_image"))
+  tokens = run.system.tokenizer([run.dataset[int(number)].captions[0] for number in numbers])
   own = {row.tobytes(): feature for row, feature in zip(np.asarray(tokens, np.int32), features)}
-  drawn = lambda ema, buffers, clip, extractor, tokens, number, key: np.stack(
-    [own[row.tobytes()] for row in np.asarray(tokens)]
-  )
+  drawn = lambda weights, extractor, tokens, number, key: np.stack([own[row.tobytes()] for row in np.asarray(tokens)])
   monkeypatch.setattr(run.distances, "_generator", {8: drawn})
   assert run.distances.generated(8, run.init(), lambda: True) == pytest.approx(reference, rel=1e-4)
 
@@ -229,7 +223,7 @@ def test_distances_by_inception(home, whole, inception_file, monkeypatch):
   features = jax.jit(lambda images: inception.Inception().apply(variables, images))
   numbers = distances._places(np.arange(2 * SET))
   pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  expected = np.asarray(features(discriminator.image_pyramid(pictures, (8,))[8]))
+  expected = np.asarray(features(resample.image_pyramid(pictures, (8,))[8]))
   for moments, part in zip((first, second), (expected[:SET], expected[SET:])):
     np.testing.assert_allclose(moments.mean, part.mean(0), atol=1e-4 * expected.max())
   assert np.abs(generated.mean - first.mean).max() > 1e-2 * expected.max()

@@ -11,15 +11,13 @@ import time
 import jax
 import numpy as np
 import pytest
+import toy
 from PIL import Image
 
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, fingerprint, metrics
 from aurora_jax.runs import workdir as workdir_lib
 from aurora_jax.training import loop
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import toy
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TIMES = ("seconds", "images_per_second")
@@ -198,16 +196,17 @@ def test_nan_in_one_batch_is_skipped_and_training_goes_on(tmp_path, capsys):
   states = []
 
   class Watched(toy.Toy):
-    def step(self, step, state, batch):
+    def step(self, step, state, batches):
       with jax.transfer_guard("allow"):
         states.append(jax.device_get(state))
-        return super().step(step, state, batch)
+        return super().step(step, state, batches)
 
   _, outcome = toy.run(tmp_path, toy=Watched(toy.experiment(), nan_at=(6,)))
   assert (outcome.reason, outcome.status) == (loop.DONE, 0)
   for before, after in zip(jax.tree.leaves(states[6].replace(step=0)), jax.tree.leaves(states[7].replace(step=0))):
     np.testing.assert_array_equal(before, after)
-  assert not np.array_equal(states[7].generator["w"], states[8].generator["w"])
+  weights = [state.networks["generator"].params["w"] for state in states]
+  assert not np.array_equal(weights[7], weights[8])
   error = capsys.readouterr().err
   assert "step 6 was skipped: generator: loss/g is nan, gradient not finite in b (1 of 1 arrays)\n" in error
   rows = metrics.read(tmp_path / "metrics.jsonl")
@@ -260,12 +259,12 @@ def test_without_the_guard_nan_stops_at_once(tmp_path, capsys):
 
 def test_warnings_are_said_and_written_once(tmp_path, capsys):
   """The toy's loads are all but even: a limit just below 1 makes every window a reason."""
-  _, outcome = toy.run(tmp_path, **{"watch.expert_entropy": 0.99999})
+  _, outcome = toy.run(tmp_path, **{"health.expert_entropy": 0.99999})
   assert outcome.reason == loop.DONE
   (line,) = [row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "warning"]
   assert (line["step"], line["warning"], line["limit"]) == (3, "moe/entropy/layer", 0.99999)
   error = capsys.readouterr().err
-  assert error.count("warning at step") == 1 and f"warning at step 3: {line['words']}" in error
+  assert error.count("warning at step") == 1 and f"warning at step 3: {line['message']}" in error
 
 
 def test_a_profile_is_taken_and_changes_nothing(uninterrupted, tmp_path, capsys):
@@ -280,15 +279,17 @@ def test_a_profile_is_taken_and_changes_nothing(uninterrupted, tmp_path, capsys)
 
 def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):
   class Poisoned(toy.Toy):
-    def step(self, step, state, batch):
-      state, values = super().step(step, state, batch)
+    def step(self, step, state, batches):
+      state, values = super().step(step, state, batches)
       with jax.transfer_guard("allow"):
-        return (state.replace(ema=state.ema | {"b": state.ema["b"] / 0.0 * 0.0}) if step == 7 else state), values
+        network = state.networks["generator"]
+        poisoned = network.replace(ema=network.ema | {"b": network.ema["b"] / 0.0 * 0.0})
+        return (state.with_network("generator", poisoned) if step == 7 else state), values
 
   _, outcome = toy.run(tmp_path, toy=Poisoned(toy.experiment()))
   assert outcome.reason == loop.NON_FINITE
   assert checkpoint_reader.steps(tmp_path / "checkpoints") == [4]
-  assert "state.ema['b'] is not finite at step 8" in capsys.readouterr().err
+  assert "state.networks['generator'].ema['b'] is not finite at step 8" in capsys.readouterr().err
 
 
 def test_a_differing_config_is_refused(tmp_path):
@@ -332,7 +333,7 @@ def test_a_field_that_is_gone_by_now_can_be_let_go(tmp_path):
 def test_a_config_written_before_a_field_existed_is_accepted(tmp_path):
   toy.run(tmp_path, **{"train.total_steps": 4})
   stored = json.loads((tmp_path / "config.json").read_text())
-  del stored["optimizer"]["beta2"]
+  del stored["optimizer"]["generator"]["beta2"]
   (tmp_path / "config.json").write_text(json.dumps(stored))
   assert toy.run(tmp_path)[1].reason == loop.DONE
 
@@ -357,8 +358,8 @@ def test_one_trainer_at_a_time(tmp_path):
 
 def test_an_unasked_transfer_is_an_error(tmp_path):
   class Careless(toy.Toy):
-    def step(self, step, state, batch):
-      return super().step(step, state, batch | {"poison": np.zeros(1, np.float32)})
+    def step(self, step, state, batches):
+      return super().step(step, state, [batches[0] | {"poison": np.zeros(1, np.float32)}])
 
   with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
     toy.run(tmp_path, toy=Careless(toy.experiment()))
@@ -369,9 +370,9 @@ def test_the_next_batch_is_fetched_while_a_step_runs(tmp_path):
   ahead = []
 
   class Watched(toy.Toy):
-    def step(self, step, state, batch):
+    def step(self, step, state, batches):
       ahead.append(len(self.seen) - step)
-      return super().step(step, state, batch)
+      return super().step(step, state, batches)
 
   toy.run(tmp_path, toy=Watched(toy.experiment()))
   assert set(ahead) == {1}

@@ -1,39 +1,40 @@
 """Muon for the networks' weights: against torch's, on stacks, and what it leaves alone."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from one_network import OneNetwork, params
 
 from aurora_jax import config
-from aurora_jax.training import muon, state
+from aurora_jax.training import muon
 
-CFG = config.Optimizer(method="muon", attention_weight_decay=0.0, muon_iterations=5)
+CFG = config.Optimizer(method="muon", learning_rate=1.0, iterations=5)
 
 
 def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def steps(optimizer, params, gradients, rate=1.0):
-  opt_state = optimizer.init(params)
+def steps(cfg, values, gradients):
+  system = OneNetwork(cfg)
+  state = system.begin(values)
   for gradient in gradients:
-    params, opt_state = state.update(CFG, optimizer, gradient, opt_state, params, rate)
-  return params
+    state = system.step(state, gradient)
+  return params(state)
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (16, 64), (3, 3, 8, 24)])
 def test_a_step_is_that_of_torch(shape):
   gradient = draw(*shape)
-  params = {"weight": jnp.zeros(shape)}
-  moved = steps(state.optimizer(CFG, 0.99), params, [{"weight": gradient}])["weight"]
+  moved = steps(CFG, {"weight": jnp.zeros(shape)}, [{"weight": gradient}])["weight"]
   matrix = torch.tensor(np.asarray(gradient)).reshape(-1, shape[-1])
   theirs = torch.nn.Parameter(torch.zeros_like(matrix))
   muon = torch.optim.Muon(
-    [theirs], lr=1.0, weight_decay=0.0, momentum=CFG.muon_momentum, ns_steps=5, adjust_lr_fn="match_rms_adamw"
+    [theirs], lr=1.0, weight_decay=0.0, momentum=CFG.momentum, ns_steps=5, adjust_lr_fn="match_rms_adamw"
   )
   theirs.grad = matrix
   muon.step()
@@ -46,11 +47,10 @@ def test_a_step_is_that_of_torch(shape):
 @pytest.mark.parametrize("shape", [(2, 3, 3, 8, 16), (4, 8, 16)])
 def test_each_kernel_and_each_expert_is_a_matrix_of_its_own(shape):
   gradients = [{"weight": draw(*shape, seed=seed)} for seed in range(3)]
-  optimizer = state.optimizer(CFG, 0.99)
-  stacked = steps(optimizer, {"weight": jnp.zeros(shape)}, gradients)["weight"]
+  stacked = steps(CFG, {"weight": jnp.zeros(shape)}, gradients)["weight"]
   for i in range(shape[0]):
     alone = steps(
-      optimizer,
+      CFG,
       {"weight": jnp.zeros(shape[1:]).reshape(-1, shape[-1])},
       [{"weight": g["weight"][i].reshape(-1, shape[-1])} for g in gradients],
     )["weight"]
@@ -68,27 +68,26 @@ def test_an_update_is_finite_whatever_the_size_of_the_gradient(size):
 def test_the_momentum_of_an_expert_without_tokens_fades_away():
   """Its gradient is zero from then on; its weights must come to rest, not walk on."""
   gradient = draw(2, 16, 16)
-  optimizer = state.optimizer(CFG, 0.99)
-  params = {"weight": jnp.zeros((2, 16, 16))}
-  begun = params, optimizer.init(params)
+  system = OneNetwork(dataclasses.replace(CFG, learning_rate=0.01))
+  begun = system.begin({"weight": jnp.zeros((2, 16, 16))})
 
   @jax.jit
-  def run(params, opt_state, gradients):
-    step = lambda carried, g: (state.update(CFG, optimizer, {"weight": g}, carried[1], carried[0], 0.01), carried[0])
-    return jax.lax.scan(step, (params, opt_state), gradients)[1]["weight"]
+  def run(state, gradients):
+    step = lambda state, g: (system.step(state, {"weight": g}), params(state)["weight"])
+    return jax.lax.scan(step, state, gradients)[1]
 
   silent = jnp.concatenate([jnp.broadcast_to(gradient, (3, 2, 16, 16)), jnp.zeros((1000, 2, 16, 16))])
-  weights = np.asarray(run(*begun, silent))
+  weights = np.asarray(run(begun, silent))
   assert np.isfinite(weights).all()
   np.testing.assert_allclose(weights[-1], weights[400], atol=1e-6)
   assert np.abs(weights[3]).max() > 0.01
 
 
 def test_biases_and_norms_are_adams():
-  params = {"a": {"weight": draw(8, 8), "bias": draw(8)}, "norm": {"scale": draw(8)}}
-  gradients = [jax.tree.map(lambda x: draw(*x.shape, seed=seed), params) for seed in range(4)]
-  ours = steps(state.optimizer(CFG, 0.99), params, gradients, 0.01)
-  adam = steps(state.optimizer(config.Optimizer(attention_weight_decay=0.0), 0.99), params, gradients, 0.01)
+  values = {"a": {"weight": draw(8, 8), "bias": draw(8)}, "norm": {"scale": draw(8)}}
+  gradients = [jax.tree.map(lambda x: draw(*x.shape, seed=seed), values) for seed in range(4)]
+  ours = steps(dataclasses.replace(CFG, learning_rate=0.01), values, gradients)
+  adam = steps(config.Optimizer(learning_rate=0.01), values, gradients)
   np.testing.assert_array_equal(ours["a"]["bias"], adam["a"]["bias"])
   np.testing.assert_array_equal(ours["norm"]["scale"], adam["norm"]["scale"])
   assert np.abs(ours["a"]["weight"] - adam["a"]["weight"]).max() > 1e-3
@@ -96,14 +95,13 @@ def test_biases_and_norms_are_adams():
 
 def test_what_a_stage_does_not_use_and_what_is_left_out_stay_as_they_are():
   schedule = config.Schedule(resolutions=(4, 8), max_images=config.PerResolution({4: 1}))
-  optimizer = state.optimizer(CFG, 0.99, schedule, 4)
-  params = {name: {"weight": draw(4, 4), "bias": draw(4)} for name in ("mapping_0", "r4_block0_conv", "r8_block0_conv")}
-  gradient = jax.tree.map(jnp.ones_like, params)
+  cfg = dataclasses.replace(CFG, learning_rate=0.1)
+  values = {name: {"weight": draw(4, 4), "bias": draw(4)} for name in ("mapping_0", "r4_block0_conv", "r8_block0_conv")}
+  gradient = jax.tree.map(jnp.ones_like, values)
   gradient["r8_block0_conv"] = jax.tree.map(lambda x: x * jnp.nan, gradient["r8_block0_conv"])
-  begin = params, optimizer.init(params)
-  first = state.update(CFG, optimizer, gradient, begin[1], params, 0.1)
-  jax.tree.map(np.testing.assert_array_equal, first[0]["r8_block0_conv"], params["r8_block0_conv"])
-  assert (first[0]["r4_block0_conv"]["weight"] != params["r4_block0_conv"]["weight"]).all()
+  unguarded, guarded = (OneNetwork(cfg, schedule, 4, guard=guard) for guard in (False, True))
+  first = unguarded.step(unguarded.begin(values), gradient)
+  jax.tree.map(np.testing.assert_array_equal, params(first)["r8_block0_conv"], values["r8_block0_conv"])
+  assert (params(first)["r4_block0_conv"]["weight"] != values["r4_block0_conv"]["weight"]).all()
   spoilt = jax.tree.map(lambda x: x * jnp.nan, gradient)
-  left_out = state.update(CFG, optimizer, spoilt, first[1], first[0], 0.1, functools.partial(jnp.where, False))
-  jax.tree.map(np.testing.assert_array_equal, left_out, first)
+  jax.tree.map(np.testing.assert_array_equal, guarded.step(first, spoilt), first)

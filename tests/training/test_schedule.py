@@ -4,22 +4,18 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import signal
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+import toy
 
 from aurora_jax import config, config_files
 from aurora_jax.runs import checkpoint_manager, checkpoint_reader, metrics
 from aurora_jax.runs import fingerprint as fingerprint_lib
 from aurora_jax.training import loop, schedule
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import toy
 
 CFG = config.Schedule(
   resolutions=(4, 8, 16), factor=1.5, every_images=40, max_images=config.PerResolution({4: 100, 8: 200})
@@ -71,7 +67,7 @@ def test_progress_survives_json_exactly():
 class Planted:
   """Distances as of `frechet.Distances`: of the generator 10, 9, 8 ... by step. `interrupt`: the calls that send SIGINT."""
 
-  name, features, count, words = "frechet_toy", "toy features", 3, "toy features, 3 pictures"
+  name, features, count, description = "frechet_toy", "toy features", 3, "toy features, 3 pictures"
 
   def __init__(self, interrupt=()):
     self.calls, self._interrupt = 0, interrupt
@@ -105,8 +101,9 @@ class GrowingToy(toy.Toy):
   def at_stage(self, resolution):
     return dataclasses.replace(self, resolution=resolution)
 
-  def step(self, step, state, batch):
-    return super().step(step, state, batch | {"image": _scaled(batch["image"], self.resolution)})
+  def step(self, step, state, batches):
+    (batch,) = batches
+    return super().step(step, state, [batch | {"image": _scaled(batch["image"], self.resolution)}])
 
 
 def _experiment():
@@ -200,6 +197,6 @@ def test_a_run_that_begins_with_anothers_networks_begins_at_their_stage(whole, t
   assert schedule.first_resolution(_experiment()) == 4
   assert first(whole[0]) == 64
   assert first(whole[0] / "checkpoints" / "4") == 8
-  parts = {"generator": {"weight": np.zeros(2, np.float32)}}
+  parts = {"networks": {"generator": {"params": {"weight": np.zeros(2, np.float32)}}}}
   checkpoint_manager.write_parts(tmp_path / "converted" / "checkpoints", 0, parts, {})
   assert first(tmp_path / "converted") == 64  # nothing is said of stages: all of it is there

@@ -3,26 +3,21 @@
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
 import pytest
+import toy
 from PIL import Image
 
 from aurora_jax.cli import main
 from aurora_jax.data import build, loader, schema, sources, tfrecords
 from aurora_jax.data.dataset import Dataset
-from aurora_jax.runs import checkpoint_reader, metrics, skipped_records
+from aurora_jax.runs import checkpoint_reader, config_check, metrics, skipped_records
 from aurora_jax.runs import fingerprint as fingerprint_lib
-from aurora_jax.runs import workdir as workdir_lib
 from aurora_jax.training import loop
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import toy
 
 RECORDS, SHARDS = 40, 5
 
@@ -112,7 +107,7 @@ class _Batches:
     return {"image": batch["image"][..., 0].reshape(8, 16), "index": batch["index"], "poison": np.zeros(1, np.float32)}
 
   @property
-  def skipped_records(self):
+  def skipped(self):
     return self._batches.skipped
 
   def close(self):
@@ -231,7 +226,7 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
   assert (again.reason, again.step) == (loop.DAMAGED_DATA, outcome.step) and len(listed(tmp_path / "run")) == count
   shutil.copy(shard(whole, 3), shard(data, 3))
   capsys.readouterr()
-  _, mended = train(tmp_path / "run", Dataset.open(data, tolerate_damage=True), **limit)
+  _, mended = train(tmp_path / "run", Dataset.open(data, "train", True), **limit)
   assert (mended.reason, mended.step) == (loop.DONE, 12)
   assert f"of the {count} records in {tmp_path}/run/skipped_records.jsonl can be read again" in capsys.readouterr().out
   assert {row["number"] for row in listed(tmp_path / "run")} == {number for number in faults if number < 24}
@@ -268,6 +263,36 @@ def test_a_new_run_begins_with_an_empty_list(data, tmp_path):
   assert (tmp_path / "run/skipped_records.jsonl").read_text() == ""
   train(tmp_path / "other", Dataset.open(data), **{"train.total_steps": 2})
   assert not (tmp_path / "other/skipped_records.jsonl").exists()
+
+
+class TwoBatches(DataToy):
+  """Each step reads two batches and trains on the second one."""
+
+  batches_per_step = 2
+
+  def batches(self, start_step):
+    return super().batches(2 * start_step)
+
+  def step(self, step, state, batches):
+    first, second = batches
+    assert sorted(first) == sorted(second)
+    return super().step(step, state, [second])
+
+
+def test_a_step_of_several_batches_counts_the_records_of_all_of_them(damaged, tmp_path):
+  dataset, _ = damaged
+  fields = {"data.max_skipped": 0.5, "train.log_every": 1, "train.checkpoint_every": 2}
+  whole = TwoBatches(toy.experiment(**fields, **{"train.total_steps": 6}), dataset)
+  assert toy.run(tmp_path / "whole", toy=whole)[1].reason == loop.DONE
+  rows = listed(tmp_path / "whole")
+  counts = [row["data/skipped"] for row in logged(tmp_path / "whole")]
+  assert counts == [sum(row["step"] < 2 * done for row in rows) for done in range(1, 7)] and counts[-1] == len(rows) > 0
+  parts = [TwoBatches(toy.experiment(**fields, **{"train.total_steps": steps}), dataset) for steps in (3, 6)]
+  for part in parts:
+    toy.run(tmp_path / "parts", toy=part)
+  assert parts[0].seen[:6] + parts[1].seen[:6] == whole.seen[:12]
+  assert logged(tmp_path / "parts") == logged(tmp_path / "whole") and listed(tmp_path / "parts") == rows
+  assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
 
 
 def test_several_processes_know_the_same(damaged, tmp_path, monkeypatch):
@@ -307,7 +332,7 @@ def test_several_processes_know_the_same(damaged, tmp_path, monkeypatch):
 
 def test_free_to_change():
   before = toy.experiment()
-  after = toy.experiment(**{"data.max_skipped": 0.5, "data.tolerate_damage": True})
-  changes = workdir_lib.config_changes(json.loads(json.dumps(dataclasses.asdict(before))), after)
-  assert set(changes) == {"data.max_skipped", "data.tolerate_damage"}
-  assert all(workdir_lib.is_allowed(name, ()) for name in changes)
+  after = toy.experiment(**{"data.max_skipped": 0.5, "data.tolerate_corruption": True})
+  changes = config_check.config_changes(json.loads(json.dumps(dataclasses.asdict(before))), after)
+  assert set(changes) == {"data.max_skipped", "data.tolerate_corruption"}
+  assert all(config_check.is_allowed(name, ()) for name in changes)

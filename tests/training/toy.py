@@ -10,39 +10,23 @@ import json
 import sys
 import time
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aurora_jax import config, config_files
+from aurora_jax import config_files
 from aurora_jax.errors import UserError
+from aurora_jax.parallel.mesh import ParamLabel, names_of
+from aurora_jax.systems import base
+from aurora_jax.systems.aurora.config import Experiment
 from aurora_jax.training import guard as guard_lib
-from aurora_jax.training import loop
-
-
-@flax.struct.dataclass
-class ToyState:
-  step: jax.Array
-  generator: dict
-  discriminator: dict
-  ema: dict
-  opt: object
-
-
-class Samples:
-  """As of `Prepared.sample`: two prompts with one latent."""
-
-  def __init__(self, value):
-    self.images = np.full((2, 1, 8, 8, 3), value, np.float32)
-    self.prompts = ("one", "two")
-    self.stage = ""
+from aurora_jax.training import loop, setup
 
 
 def experiment(**fields):
   """An `Experiment` with some fields set: experiment(**{"train.total_steps": 20})."""
-  values = config_files.to_mapping(config.Experiment())
+  values = config_files.to_mapping(Experiment())
   defaults = {
     "train.total_steps": 12,
     "train.checkpoint_every": 4,
@@ -66,7 +50,14 @@ _OPTIMIZER = optax.adam(1e-2)
 @functools.partial(jax.jit, static_argnames="width")
 def _init(key, width=4):
   params = {"w": jax.random.normal(key, (16, width)), "b": jnp.zeros(width)}
-  return ToyState(jnp.zeros((), jnp.int32), params, {"scale": jnp.ones(3)}, params, _OPTIMIZER.init(params))
+  generator = base.NetworkState(params, {}, _OPTIMIZER.init(params), params)
+  discriminator = base.NetworkState({"scale": jnp.ones(3)}, {}, ())
+  return base.TrainState(jnp.zeros((), jnp.int32), {"generator": generator, "discriminator": discriminator})
+
+
+def _label(path):
+  name = names_of(path)[0]
+  return ParamLabel(module=name, group=name)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("every_third", "guarded"))
@@ -78,26 +69,32 @@ def _step(state, batch, key, every_third, guarded):
     pictures = batch["image"] + noise
     return jnp.mean(jnp.square(pictures @ params["w"] + params["b"])) + batch["poison"][0] * jnp.sum(params["b"])
 
-  value, gradient = jax.value_and_grad(loss)(state.generator)
-  update, opt = _OPTIMIZER.update(gradient, state.opt)
-  params = optax.apply_updates(state.generator, update)
-  ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
+  old = state.networks["generator"]
+  value, gradient = jax.value_and_grad(loss)(old.params)
+  update, opt = _OPTIMIZER.update(gradient, old.opt_state)
+  params = optax.apply_updates(old.params, update)
+  ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, old.ema, params)
   metrics = {"loss/g": value + batch["poison"][0], "moe/load/layer": jnp.arange(3.0) + value}
-  metrics |= guard.norms("grad_norm/g", gradient)
+  metrics |= guard.norms("grad_norm/g", gradient, _label)
   healthy = guard.healthy(metrics)
-  metrics |= guard.verdict(guard_lib.SKIPPED, healthy)
+  metrics |= guard.verdict("g", healthy)
   if every_third:
     metrics["r1"] = 2.0 * value
-  discriminator = {"scale": state.discriminator["scale"] * 0.9 + value}
-  after = jax.tree.map(guard.keeper(healthy), ToyState(state.step, params, discriminator, ema, opt), state)
-  return after.replace(step=state.step + 1), metrics
+  discriminator = state.networks["discriminator"]
+  scale = discriminator.params["scale"] * 0.9 + value
+  after = {
+    "generator": base.NetworkState(params, {}, opt, ema),
+    "discriminator": discriminator.replace(params={"scale": scale}),
+  }
+  after = jax.tree.map(guard.keeper(healthy), after, state.networks)
+  return base.TrainState(state.step + 1, after), {"toy": metrics}
 
 
 @dataclasses.dataclass
 class Toy:
   """The toy's `Prepared`. `delay`: seconds per batch; `nan_at`: steps whose loss is NaN; `width`: architecture."""
 
-  experiment: config.Experiment
+  experiment: Experiment
   delay: float = 0.0
   nan_at: object = ()
   width: int = 4
@@ -130,11 +127,13 @@ class Toy:
         self.after_batch(step)
       step += 1
 
-  def step(self, step, state, batch):
+  def step(self, step, state, batches):
+    (batch,) = batches
     return _step(state, batch, self._key, every_third=step % 3 == 0, guarded=self.experiment.train.guard)
 
   def sample(self, state):
-    return Samples(float(state.step))
+    images = np.full((2, 1, 8, 8, 3), float(state.step), np.float32)
+    return setup.SampleSet(images, ("one", "two"))
 
 
 def run(workdir, *, toy=None, allow=(), hooks=loop.Hooks(), **fields):

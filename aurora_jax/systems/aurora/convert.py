@@ -14,18 +14,20 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from aurora_jax import config as config_lib
 from aurora_jax import config_files, files
+from aurora_jax.config import PerResolution, Text
 from aurora_jax.errors import UserError
 from aurora_jax.interop import tensor_files
 from aurora_jax.runs import checkpoint_manager, checkpoint_reader
 from aurora_jax.runs import workdir as workdir_lib
-from aurora_jax.systems.aurora import generator as generator_lib
+from aurora_jax.systems import stages
 from aurora_jax.systems.aurora import released
-from aurora_jax.training import schedule
+from aurora_jax.systems.aurora.config import Discriminator, Experiment
 
 # Our parts and their names in a released file.
 _NAMES = {"ema": "generator_smooth", "generator": "generator"}
+# Our parts and where they are in a checkpoint's generator.
+_PARTS = {"ema": "ema", "generator": "params", "buffers": "variables/buffers"}
 WEIGHTS = ("ema", "generator", "both")
 
 
@@ -79,7 +81,7 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
   """
   workdir = pathlib.Path(workdir)
   _check_target_folder(workdir, overwrite)
-  sets, notes = _chosen_sets(path, weights), []
+  sets, notes = _chosen_sets(path, weights)
   variables = {}
   for part, (name, state_dict) in sets.items():
     if part == "generator" and sets.get("ema", (None,))[0] == name:
@@ -95,7 +97,12 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
     if name != "w_avg":
       raise UserError(f"{path}: {name} of generator_smooth and generator differ, where one network has one")
     notes.append("w_avg of generator_smooth and of generator differ; the former is kept")
-  parts = {"generator": variables["generator"]["params"], "ema": variables["ema"]["params"], "buffers": buffers}
+  network = {
+    "params": variables["generator"]["params"],
+    "ema": variables["ema"]["params"],
+    "variables": {"buffers": buffers},
+  }
+  parts = {"networks": {"generator": network}}
   origin = {part: name for part, (name, _) in sets.items()}
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
   with stage(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.whole_folder(workdir) as beside:
@@ -108,7 +115,7 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
       {"converted_from": str(path), "weights": origin},
     )
     files.write_text(folder.config, config_files.to_json(experiment))
-  values = sum(leaf.size for leaf in jax.tree.leaves(parts["ema"]))
+  values = sum(leaf.size for leaf in jax.tree.leaves(network["ema"]))
   return Converted(workdir, 0, origin, values, tuple(notes))
 
 
@@ -123,24 +130,20 @@ def experiment_of(generator, name, clip=""):
   Returns:
     `config.Experiment` with a discriminator of the same resolution.
   """
-  resolutions, default = generator.resolutions, config_lib.Discriminator()
-  discriminator = config_lib.Discriminator(
+  resolutions, default = generator.resolutions, Discriminator()
+  discriminator = Discriminator(
     resolution=generator.resolution,
-    blocks=config_lib.PerResolution({r: 1 if r == 4 else 2 for r in resolutions}),
-    attention_depth=config_lib.PerResolution(
-      {r: depth for r, depth in default.attention_depth.items() if r in resolutions}
-    ),
+    blocks=PerResolution({r: 1 if r == 4 else 2 for r in resolutions}),
+    attention_depth=PerResolution({r: depth for r, depth in default.attention_depth.items() if r in resolutions}),
     input_resolutions=tuple(sorted(generator.output_resolutions, reverse=True)),
     exit_resolutions=tuple(r for r in reversed(resolutions) if r < generator.resolution) + (1,),
     text_feature_dim=generator.text_feature_dim,
   )
-  return config_lib.Experiment(
-    name=name, generator=generator, discriminator=discriminator, text=config_lib.Text(clip=clip)
-  )
+  return Experiment(name=name, generator=generator, discriminator=discriminator, text=Text(clip=clip))
 
 
 def _chosen_sets(path, weights):
-  """{"ema": (released name, state dict), "generator": ...} of a file."""
+  """({"ema": (released name, state dict), "generator": ...} of a file, notes on how it was read)."""
   content = tensor_files.read(path)
   arrays = lambda mapping: {name: value for name, value in mapping.items() if tensor_files.is_array(value)}
   sets = {
@@ -159,7 +162,7 @@ def _chosen_sets(path, weights):
       raise UserError(f"{path} has no {_NAMES[weights]}, only {', '.join(name for name, _ in sets.values())}")
     sets = {weights: sets[weights]}
   only = next(iter(sets.values()))
-  return {part: sets.get(part, only) for part in _NAMES}
+  return {part: sets.get(part, only) for part in _NAMES}, list(content.notes)
 
 
 def _differing(first, second):
@@ -218,7 +221,7 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
     tensor_files.require_torch(path)
   folder = workdir_lib.RunFolder(workdir)
   experiment = folder.experiment()
-  outputs = schedule.at_checkpoint(experiment, folder.checkpoints, step).generator.output_resolutions
+  outputs = stages.at_checkpoint(experiment, folder.checkpoints, step).generator.output_resolutions
   cfg = dataclasses.replace(experiment.generator, output_resolutions=outputs)  # of a run that grows, what is trained
   kwargs = released.config_to_released(cfg)
   chosen = tuple(_NAMES) if weights == "both" else (weights,)
@@ -227,10 +230,13 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
     raise UserError(f"{arguments} exists and says something else; choose another name or say --overwrite")
   tensor_files.check_target(path, overwrite)
   with files.whole_file(arguments) as json_beside, files.whole_file(path) as beside:
-    variables = generator_lib.abstract_variables(cfg)
-    abstract = dict.fromkeys(chosen, variables["params"]) | {"buffers": variables["buffers"]}
+    prefixes = {part: f"networks/generator/{_PARTS[part]}" for part in (*chosen, "buffers")}
     with stage(f"reading {folder.checkpoints}"):
-      step, parts = checkpoint_reader.read(folder.checkpoints, abstract, step)
+      step, found = checkpoint_reader.read_parts(folder.checkpoints, list(prefixes.values()), step)
+    missing = [prefix for prefix in prefixes.values() if prefix not in found]
+    if missing:
+      raise UserError(f"checkpoint {folder.checkpoints / str(step)} has no {' and no '.join(missing)}")
+    parts = {part: found[prefix] for part, prefix in prefixes.items()}
     with stage(f"writing {path}") as update:
       sets = {part: {"params": parts[part], "buffers": parts["buffers"]} for part in chosen}
       if bare:

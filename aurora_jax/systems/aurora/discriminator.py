@@ -14,10 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aurora_jax import config as config_lib
 from aurora_jax.models import layers
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import resample
+from aurora_jax.ops.losses import Logit
+from aurora_jax.systems.aurora import config as config_lib
 
 
 @flax.struct.dataclass
@@ -27,15 +28,6 @@ class Feature:
   feature: jax.Array  # [B, exit, exit, C]
   level: int = flax.struct.field(pytree_node=False)  # resolution at which the image entered
   exit: int = flax.struct.field(pytree_node=False)  # resolution of the feature map; 1 is the last
-
-
-@flax.struct.dataclass
-class Logit:
-  """One prediction: positive means real and matching."""
-
-  value: jax.Array  # [B, exit, exit] float32
-  level: int = flax.struct.field(pytree_node=False)
-  exit: int = flax.struct.field(pytree_node=False)
 
 
 class ResidualBlock(nn.Module):
@@ -222,16 +214,6 @@ class Discriminator(nn.Module):
   def __call__(self, pyramid, text, eot):
     """pyramid {r: [B, r, r, 3]}, text [B, N, F], eot [B] -> list of `Logit`."""
     return self.judge(self.features(pyramid), self.encode_text(text, eot))
-
-
-def image_pyramid(image, resolutions):
-  """Shrinks images by two with the FIR filter, level by level. image [B, R, R, 3] -> {r: [B, r, r, 3]}."""
-  pyramid, r = {}, image.shape[1]
-  while r >= min(resolutions):
-    if r in resolutions:
-      pyramid[r] = image
-    image, r = resample.downsample(image), r // 2
-  return pyramid
 
 
 def abstract_params(cfg):

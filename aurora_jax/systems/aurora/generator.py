@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aurora_jax import config as config_lib
 from aurora_jax.models import layers
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import moe, resample
+from aurora_jax.systems.aurora import config as config_lib
 
 
 class Routing(NamedTuple):

@@ -4,12 +4,14 @@ One table, `entries`, lists every tensor of the released state dict with its pla
 both follow it, so neither can forget what the other does.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.systems.aurora import generator
+from aurora_jax.systems.aurora.config import Generator
 from aurora_jax.systems.aurora.released_config import config_from_released, config_to_released  # noqa: F401
 
 # Per layout: the released array as ours, and back. Both are permutations, hence exact.
@@ -112,11 +114,11 @@ def _attention_block(cfg, r, path, name):
       yield from _modulated(feed_forward + ("router",), inner + ".ff.routing")
 
 
-def entries(cfg):
+def entries(cfg: Generator) -> Iterator[Entry]:
   """Every array of the generator with its released names, in the released order of layers.
 
   Args:
-    cfg: `config.Generator`.
+    cfg: `Generator`.
 
   Yields:
     `Entry`.
@@ -146,7 +148,7 @@ def entries(cfg):
     yield from _modulated(("params", "synthesis", f"r{r}_rgb"), f"synthesis.output_res_{r}x{r}", kernels)
 
 
-def fir_buffers(cfg):
+def fir_buffers(cfg: Generator) -> tuple[list[str], np.ndarray]:
   """The released state dict's constant FIR filters: names and their one value [4, 4]."""
   names, index = ["synthesis.filter"], 0
   for r in cfg.resolutions:
@@ -157,7 +159,7 @@ def fir_buffers(cfg):
   return names, np.outer(taps, taps)
 
 
-def layer_names(cfg):
+def layer_names(cfg: Generator) -> dict[str, str]:
   """Our routing names with the released module that each belongs to: {"r8_block0_layer0": "synthesis.net.3.0..."}."""
   names = {}
   for entry in entries(cfg):
@@ -172,7 +174,7 @@ def import_generator(state_dict, cfg, on_progress=None):
 
   Args:
     state_dict: mapping name -> array (anything with a shape that `np.asarray` takes, `interop.tensor_files`' too).
-    cfg: `config.Generator` that fits it.
+    cfg: `Generator` that fits it.
     on_progress: called with (arrays done, of how many).
 
   Returns:
@@ -212,7 +214,7 @@ def import_generator(state_dict, cfg, on_progress=None):
   return variables
 
 
-def released_shapes(cfg):
+def released_shapes(cfg: Generator) -> dict[str, tuple[int, ...]]:
   """Shape of every array of the released state dict, {name: shape}, without allocating it."""
   return expected_shapes(cfg) | {name: (4, 4) for name in fir_buffers(cfg)[0]}
 
@@ -240,12 +242,12 @@ def _some(items, most=8):
   return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
 
 
-def export_generator(variables, cfg):
+def export_generator(variables: Mapping[str, Any], cfg: Generator) -> dict[str, np.ndarray]:
   """Our variables under the released names; loads with `strict=True` in the released code.
 
   Args:
     variables: {"params", "buffers"} of `Generator(cfg)`.
-    cfg: `config.Generator`.
+    cfg: `Generator`.
 
   Returns:
     dict name -> numpy float32 array, contiguous; all names of one tensor have the same array.
@@ -253,7 +255,7 @@ def export_generator(variables, cfg):
   return dict(exported(variables, cfg))
 
 
-def exported(variables, cfg):
+def exported(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str, np.ndarray]]:
   """`export_generator`'s arrays one at a time: yields (name, array)."""
   for entry in entries(cfg):
     value = variables
@@ -270,7 +272,7 @@ def exported(variables, cfg):
   yield from ((name, taps.copy()) for name in names)
 
 
-def expected_shapes(cfg):
+def expected_shapes(cfg: Generator) -> dict[str, tuple[int, ...]]:
   """Shape of every released tensor but the FIR filters, {name: shape}, from the model's own abstract shapes."""
   abstract = generator.abstract_variables(cfg)
   shapes = {}

@@ -1,7 +1,11 @@
 """Our configuration and the released constructor's keyword arguments (github zhujiapeng/Aurora, models/)."""
 
-from aurora_jax import config as config_lib
+from collections.abc import Mapping
+from typing import Any
+
+from aurora_jax.config import PerResolution
 from aurora_jax.errors import UserError
+from aurora_jax.systems.aurora.config import Generator
 
 _CONSTRUCTOR = {
   # released keyword: (our field, its type); per-resolution mappings have string keys there
@@ -65,19 +69,6 @@ _FIXED = {
 _MTM_MAX_RESOLUTION = 16  # `mtm=True` there
 _RESOLUTIONS = (8, 16, 32, 64, 128, 256)  # that the released constructor takes
 
-# Ours only: how results are computed, not which. The router's weights act in training alone.
-RUNTIME_FIELDS = frozenset(
-  {
-    "moe_backend",
-    "attention_chunk",
-    "remat",
-    "loop_layers",
-    "compute_dtype",
-    "router_z_weight",
-    "router_balance_weight",
-  }
-)
-
 # No effect on weights or results.
 _IGNORED = {
   "label_dim",
@@ -93,7 +84,7 @@ _IGNORED = {
 }
 
 
-def config_from_released(kwargs):
+def config_from_released(kwargs: Mapping[str, Any]) -> Generator:
   """The released constructor's keyword arguments as our configuration.
 
   Args:
@@ -101,7 +92,7 @@ def config_from_released(kwargs):
       released scripts pass, where the constructor's own defaults differ from them.
 
   Returns:
-    A `config.Generator`.
+    A `Generator`.
 
   Raises:
     UserError: a keyword that does not exist, or a value that this generator does not implement.
@@ -110,9 +101,7 @@ def config_from_released(kwargs):
   for name, value in kwargs.items():
     if name in _CONSTRUCTOR:
       field, kind = _CONSTRUCTOR[name]
-      fields[field] = (
-        config_lib.PerResolution({int(k): int(v) for k, v in value.items()}) if kind is dict else kind(value)
-      )
+      fields[field] = PerResolution({int(k): int(v) for k, v in value.items()}) if kind is dict else kind(value)
     elif name in _FIXED:
       value = tuple(value) if isinstance(value, list) else value
       if value != _FIXED[name]:
@@ -121,21 +110,21 @@ def config_from_released(kwargs):
       fields["deformable_max_resolution"] = _MTM_MAX_RESOLUTION if value else 0
     elif name not in _IGNORED | {"attn_resolutions", "ms_training_res"}:
       raise UserError(f"released configuration: no keyword {name!r}")
-  cfg = config_lib.Generator(**{"output_resolutions": (4,), **_sized(fields)})
+  cfg = Generator(**{"output_resolutions": (4,), **_sized(fields)})
   fields["text_heads"] = cfg.heads
   attention = {int(r) for r in kwargs.get("attn_resolutions") or cfg.attention_depth}
   for field in ("attention_depth", "experts"):
-    fields[field] = config_lib.PerResolution({r: v for r, v in getattr(cfg, field).items() if r in attention})
+    fields[field] = PerResolution({r: v for r, v in getattr(cfg, field).items() if r in attention})
   outputs = kwargs.get("ms_training_res") or cfg.resolutions
   fields["output_resolutions"] = tuple(sorted(int(r) for r in outputs))
-  return config_lib.Generator(**fields)
+  return Generator(**fields)
 
 
-def config_to_released(cfg):
+def config_to_released(cfg: Generator) -> dict[str, Any]:
   """The inverse of `config_from_released`: keyword arguments with which the released constructor builds this generator.
 
   Args:
-    cfg: `config.Generator`; how it computes (RUNTIME_FIELDS) is left out.
+    cfg: `Generator`; how it computes (RUNTIME_FIELDS) is left out.
 
   Returns:
     dict of JSON values. Every keyword is there whose released default is another, or that our configuration has.
@@ -177,11 +166,11 @@ def config_to_released(cfg):
 
 def _sized(fields):
   """Keeps of every per-resolution mapping what is within the resolution, so that defaults of 64 pixels fit smaller ones."""
-  top = fields.get("resolution", config_lib.Generator.resolution)
-  defaults = config_lib.Generator()
+  top = fields.get("resolution", Generator.resolution)
+  defaults = Generator()
   for name in ("blocks", "adaptive_kernels", "attention_depth", "experts"):
     values = fields.get(name, getattr(defaults, name))
-    fields[name] = config_lib.PerResolution({r: v for r, v in values.items() if r <= top})
+    fields[name] = PerResolution({r: v for r, v in values.items() if r <= top})
   if fields.get("heads", defaults.heads) != defaults.heads:
     fields.setdefault("text_heads", fields["heads"])
   return fields

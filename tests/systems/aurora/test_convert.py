@@ -43,11 +43,13 @@ def refused(capsys, *args):
 
 
 def parts_of(folder, *parts):
-  """Parts of the checkpoint in a converted folder."""
+  """Parts of the generator in a converted folder's checkpoint."""
   experiment = workdir.RunFolder(folder).experiment()
   variables = generator_lib.abstract_variables(experiment.generator)
-  abstract = {"generator": variables["params"], "ema": variables["params"], "buffers": variables["buffers"]}
-  return checkpoint_reader.read(pathlib.Path(folder) / "checkpoints", {part: abstract[part] for part in parts})[1]
+  params, others = variables["params"], {"buffers": variables["buffers"]}
+  abstract = {"params": params, "ema": params, "variables": others}
+  wanted = {"networks": {"generator": {part: abstract[part] for part in parts}}}
+  return checkpoint_reader.read(pathlib.Path(folder) / "checkpoints", wanted)[1]["networks"]["generator"]
 
 
 def assert_same(first, second):
@@ -63,12 +65,16 @@ def test_safetensors_to_ours_and_back(tmp_path, state_dict, capsys):
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
   experiment = config_files.from_json((run / "config.json").read_text())
   assert (experiment.text.clip, experiment.generator.text_attention) == ("some/clip", "independent")
-  assert checkpoint_reader.only_parts(run / "checkpoints") == ["buffers", "ema", "generator"]
+  assert checkpoint_reader.only_parts(run / "checkpoints") == [
+    "generator/ema",
+    "generator/params",
+    "generator/variables",
+  ]
   variables = released.import_generator(state_dict, experiment.generator)
-  parts = parts_of(run, "ema", "generator", "buffers")
-  for part in ("ema", "generator"):
+  parts = parts_of(run, "ema", "params", "variables")
+  for part in ("ema", "params"):
     jax.tree.map(np.testing.assert_array_equal, parts[part], variables["params"])
-  jax.tree.map(np.testing.assert_array_equal, parts["buffers"], variables["buffers"])
+  jax.tree.map(np.testing.assert_array_equal, parts["variables"]["buffers"], variables["buffers"])
 
   assert convert(run, back) == 0
   assert_same(load_file(back), state_dict)  # both names of doubled entries among them

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from aurora_jax import config
+from aurora_jax.ops import losses, resample
+from aurora_jax.systems.aurora import config as aurora_config
 from aurora_jax.systems.aurora import discriminator
 
-CFG = config.Discriminator(
+CFG = aurora_config.Discriminator(
   resolution=16,
   channels_base=256,
   channels_max=32,
@@ -33,7 +35,7 @@ CFG = config.Discriminator(
 def setting():
   keys = jax.random.split(jax.random.key(0), 4)
   image = jax.random.normal(keys[0], (4, 16, 16, 3))
-  pyramid = discriminator.image_pyramid(image, CFG.input_resolutions)
+  pyramid = resample.image_pyramid(image, CFG.input_resolutions)
   text, eot = jax.random.normal(keys[1], (4, 5, 6)), jnp.array([1, 2, 3, 4])
   model = discriminator.Discriminator(CFG)
   params = jax.jit(model.init)(keys[2], pyramid, text, eot)
@@ -44,13 +46,13 @@ def setting():
 
 def test_full_size_is_gigagans():
   count = sum(
-    int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(discriminator.abstract_params(config.Discriminator()))
+    int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(discriminator.abstract_params(aurora_config.Discriminator()))
   )
   assert abs(count / 381.4e6 - 1) < 0.01  # GigaGAN, Table A2: 381.4 M
 
 
 def test_full_model_makes_fifteen_predictions():
-  cfg = config.Discriminator()
+  cfg = aurora_config.Discriminator()
   pairs = [
     (level, exit_resolution)
     for level in cfg.input_resolutions
@@ -96,8 +98,6 @@ def test_text_reaches_every_prediction(setting):
 
 def test_r1_penalty_is_the_slope_of_the_score_and_differentiates_again(setting):
   """Through everything, attention at zero distance (tied queries and keys) included."""
-  from aurora_jax.ops import losses
-
   model, params, pyramid, text, eot = setting
 
   def score(params, images):

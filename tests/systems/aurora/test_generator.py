@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aurora_jax import config, config_files
-from aurora_jax.systems.aurora import generator, released
+from aurora_jax import config_files
+from aurora_jax.systems.aurora import config, generator, released
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aurora_jax import config
 from aurora_jax.errors import UserError
-from aurora_jax.systems.aurora import generator
+from aurora_jax.systems.aurora import config, generator
 from aurora_jax.systems.aurora import released as released_lib
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
@@ -48,7 +47,7 @@ def test_gigagans_options_have_their_released_names_and_come_back(released):
   kwargs = released_lib.config_to_released(cfg)
   assert (kwargs["fourier_feat"], kwargs["tie"], kwargs["use_w_cond"]) == (False, True, True)
   assert released_lib.config_from_released(kwargs) == cfg
-  shapes = released.expected_shapes(cfg)
+  shapes = released_lib.expected_shapes(cfg)
   inner = cfg.heads * cfg.head_dim
   assert shapes["synthesis.net.0.0.const"] == (1, cfg.channels(2), 4, 4)
   of = lambda ending: {shape for name, shape in shapes.items() if name.endswith(ending)}

@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 
-from aurora_jax import config
+from aurora_jax.config import PerResolution
 from aurora_jax.errors import UserError
+from aurora_jax.systems.aurora import config
 from aurora_jax.systems.aurora import released as released_lib
-from aurora_jax.systems.aurora import released_config
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 
@@ -22,7 +22,7 @@ def released(cfg):
 def test_there_and_back():
   tiny = released_lib.config_from_released(json.loads((GOLDENS / "tiny16.config.json").read_text()))
   full = dataclasses.replace(config.Generator(), text_attention="uniform")
-  per = config.PerResolution
+  per = PerResolution
   odd = dataclasses.replace(
     tiny,
     experts=per({8: 1, 16: 3}),
@@ -43,7 +43,7 @@ def test_there_and_back():
     tiny, moe_backend="grouped", compute_dtype="bfloat16", remat=True, loop_layers=True, attention_chunk=7
   )
   assert released(runtime) == tiny
-  assert {"moe_backend", "compute_dtype", "remat", "loop_layers", "attention_chunk"} < released_config.RUNTIME_FIELDS
+  assert {"moe_backend", "compute_dtype", "remat", "loop_layers", "attention_chunk"} < config.RUNTIME_FIELDS
 
 
 def test_deformable_up_to_any_resolution_that_makes_no_difference():

@@ -1,0 +1,257 @@
+"""Aurora's training objective: what a step computes, as the phases of `base.System`.
+
+The main phase runs the generator forward once. Its images serve the discriminator's update, as constants, and then, judged
+by the updated discriminator and by CLIP, the generator's own. The lazy R1 penalty is a phase of its own (StyleGAN2,
+appendix B). The four losses are the paper's (arXiv 2309.03904): adversarial, matching-aware, multi-level CLIP, experts.
+
+  B batch, r resolution, W width of w
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aurora_jax.models import layers
+from aurora_jax.ops import augment, losses, random_keys, resample
+from aurora_jax.ops.losses import Logit
+from aurora_jax.systems import base
+
+_GATHERED = "gathered"
+
+
+class Forward(NamedTuple):
+  """One forward pass of the generator, kept for its backward pass.
+
+  Attributes:
+    pyramid: {r: [B, r, r, 3]}.
+    moe_loss: scalar.
+    pull_back: (gradient of the pyramid, gradient of moe_loss) -> (gradient of the parameters,).
+    w_mean: [W], over the batch.
+    metrics: standard deviation of w, load of each layer's experts.
+  """
+
+  pyramid: Mapping[int, jax.Array]
+  moe_loss: jax.Array
+  pull_back: Any
+  w_mean: jax.Array
+  metrics: base.Metrics
+
+
+class Objective:
+  """The phases of an experiment with Aurora. Every method is pure."""
+
+  def __init__(self, system: Any, update: base.Update):
+    """Args: system: `system.System`; update: applies gradients."""
+    self._system, self._update = system, update
+    self._loss = system.experiment.loss
+    self._inputs = system.experiment.discriminator.input_resolutions
+    self._clip_levels = [
+      r for r in system.experiment.generator.output_resolutions if r >= self._loss.clip_min_resolution
+    ]
+
+  def phases(self) -> Sequence[base.Phase]:
+    """The main phase, and R1 every `loss.r1_interval` steps."""
+    phases = [base.Phase("networks", self.train_networks)]
+    if self._loss.r1_gamma:
+      phases.append(base.Phase("r1", self.regularize, every=self._loss.r1_interval))
+    return phases
+
+  # ---- phases ------------------------------------------------------------------------------------------------------
+
+  def train_networks(self, state, frozen, batch, key):
+    """The discriminator's update, then the generator's."""
+    text = self._encode_captions(frozen, batch)
+    forward = self._generate(state, text, key)
+    # Without barriers XLA's CPU backend recomputes parts of the forward pass in the backward pass, 13 % of a step.
+    forward = forward._replace(
+      **jax.lax.optimization_barrier(
+        {"pyramid": forward.pyramid, "pull_back": forward.pull_back, "moe_loss": forward.moe_loss}
+      )
+    )
+    state, healthy, d_metrics = self._update_discriminator(state, forward.pyramid, text, batch)
+    state, healthy = jax.lax.optimization_barrier((state, healthy))
+    state, g_metrics = self._update_generator(state, frozen, forward, text, batch, key, healthy)
+    return state, d_metrics | g_metrics | forward.metrics
+
+  def regularize(self, state, frozen, batch, key):
+    """R1 of the discriminator, weighted for the steps that have none."""
+    del key
+    text = self._encode_captions(frozen, batch)
+    real = resample.image_pyramid(batch["image"], self._inputs)
+
+    def loss(params):
+      params = self._system.gather("discriminator", params)
+      feature = self._encode_text(params, text)
+      score = lambda pyramid: losses.real_score(self._judge(params, pyramid, feature, batch["caption_id"]))
+      with jax.named_scope("r1"):
+        penalty = losses.r1_penalty(score, real, self._loss.r1_levels)
+      return self._loss.r1_gamma / 2 * self._loss.r1_interval * penalty, penalty
+
+    gradients, penalty = jax.grad(loss, has_aux=True)(state.networks["discriminator"].params)
+    state, _, metrics = self._update(state, "discriminator", gradients, {"loss/r1": penalty}, log_name="r1")
+    return state, metrics
+
+  # ---- generator ---------------------------------------------------------------------------------------------------
+
+  def _generate(self, state, text, key):
+    network, system = state.networks["generator"], self._system
+    z = jax.random.normal(random_keys.fold(key, "latents"), (len(text.eot), system.experiment.generator.z_dim))
+
+    def synthesize(params):
+      used = system.gather("generator", params)
+      if system.layout.devices > 1:
+        used = jax.tree.map(lambda leaf: checkpoint_name(leaf, _GATHERED), used)
+      with jax.named_scope("generator"):
+        out = system.generator.apply({"params": used, **network.variables}, z, text.features, text.eot)
+      return (out.pyramid, out.moe_loss), (out.w, out.routing)
+
+    if system.layout.devices > 1:
+      # The backward pass gathers sharded parameters again: kept from the forward pass, they would be most of its memory.
+      policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+      synthesize = jax.checkpoint(synthesize, policy=policy)
+    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, network.params, has_aux=True)
+    metrics = {"g/w_std": jnp.mean(jnp.std(w, axis=0))} | _expert_loads(routing)
+    return Forward(pyramid, moe_loss, pull_back, jnp.mean(w, axis=0), metrics)
+
+  def _update_generator(self, state, frozen, forward, text, batch, key, healthy):
+    d_params, loss = state.networks["discriminator"].params, self._loss
+    cotangent, metrics = jax.grad(self._generator_loss, has_aux=True)(
+      forward.pyramid, d_params, text, batch["caption_id"]
+    )
+    if loss.clip_weight:
+      guidance, more = self._clip_guidance(
+        frozen, random_keys.fold(key, "clip_augment"), forward.pyramid, text, batch["caption_id"]
+      )
+      cotangent |= {r: cotangent[r] + guidance[r] for r in guidance}
+      metrics |= more
+    cotangent = jax.lax.optimization_barrier(cotangent)
+    (gradients,) = forward.pull_back((cotangent, jnp.float32(loss.moe_weight)))
+    metrics |= {"loss/moe": forward.moe_loss}
+    buffers = state.networks["generator"].variables["buffers"]
+    decay = self._system.experiment.generator.w_average_decay
+    w_average = buffers["w_avg"] + (1 - decay) * (forward.w_mean - buffers["w_avg"])
+    variables = {"buffers": {**buffers, "w_avg": w_average}}
+    state, _, metrics = self._update(state, "generator", gradients, metrics, healthy=healthy, variables=variables)
+    return state, metrics
+
+  def _generator_loss(self, pyramid, d_params, text, caption_id):
+    """The generator's loss by the discriminator, as a function of its images."""
+    d_params = self._system.gather("discriminator", d_params)
+    feature = jax.lax.stop_gradient(self._encode_text(d_params, text))
+    fake = {r: pyramid[r] for r in self._inputs}
+    logits = self._judge(d_params, fake, feature, caption_id)
+    with jax.named_scope("losses"):
+      adversarial = losses.generator_adversarial(logits, self._loss)
+      metrics, total = {"loss/g_adversarial": adversarial}, adversarial
+    if self._loss.generator_matching_weight:
+      other = self._judge(d_params, fake, jnp.roll(feature, 1, axis=0), caption_id)
+      matching = losses.generator_matching(other, self._loss)
+      metrics["loss/g_matching"] = matching
+      total = total + self._loss.generator_matching_weight * matching
+    return total, metrics
+
+  def _clip_guidance(self, frozen, key, pyramid, text, caption_id):
+    """The mean over pyramid levels of the symmetric InfoNCE, and its gradient.
+
+    The levels run one after the other, each forward and backward: the image tower's activations are most of a large CLIP's
+    memory. All levels have the tower's size when it sees them, so it is compiled once.
+
+    Returns:
+      (gradient of clip_weight times the loss with respect to the levels, metrics).
+    """
+    loss_cfg, clip = self._loss, self._system.clip
+    scale = loss_cfg.clip_logit_scale or clip.apply(frozen["clip"], method="logit_scale")
+    same = caption_id[:, None] == caption_id
+    bank = {}
+    if loss_cfg.clip_bank:
+      bank = {"bank": frozen["bank"], "same_as_bank": caption_id[:, None] == frozen["bank_id"]}
+
+    def as_seen(pyramid):
+      if loss_cfg.clip_augment:
+        pyramid = {r: augment.roughen(jax.random.fold_in(key, r), images) for r, images in pyramid.items()}
+      return jnp.stack([clip.apply(frozen["clip"], images, method="fit") for images in pyramid.values()])
+
+    def loss(images):
+      with jax.named_scope("clip"):
+        embedding = clip.apply(frozen["clip"], images, method="encode_image")
+        return losses.contrastive_loss(embedding, text.embedding, scale, same, **bank)
+
+    images, pull_back = jax.vjp(as_seen, {r: pyramid[r] for r in self._clip_levels})
+    (values, accuracies), gradients = jax.lax.map(jax.value_and_grad(loss, has_aux=True), images)
+    (gradient,) = pull_back(gradients * (loss_cfg.clip_weight / len(self._clip_levels)))
+    return gradient, {"loss/g_clip": jnp.mean(values), "clip/accuracy": accuracies[-1]}
+
+  # ---- discriminator -----------------------------------------------------------------------------------------------
+
+  def _update_discriminator(self, state, pyramid, text, batch):
+    real = resample.image_pyramid(batch["image"], self._inputs)
+    fake = {r: pyramid[r] for r in self._inputs}
+    gradients, metrics = jax.grad(self._discriminator_loss, has_aux=True)(
+      state.networks["discriminator"].params, real, fake, text, batch["caption_id"]
+    )
+    metrics |= base.bad_images(batch["image"], pyramid[max(pyramid)])
+    return self._update(state, "discriminator", gradients, metrics)
+
+  def _discriminator_loss(self, params, real, fake, text, caption_id):
+    """real, fake: pyramids {r: [B, r, r, 3]}; both travel through the trunk as one batch."""
+
+    def run(module):
+      feature = module.encode_text(text.features, text.eot)
+      other = jnp.roll(feature, 1, axis=0)
+      both = {r: layers.join([real[r], fake[r]], len(feature)) for r in self._inputs}
+      trunk = module.features(both, kinds=2, caption_id=caption_id)
+      return module.judge(trunk, jnp.repeat(feature, 2, axis=0)), module.judge(trunk, jnp.repeat(other, 2, axis=0))
+
+    params = self._system.gather("discriminator", params)
+    with jax.named_scope("discriminator"):
+      matched, mismatched = self._system.discriminator.apply({"params": params}, method=run)
+    (real_logits, fake_logits), (real_other, fake_other) = _halves(matched), _halves(mismatched)
+    with jax.named_scope("losses"):
+      adversarial = losses.discriminator_adversarial(real_logits, fake_logits, self._loss)
+      matching = losses.discriminator_matching(real_other, fake_other, self._loss)
+    metrics = {
+      "loss/d_adversarial": adversarial,
+      "loss/d_matching": matching,
+      "d/logit_real": _last_exit(real_logits),
+      "d/logit_fake": _last_exit(fake_logits),
+      "d/logit_mismatched": _last_exit(real_other),
+    }
+    return adversarial + self._loss.matching_weight * matching, metrics
+
+  def _judge(self, params, pyramid, text_feature, caption_id):
+    def run(module):
+      return module.judge(module.features(pyramid, caption_id=caption_id), text_feature)
+
+    with jax.named_scope("discriminator"):
+      return self._system.discriminator.apply({"params": params}, method=run)
+
+  def _encode_text(self, params, text):
+    return self._system.discriminator.apply({"params": params}, text.features, text.eot, method="encode_text")
+
+  def _encode_captions(self, frozen, batch):
+    with jax.named_scope("clip_text"):
+      return self._system.clip.apply(frozen["clip"], batch["tokens"], method="encode_text")
+
+
+def _halves(logits):
+  """Logits of real and generated images that travelled together (`layers.join`), apart."""
+  parts = [layers.unjoin(logit.value, 2) for logit in logits]
+  return tuple([logit.replace(value=part[i]) for logit, part in zip(logits, parts)] for i in (0, 1))
+
+
+def _last_exit(logits: Sequence[Logit]):
+  """Mean logit of the highest level at the last exit."""
+  top = max(logit.level for logit in logits)
+  return next(jnp.mean(logit.value) for logit in logits if logit.level == top and logit.exit == 1)
+
+
+def _expert_loads(routing):
+  """Share of tokens per expert, {"moe/load/LAYER": [E]}."""
+  experts = {layer: item.logits.shape[-1] for layer, item in routing.items()}
+  return {
+    f"moe/load/{layer}": jnp.mean(jax.nn.one_hot(item.expert, experts[layer]), axis=(0, 1))
+    for layer, item in routing.items()
+  }

@@ -1,0 +1,35 @@
+"""The systems by name. A new system is one line here; nothing is imported before it is asked for."""
+
+import difflib
+import importlib
+import types
+
+from aurora_jax.errors import UserError
+
+# Name -> package. Its `config.Experiment` is the configuration, its `system.System` implements `base.System`.
+SYSTEMS = {
+  "aurora": "aurora_jax.systems.aurora",
+}
+
+
+def _module(name: str, part: str) -> types.ModuleType:
+  if name not in SYSTEMS:
+    close = difflib.get_close_matches(str(name), SYSTEMS, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(SYSTEMS)}"
+    raise UserError(f"config: no system {name!r}{hint}")
+  return importlib.import_module(f"{SYSTEMS[name]}.{part}")
+
+
+def experiment_class(name: str) -> type:
+  """The configuration dataclass of a system, a subclass of `config.Experiment`; UserError if there is no such system."""
+  return _module(name, "config").Experiment
+
+
+def system_class(name: str) -> type:
+  """The implementation of `base.System`; UserError if there is no such system."""
+  return _module(name, "system").System
+
+
+def released(name: str) -> types.ModuleType:
+  """The module that exchanges weights with a system's PyTorch release."""
+  return _module(name, "released")
