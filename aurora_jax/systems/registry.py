@@ -9,6 +9,7 @@ from aurora_jax.errors import UserError
 # Name -> package. Its `config.Experiment` is the configuration, its `system.System` implements `base.System`.
 SYSTEMS = {
   "aurora": "aurora_jax.systems.aurora",
+  "megan": "aurora_jax.systems.megan",
 }
 
 
