@@ -1,0 +1,281 @@
+"""Vision transformers of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193; registers: arXiv 2309.16588), evaluation only.
+
+The class token stands first, then registers, then the patches in row-major order. Critics read the output of chosen blocks
+("taps") before the final norm. `interop/dino.py` reads checkpoints; the weights stay frozen, gradients pass to the image.
+
+  B batch, N patches, T tokens (1 + registers + N), W width, H heads, K width of a head, M width of the feed-forward,
+  P side of a patch, L blocks (the leading axis of every block parameter)
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aurora_jax.config import require
+from aurora_jax.ops import resample
+
+# Mean and standard deviation of the colours in [0, 1] (ImageNet) that every published DINO expects.
+MEAN = (0.485, 0.456, 0.406)
+STANDARD_DEVIATION = (0.229, 0.224, 0.225)
+
+# How the table of positions is brought to another grid.
+_RESIZES = {
+  # PyTorch's "bilinear": timm's and StyleGAN-T's.
+  "bilinear": lambda x, rows, columns: jax.image.resize(
+    x, (1, rows, columns, x.shape[3]), "linear", antialias=False, precision=jax.lax.Precision.HIGHEST
+  ),
+  # PyTorch's "bicubic": DINO, DINOv2.
+  "bicubic": resample.resize_bicubic,
+  # The same with antialias=True: DINOv2 with registers, timm's resampling of checkpoints.
+  "bicubic_antialiased": lambda x, rows, columns: jax.image.resize(
+    x, (1, rows, columns, x.shape[3]), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DinoConfig:
+  """Sizes. The defaults are those of DINO's ViT-S/16: 21,665,664 parameters.
+
+  Attributes:
+    image_size: side of the images whose grid of patches the table of positions has.
+    patch: side of a patch, pixels.
+    mlp_width: of the feed-forward; with `swiglu` the width of either half.
+    registers: number of register tokens.
+    layer_scale: whether each residual branch has a gain per channel (DINOv2).
+    swiglu: the feed-forward is silu(gate) * value (DINOv2's giant) in place of a GELU.
+    position_resize: "bilinear", "bicubic" or "bicubic_antialiased"; acts on images of another size only.
+  """
+
+  image_size: int = 224
+  patch: int = 16
+  width: int = 384
+  depth: int = 12
+  heads: int = 6
+  mlp_width: int = 1536
+  registers: int = 0
+  qkv_bias: bool = True
+  layer_scale: bool = False
+  swiglu: bool = False
+  layer_norm_epsilon: float = 1e-6
+  position_resize: str = "bilinear"
+
+  def __post_init__(self):
+    for name in ("image_size", "patch", "width", "depth", "heads", "mlp_width"):
+      require(getattr(self, name) >= 1, f"dino.{name} must be at least 1, got {getattr(self, name)}")
+    require(self.registers >= 0, f"dino.registers must not be negative, got {self.registers}")
+    require(self.width % self.heads == 0, f"dino.width {self.width} is not a multiple of dino.heads {self.heads}")
+    require(
+      self.image_size % self.patch == 0,
+      f"dino.image_size {self.image_size} is not a multiple of dino.patch {self.patch}",
+    )
+    require(
+      self.position_resize in _RESIZES,
+      f"dino.position_resize must be one of {', '.join(_RESIZES)}, got {self.position_resize!r}",
+    )
+
+  @property
+  def grid(self) -> int:
+    """Side of the table of positions, in patches."""
+    return self.image_size // self.patch
+
+
+def dino_vit_s16() -> DinoConfig:
+  """DINO's ViT-S/16 as StyleGAN-T's discriminator has it."""
+  return DinoConfig()
+
+
+def dinov2_vit_b14(registers: int = 0) -> DinoConfig:
+  """DINOv2's ViT-B/14, whose table of positions is that of 518 pixels; published with 0 or 4 registers."""
+  return DinoConfig(
+    image_size=518,
+    patch=14,
+    width=768,
+    heads=12,
+    mlp_width=3072,
+    registers=registers,
+    layer_scale=True,
+    position_resize="bicubic_antialiased" if registers else "bicubic",
+  )
+
+
+class DinoOutput(NamedTuple):
+  """Tokens [B, T, W], float32.
+
+  Attributes:
+    embedded: after the position embedding (and with the registers, which have none).
+    taps: the outputs of the blocks asked for, in the order asked for.
+    final: the last block's output after the final norm; None if it was not asked for.
+  """
+
+  embedded: jax.Array
+  taps: tuple[jax.Array, ...]
+  final: jax.Array | None
+
+
+def patch_tokens(tokens: jax.Array, cfg: DinoConfig) -> jax.Array:
+  """The patches' tokens without class token and registers. [B, T, W] -> [B, N, W]."""
+  return tokens[:, 1 + cfg.registers :]
+
+
+def normalize_colors(images: jax.Array) -> jax.Array:
+  """Images [B, R, R, 3] in [-1, 1] as the published weights expect them."""
+  mean, deviation = jnp.asarray(MEAN, jnp.float32), jnp.asarray(STANDARD_DEVIATION, jnp.float32)
+  return ((images + 1) / 2 - mean) / deviation
+
+
+class Dino(nn.Module):
+  """The transformer.
+
+  Attributes:
+    cfg: sizes.
+    dtype: of the matrix products; parameters, norms, softmax and the residual stream stay float32.
+    remat: recompute each block in the backward pass instead of storing its insides.
+  """
+
+  cfg: DinoConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, images: jax.Array, taps: tuple[int, ...] = (), final: bool = True) -> DinoOutput:
+    """Images to tokens.
+
+    Args:
+      images: [B, R, Q, 3] with normalised colours (`normalize_colors`), both sides multiples of the patch.
+      taps: which blocks' outputs to return, counted from 0.
+      final: whether to return the last block's output after the final norm.
+
+    Returns:
+      `DinoOutput`. Blocks above the last one needed are not computed.
+
+    Raises:
+      ValueError: the image is no multiple of the patch, or a tap does not exist.
+    """
+    cfg = self.cfg
+    if any(not 0 <= tap < cfg.depth for tap in taps):
+      raise ValueError(f"DINO: taps {taps}, the blocks are 0 to {cfg.depth - 1}")
+    embedded = self._embed(images)
+    blocks = self.param("blocks", lambda key: _init_blocks(key, cfg))
+    scale = self.param("norm_scale", nn.initializers.ones, (cfg.width,))
+    bias = self.param("norm_bias", nn.initializers.zeros, (cfg.width,))
+    count = cfg.depth if final else max(taps, default=-1) + 1
+    run = lambda x, block: _run_block(cfg, self.dtype, x, block)
+    if self.remat:
+      run = jax.checkpoint(run)
+
+    def step(x, block):
+      x = run(x, block)
+      return x, x if taps else None
+
+    with jax.default_matmul_precision("highest"):  # of float32 products; `dtype` is the way to faster ones
+      x, outputs = jax.lax.scan(step, embedded, jax.tree.map(lambda leaf: leaf[:count], blocks))
+    normed = _layer_norm(x, scale, bias, cfg.layer_norm_epsilon) if final else None
+    chosen = () if outputs is None else tuple(outputs[tap] for tap in taps)
+    return DinoOutput(embedded, chosen, normed)
+
+  def _embed(self, images):
+    """Images to tokens with positions, [B, T, W]."""
+    cfg, normal = self.cfg, nn.initializers.truncated_normal(0.02)
+    batch, height, width, _ = images.shape
+    if height % cfg.patch or width % cfg.patch:
+      raise ValueError(f"DINO: an image of {height}x{width} pixels is not made of patches of {cfg.patch}")
+    rows, columns = height // cfg.patch, width // cfg.patch
+    kernel = self.param("patch_kernel", normal, (cfg.patch, cfg.patch, 3, cfg.width))
+    bias = self.param("patch_bias", nn.initializers.zeros, (cfg.width,))
+    class_token = self.param("class_token", normal, (cfg.width,))
+    positions = self.param("positions", normal, (1 + cfg.grid**2, cfg.width))
+    # Patches do not overlap, so that their convolution is one matrix product.
+    patches = images.reshape(batch, rows, cfg.patch, columns, cfg.patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    patches = patches.reshape(batch, rows * columns, -1)
+    with jax.default_matmul_precision("highest"):
+      x = _dense(patches, kernel.reshape(-1, cfg.width), bias, self.dtype)
+    table = positions[1:]
+    if (rows, columns) != (cfg.grid, cfg.grid):
+      table = table.reshape(1, cfg.grid, cfg.grid, cfg.width)
+      table = _RESIZES[cfg.position_resize](table, rows, columns).reshape(-1, cfg.width)
+    first = (class_token + positions[0])[None]
+    if cfg.registers:
+      registers = self.param("registers", normal, (cfg.registers, cfg.width))
+      first = jnp.concatenate([first, registers])
+    return jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape)), x + table], axis=1)
+
+
+def _layer_norm(x, scale, bias, epsilon):
+  """Over the last axis, float32."""
+  centred = x - jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+def _dense(x, kernel, bias, dtype):
+  """[..., in] -> float32 [..., out], the product in `dtype`. All axes but the last are one: faster gradients on a CPU."""
+  flat = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel.astype(dtype)
+  return (flat.astype(jnp.float32) + bias).reshape(*x.shape[:-1], -1)
+
+
+def _attend(query, key, value, heads, dtype):
+  """[B, T, W] three times -> [B, T, W]; the softmax in float32."""
+  query, key, value = (x.reshape(*x.shape[:2], heads, -1).astype(dtype) for x in (query, key, value))
+  logits = jnp.einsum("BQHK,BTHK->BHQT", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
+  weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
+  mixed = jnp.einsum("BHQT,BTHK->BQHK", weights, value)
+  return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def _run_block(cfg, dtype, x, block):
+  """One pre-norm block. x [B, T, W], block {name: array} -> [B, T, W]."""
+  dense = lambda x, name: _dense(x, block[f"{name}_kernel"], block.get(f"{name}_bias", 0.0), dtype)
+  norm = lambda x, name: _layer_norm(x, block[f"{name}_scale"], block[f"{name}_bias"], cfg.layer_norm_epsilon)
+  gain = lambda x, name: x * block[name] if cfg.layer_scale else x
+  query, key, value = jnp.split(dense(norm(x, "norm1"), "qkv"), 3, axis=-1)
+  x = x + gain(dense(_attend(query, key, value, cfg.heads, dtype), "out"), "gain1")
+  hidden = dense(norm(x, "norm2"), "up")
+  if cfg.swiglu:
+    gate, hidden = jnp.split(hidden, 2, axis=-1)
+    hidden = jax.nn.silu(gate) * hidden
+  else:
+    hidden = jax.nn.gelu(hidden, approximate=False)
+  return x + gain(dense(hidden, "down"), "gain2")
+
+
+def block_shapes(cfg: DinoConfig) -> dict[str, tuple[int, ...]]:
+  """Shapes of one block's parameters by name."""
+  width, inner = cfg.width, cfg.mlp_width
+  up = 2 * inner if cfg.swiglu else inner
+  shapes = {}
+  for name, inputs, outputs in (
+    ("qkv", width, 3 * width),
+    ("out", width, width),
+    ("up", width, up),
+    ("down", inner, width),
+  ):
+    shapes[f"{name}_kernel"] = inputs, outputs
+    if name != "qkv" or cfg.qkv_bias:
+      shapes[f"{name}_bias"] = (outputs,)
+  for name in ("norm1", "norm2"):
+    shapes |= {f"{name}_scale": (width,), f"{name}_bias": (width,)}
+  if cfg.layer_scale:
+    shapes |= {"gain1": (width,), "gain2": (width,)}
+  return shapes
+
+
+def _init_blocks(key, cfg):
+  """Random blocks, stacked: truncated normal kernels, zero biases, unit norms and gains."""
+  blocks = {}
+  for index, (name, shape) in enumerate(block_shapes(cfg).items()):
+    if name.endswith("kernel"):
+      init = nn.initializers.truncated_normal(0.02)
+    else:
+      init = nn.initializers.zeros if name.endswith("bias") else nn.initializers.ones
+    blocks[name] = init(jax.random.fold_in(key, index), (cfg.depth, *shape), jnp.float32)
+  return blocks
+
+
+def abstract_variables(cfg: DinoConfig):
+  """The tree of `Dino(cfg)`'s variables as jax.ShapeDtypeStruct; allocates nothing."""
+  image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.float32)
+  return jax.eval_shape(Dino(cfg).init, jax.random.key(0), image)

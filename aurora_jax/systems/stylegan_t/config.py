@@ -1,0 +1,208 @@
+"""Configuration of StyleGAN-T (arXiv 2301.09515): its networks and the weights of its losses.
+
+Defaults are the published training code's for its full model unless a comment says otherwise.
+"""
+
+import dataclasses
+
+from aurora_jax.config import require
+from aurora_jax.models.clip import ACTIVATIONS, TextConfig
+from aurora_jax.models.dino import DinoConfig
+from aurora_jax.ops import diff_augment
+
+FIRST_RESOLUTION = 8
+
+
+def _require_positive(group, values, names):
+  for name in names:
+    require(getattr(values, name) >= 1, f"{group}.{name} must be at least 1, got {getattr(values, name)}")
+
+
+def _require_dtype(group, value):
+  require(value in ("float32", "bfloat16"), f"{group}.compute_dtype must be 'float32' or 'bfloat16', got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+  """A CLIP text encoder inside the generator, for training it along. Sizes: ViT-L/14's. With 0 layers there is none."""
+
+  layers: int = 0
+  width: int = 768
+  heads: int = 12
+  mlp_width: int = 3072
+  vocabulary_size: int = 49408
+  context_length: int = 77
+  activation: str = "quick_gelu"  # OpenAI's; OpenCLIP's own models have "gelu"
+
+  def __post_init__(self):
+    require(self.layers >= 0, f"generator.text_tower.layers must be positive, or 0 for no tower, got {self.layers}")
+    _require_positive(
+      "generator.text_tower", self, ("width", "heads", "mlp_width", "vocabulary_size", "context_length")
+    )
+    require(
+      self.width % self.heads == 0,
+      f"generator.text_tower.heads {self.heads} does not divide its width {self.width}",
+    )
+    require(
+      self.activation in ACTIVATIONS,
+      f"generator.text_tower.activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}",
+    )
+
+  def sizes(self) -> TextConfig:
+    """As `models/clip.py` takes them."""
+    return TextConfig(
+      width=self.width,
+      layers=self.layers,
+      heads=self.heads,
+      mlp_width=self.mlp_width,
+      activation=self.activation,
+      vocabulary_size=self.vocabulary_size,
+      context_length=self.context_length,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+  """The generator. `full`, `lite` and `custom` are the published sizes."""
+
+  resolution: int = 64  # a power of two, 8 or more; a smaller model's layers are the first ones of a larger one
+  z_dim: int = 64
+  text_dim: int = 768  # width of the text feature (CLIP ViT-L/14's embedding); 0: unconditional
+  channels_base: int = 65536  # channels at resolution r: min(base / r, max)
+  channels_max: int = 2048
+  residual_blocks: int = 3  # per resolution, of two convolutions each
+  norm_groups: int = 32  # of the residual layers' group norm
+  w_average_decay: float = 0.995  # of the running average of the mapped latents, for truncation; per training call
+  text_tower: TextTower = TextTower()
+  remat: bool = False  # recompute each block in the backward pass
+  # Of convolutions and feature maps in the `low_precision_blocks` highest resolutions. Styles, demodulation, group norm and
+  # the RGB sum are always float32. Released: float16 in the highest four.
+  compute_dtype: str = "float32"
+  low_precision_blocks: int = 4
+
+  def __post_init__(self):
+    r = self.resolution
+    require(
+      r >= FIRST_RESOLUTION and r.bit_count() == 1,
+      f"generator.resolution must be a power of two, {FIRST_RESOLUTION} or more, got {r}",
+    )
+    _require_positive("generator", self, ("z_dim", "channels_base", "channels_max", "residual_blocks", "norm_groups"))
+    require(self.text_dim >= 0, f"generator.text_dim must be positive, or 0 for no text, got {self.text_dim}")
+    require(
+      0 <= self.w_average_decay < 1, f"generator.w_average_decay must be from 0 to below 1, got {self.w_average_decay}"
+    )
+    for resolution in self.resolutions:
+      channels = self.channels(resolution)
+      require(
+        channels > 0 and channels % self.norm_groups == 0,
+        f"generator.norm_groups {self.norm_groups} does not divide the {channels} channels at {resolution} pixels",
+      )
+    require(
+      self.text_dim or not self.text_tower.layers,
+      f"generator.text_tower has {self.text_tower.layers} layers, generator.text_dim is 0",
+    )
+    _require_dtype("generator", self.compute_dtype)
+    require(
+      self.low_precision_blocks >= 0,
+      f"generator.low_precision_blocks must not be negative, got {self.low_precision_blocks}",
+    )
+
+  @property
+  def resolutions(self) -> tuple[int, ...]:
+    """Resolutions of the blocks, ascending: (8, 16, ..., resolution)."""
+    return tuple(2**k for k in range(3, self.resolution.bit_length()))
+
+  @property
+  def w_dim(self) -> int:
+    """Width of w: the mapped latent, then the text feature."""
+    return self.z_dim + self.text_dim
+
+  @property
+  def num_ws(self) -> int:
+    """Layers that take a w of their own, the last ToRGB included. All of them get the same."""
+    return len(self.resolutions) * (2 * self.residual_blocks + 1) + 1
+
+  def channels(self, resolution: int) -> int:
+    """Feature channels at a resolution; they do not depend on the target."""
+    return min(self.channels_base // resolution, self.channels_max)
+
+  def block_dtype(self, resolution: int) -> str:
+    """Type of the feature maps at a resolution."""
+    low = self.resolutions[len(self.resolutions) - min(self.low_precision_blocks, len(self.resolutions)) :]
+    return self.compute_dtype if resolution in low else "float32"
+
+
+def full(resolution: int = 64) -> Generator:
+  """The full model: 975,556,011 parameters at 64 pixels, 1,020,497,609 at 512."""
+  return Generator(resolution=resolution)
+
+
+def lite(resolution: int = 64) -> Generator:
+  """The lite model, also what the training code builds unless told otherwise: 74,556,835 parameters at 64 pixels."""
+  return Generator(resolution=resolution, channels_base=32768, channels_max=512, residual_blocks=2)
+
+
+def custom(resolution: int = 64) -> Generator:
+  """The small example of the published README."""
+  return Generator(resolution=resolution, channels_base=16384, channels_max=256, residual_blocks=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Discriminator:
+  """Five heads on a frozen DINO ViT-S/16."""
+
+  dino: DinoConfig = DinoConfig()
+  image_size: int = 224  # images come to this size before the transformer
+  taps: tuple[int, ...] = (2, 5, 8, 11)  # a head on the output of each of these blocks, and one on the embedding
+  text_dim: int = 768  # 0: unconditional
+  text_map_dim: int = 64  # width in which head and text meet
+  kernel_size: int = 9  # of the circular convolution over the tokens
+  virtual_batch: int = 8  # at most so many samples share the statistics of a batch norm
+  # What images are augmented with in training (ops/diff_augment.py); (): nothing.
+  augment: tuple[str, ...] = diff_augment.POLICY
+  remat: bool = False  # recompute the transformer's blocks in the backward pass
+  compute_dtype: str = "float32"  # of the matrix products; spectral norm, batch norm and logits are always float32
+
+  def __post_init__(self):
+    _require_positive("discriminator", self, ("image_size", "text_map_dim", "kernel_size", "virtual_batch"))
+    require(self.text_dim >= 0, f"discriminator.text_dim must be positive, or 0 for no text, got {self.text_dim}")
+    require(
+      self.image_size % self.dino.patch == 0,
+      f"discriminator.image_size {self.image_size} is not a multiple of discriminator.dino.patch {self.dino.patch}",
+    )
+    bad = [tap for tap in self.taps if not 0 <= tap < self.dino.depth]
+    require(not bad, f"discriminator.taps has {bad}, discriminator.dino has blocks 0 to {self.dino.depth - 1}")
+    require(
+      self.kernel_size % 2 == 1 and self.kernel_size <= self.tokens,
+      f"discriminator.kernel_size must be odd and at most the {self.tokens} tokens, got {self.kernel_size}",
+    )
+    unknown = [name for name in self.augment if name not in diff_augment.POLICY]
+    require(not unknown, f"discriminator.augment has {unknown}, there are {', '.join(diff_augment.POLICY)}")
+    _require_dtype("discriminator", self.compute_dtype)
+
+  @property
+  def tokens(self) -> int:
+    """Logits of one head per image."""
+    return (self.image_size // self.dino.patch) ** 2
+
+  @property
+  def heads(self) -> int:
+    """Number of heads."""
+    return len(self.taps) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """Weights of the losses and what images go through before them."""
+
+  # Published default 0, that is none. The paper has 0.2, and 50 while the text encoder trains.
+  clip_weight: float = 0.0
+  clip_crop: int = 64  # larger images are judged by CLIP in one random window of this side per batch
+  clip_size: int = 224  # side to which that window is brought before CLIP's own preprocessing
+  blur_sigma: float = 32.0  # where the blur of the discriminator's images begins, pixels
+  blur_fade_kimg: float = 1000.0  # thousands of images over which it fades to 0; at most 1: no blur
+
+  def __post_init__(self):
+    for name in ("clip_weight", "blur_sigma", "blur_fade_kimg"):
+      require(getattr(self, name) >= 0, f"loss.{name} must not be negative, got {getattr(self, name)}")
+    _require_positive("loss", self, ("clip_crop", "clip_size"))
