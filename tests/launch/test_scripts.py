@@ -184,7 +184,15 @@ def test_slurm():
     re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (ROOT / "launch/slurm_a100.sbatch").read_text(), re.MULTILINE)
   )
   assert options["ntasks-per-node"] == "1"
-  assert mesh.build(experiment, int(options["nodes"]) * int(options["gpus-per-node"])).devices == 32
+  assert (
+    mesh.build(
+      experiment.mesh,
+      experiment.train.batch_size,
+      experiment.expert_counts,
+      int(options["nodes"]) * int(options["gpus-per-node"]),
+    ).devices
+    == 32
+  )
   missing = bash("slurm_a100.sbatch", "--dry-run", RUN=None)
   assert missing.returncode == 2 and "RUN is not set" in missing.stderr
 
@@ -245,7 +253,12 @@ def test_gke(name, resource, selector):
   experiment, flags = train_flags(words)
   assert command == "train" and flags.stopped_status == 75 and flags.require in ("tpu", "gpu")
   assert all(path.startswith("/shared/") for path in (flags.workdir, experiment.data.path, experiment.text.clip))
-  assert mesh.build(experiment, inner["parallelism"] * container["resources"]["limits"][resource])
+  assert mesh.build(
+    experiment.mesh,
+    experiment.train.batch_size,
+    experiment.expert_counts,
+    inner["parallelism"] * container["resources"]["limits"][resource],
+  )
 
   if resource == "nvidia.com/gpu":  # GKE sets the like on TPU nodes itself
     environ = {entry["name"]: entry["value"] for entry in container["env"]}

@@ -29,9 +29,8 @@ def make(maker, step):
 
 def restore(*args):
   state, progress = _restore(*args)
-  parts = {name: getattr(state, name) for name in state.__dataclass_fields__}
   with open(os.environ["RECORDS"], "a", encoding="utf-8") as file:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(parts)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
       for shard in leaf.addressable_shards:
         where = [piece.indices(size)[:2] for piece, size in zip(shard.index, leaf.shape)]
         digest = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()

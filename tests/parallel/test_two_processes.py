@@ -23,6 +23,7 @@ from aurora_jax.cli import main
 from aurora_jax.data import loader, tfrecords
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.runs import checkpoint_reader
+from aurora_jax.systems.aurora.system import System
 from aurora_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -231,7 +232,7 @@ def records(path):
 def abstract_state(home):
   """The shapes of the training state, on one device."""
   experiment = config_files.load([f"--config={home / 'small.py'}"])
-  return jax.eval_shape(step_lib.build(experiment, None).init, jax.random.key(0))
+  return step_lib.abstract_state(System(experiment))
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +329,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(home, one, moved):
     for row in lines(home / f"moved-records-{i}"):
       if "leaf" in row:
         pieces.setdefault(row["leaf"], {})[json.dumps(row["where"])] = row["sha256"]
-  _, saved = checkpoint_reader.read(home / "moved/checkpoints", vars(abstract_state(home)), step=2)
+  _, saved = checkpoint_reader.read(home / "moved/checkpoints", abstract_state(home), step=2, whole=True)
   for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]:
     found, leaf = pieces.pop(jax.tree_util.keystr(path)), np.asarray(leaf)
     for where, digest in found.items():
