@@ -12,14 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from aurora_jax.models import layers
 from aurora_jax.ops import augment, losses, random_keys, resample
 from aurora_jax.ops.losses import Logit
 from aurora_jax.systems import base
-
-_GATHERED = "gathered"
 
 
 class Forward(NamedTuple):
@@ -28,7 +25,7 @@ class Forward(NamedTuple):
   Attributes:
     pyramid: {r: [B, r, r, 3]}.
     moe_loss: scalar.
-    pull_back: (gradient of the pyramid, gradient of moe_loss) -> (gradient of the parameters,).
+    pull_back: (parameters as the network uses them, (gradient of the pyramid, of moe_loss)) -> gradient of these parameters.
     w_mean: [W], over the batch.
     metrics: standard deviation of w, load of each layer's experts.
   """
@@ -100,21 +97,15 @@ class Objective:
     network, system = state.networks["generator"], self._system
     z = jax.random.normal(random_keys.fold(key, "latents"), (len(text.eot), system.experiment.generator.z_dim))
 
-    def synthesize(params):
-      used = system.gather("generator", params)
-      if system.layout.devices > 1:
-        used = jax.tree.map(lambda leaf: checkpoint_name(leaf, _GATHERED), used)
+    def synthesize(used):
       with jax.named_scope("generator"):
         out = system.generator.apply({"params": used, **network.variables}, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
-    if system.layout.devices > 1:
-      # The backward pass gathers sharded parameters again: kept from the forward pass, they would be most of its memory.
-      policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-      synthesize = jax.checkpoint(synthesize, policy=policy)
-    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, network.params, has_aux=True)
+    used = system.gather("generator", network.params)
+    (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, used, has_aux=True)
     metrics = {"g/w_std": jnp.mean(jnp.std(w, axis=0))} | _expert_loads(routing)
-    return Forward(pyramid, moe_loss, pull_back, jnp.mean(w, axis=0), metrics)
+    return Forward(pyramid, moe_loss, _without(pull_back, used), jnp.mean(w, axis=0), metrics)
 
   def _update_generator(self, state, frozen, forward, text, batch, key, healthy):
     d_params, loss = state.networks["discriminator"].params, self._loss
@@ -127,8 +118,7 @@ class Objective:
       )
       cotangent |= {r: cotangent[r] + guidance[r] for r in guidance}
       metrics |= more
-    cotangent = jax.lax.optimization_barrier(cotangent)
-    (gradients,) = forward.pull_back((cotangent, jnp.float32(loss.moe_weight)))
+    gradients = self._pull_back(forward, state.networks["generator"].params, cotangent)
     metrics |= {"loss/moe": forward.moe_loss}
     buffers = state.networks["generator"].variables["buffers"]
     decay = self._system.experiment.generator.w_average_decay
@@ -136,6 +126,20 @@ class Objective:
     variables = {"buffers": {**buffers, "w_avg": w_average}}
     state, _, metrics = self._update(state, "generator", gradients, metrics, healthy=healthy, variables=variables)
     return state, metrics
+
+  def _pull_back(self, forward, params, cotangent):
+    """The gradient of the parameters as they are stored, from that of the images.
+
+    Sharded parameters are gathered again: kept from the forward pass, they would be most of the backward pass's memory. The
+    barrier keeps XLA from taking both for one.
+    """
+    if self._system.layout.devices > 1:
+      params, cotangent = jax.lax.optimization_barrier((params, cotangent))
+    else:
+      cotangent = jax.lax.optimization_barrier(cotangent)
+    used, scatter = jax.vjp(lambda params: self._system.gather("generator", params), params)
+    (gradients,) = scatter(forward.pull_back(used, (cotangent, jnp.float32(self._loss.moe_weight))))
+    return gradients
 
   def _generator_loss(self, pyramid, d_params, text, caption_id):
     """The generator's loss by the discriminator, as a function of its images."""
@@ -234,6 +238,28 @@ class Objective:
   def _encode_captions(self, frozen, batch):
     with jax.named_scope("clip_text"):
       return self._system.clip.apply(frozen["clip"], batch["tokens"], method="encode_text")
+
+
+def _without(pull_back, used):
+  """A function of `jax.vjp` that does not hold the parameters: (parameters, cotangents) -> their gradient.
+
+  Its residuals are a pytree still. Blocks that are rematerialised keep their parameters and little else. (`jax.checkpoint` of
+  the whole network would decide what they keep too, and keep all.)
+
+  Args:
+    pull_back: as `jax.vjp` gave it.
+    used: the parameters with respect to which it was taken.
+  """
+  leaves, structure = jax.tree.flatten(pull_back)
+  places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(used))}
+  shared = [places.get(id(leaf)) for leaf in leaves]
+
+  def join(computed, used, cotangents):
+    computed, used = iter(computed), jax.tree.leaves(used)
+    leaves = [next(computed) if place is None else used[place] for place in shared]
+    return structure.unflatten(leaves)(cotangents)[0]
+
+  return jax.tree_util.Partial(join, [leaf for leaf, place in zip(leaves, shared) if place is None])
 
 
 def _halves(logits):
