@@ -1,18 +1,18 @@
-"""Typed configuration: the groups of fields that all systems share, as frozen dataclasses that check their values.
+"""The configuration that all systems share: frozen dataclasses that check their values.
 
-Each system adds its own groups in `systems/NAME/config.py`, whose `Experiment` extends the one here. `config_files.py`
-reads and writes them; nothing else sees a ConfigDict.
+Each system adds its own groups of fields in `systems/NAME/config.py`, whose `Experiment` extends the one here.
+`config_files.py` reads and writes configurations; no other file handles a ConfigDict.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from aurora_jax.errors import UserError
 
 
 class PerResolution(dict):
-  """A mapping {resolution: value} that hashes, so that configurations can be static arguments. Not to be changed."""
+  """A hashable mapping {resolution: value}, so that configurations can be static arguments. It must not be changed."""
 
   def __hash__(self) -> int:
     return hash(tuple(sorted(self.items())))
@@ -21,6 +21,13 @@ class PerResolution(dict):
 def per_resolution(**values: float) -> PerResolution:
   """A dataclass field with the default `{4: 3, 8: 3}`, written `per_resolution(r4=3, r8=3)`."""
   return dataclasses.field(default_factory=lambda: PerResolution({int(k[1:]): v for k, v in values.items()}))
+
+
+def reference() -> str:
+  """A dataclass field, "" by default: the path of a data set or of weights that a run depends on
+  (runs/references.py).
+  """
+  return dataclasses.field(default="", metadata={"reference": True})
 
 
 def require(condition: object, message: str) -> None:
@@ -39,11 +46,12 @@ def require_positive(group: str, values: object, names: Iterable[str]) -> None:
 class Optimizer:
   """The optimizer of one network: Adam, or Muon for its matrices and Adam for the rest.
 
-  The defaults are GigaGAN's (arXiv 2303.05511, Table A2) and StyleGAN2's (arXiv 1912.04958): Adam without a first moment.
+  The defaults are GigaGAN's (arXiv 2303.05511, Table A2) and StyleGAN2's (arXiv 1912.04958): Adam without a first
+  moment.
   """
 
-  # "muon": training/muon.py. Its updates have Adam's size but full rank. No GAN paper uses it; benchmarks/README.md shows
-  # what it is worth on OpenMoji.
+  # "muon": training/muon.py. Its updates have Adam's size but full rank. No GAN paper uses it; benchmarks/README.md
+  # shows what it is worth on OpenMoji.
   method: str = "adam"
   learning_rate: float = 0.0025
   beta1: float = 0.0  # 0 needs no buffer
@@ -51,7 +59,7 @@ class Optimizer:
   eps: float = 1e-8
   momentum: float = 0.9  # of Muon; 0.95 diverged on OpenMoji at a learning rate of 0.02
   iterations: int = 5  # of Muon's Newton-Schulz iteration (K. Jordan's choice); 3 lost the gain in retrieval
-  # An equalised bias moves by the full learning rate, a weight by learning rate / sqrt(fan_in). 1: as StyleGAN2.
+  # An equalized bias moves by the full learning rate, a weight by learning rate / sqrt(fan_in). 1: as StyleGAN2.
   bias_lr_factor: float = 1.0
   weight_decay: float = 0.0  # decoupled; on the parameters that the system labels for it
   l2: float = 0.0  # times the parameter, added to the gradient of every parameter
@@ -77,6 +85,9 @@ class Ema:
 
   half_life_images: float = 10_000.0  # StyleGAN2's and Hammer's default
   ramp_up: float = 0.05  # the half-life is at most this fraction of the images seen (StyleGAN2-ADA); 0: no ramp-up
+  # Whether the images seen include those of the present step. Without them, as in StyleGAN-T's released code, the first
+  # average is the parameters after their first step.
+  ramp_up_includes_batch: bool = True
 
   def __post_init__(self):
     for name in ("half_life_images", "ramp_up"):
@@ -92,11 +103,11 @@ class Schedule:
   """
 
   resolutions: tuple[int, ...] = ()  # one per stage, the last is the generator's; (): no stages
-  # Which features the distance compares: "clip", embeddings by the image tower of text.clip; "inception", as published FIDs.
+  # Which features the distance compares: "clip", embeddings by the image tower of text.clip; "inception", as published
+  # FIDs.
   features: str = "clip"
-  inception: str = (
-    ""  # for the latter: pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity) or .safetensors
-  )
+  # For the latter: pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity) or .safetensors.
+  inception: str = reference()
   factor: float = 1.0  # the paper: better than the reference
   images: int = 10_000  # in each set; the paper's table has "FID 10K". At most half the training split
   every_images: int = 1_000_000  # training images from one measurement to the next
@@ -133,7 +144,7 @@ class Schedule:
 class Data:
   """The training data and how an image is augmented before a network sees it."""
 
-  path: str = ""
+  path: str = reference()
   split: str = "train"
   primary_caption_probability: float = 1.0  # else one of the image's other captions
   # What an epoch visits once: every "image", or every (primary) "caption", with any one of its images.
@@ -147,8 +158,8 @@ class Data:
   flip: bool = False
   workers: int = 2
   # Training stops when more than this fraction of the split's distinct records could not be read. build-data shuffles
-  # images over its shards, so a lost shard is a random sample: training may go on without one of eight (12.5 %), but not
-  # without two, nor with a failing disk or a lost mount. Every skipped record is listed.
+  # images over its shards, so a lost shard is a random sample: training may go on without one of eight (12.5 %), but
+  # not without two, nor with a failing disk or a lost mount. Every skipped record is listed.
   max_skipped: float = 0.2
   # Start although shards or indices are missing, cut off or broken. Their records are skipped when they are read.
   tolerate_corruption: bool = False
@@ -165,7 +176,7 @@ class Data:
 class Text:
   """The frozen text encoder."""
 
-  clip: str = ""  # a run of `train-clip` or a Hugging Face CLIP folder
+  clip: str = reference()  # a run of `train-clip` or a Hugging Face CLIP folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +220,8 @@ class Train:
   checkpoint_every: int = 1000
   keep_checkpoints: int = 3  # retention: the newest so many; 0: all
   keep_every: int = 0  # and those whose step is a multiple of this, for ever; 0: none
-  # And the best: "lower:NAME" or "higher:NAME" of any number in metrics.jsonl (an evaluation's, a loss), as measured at the
-  # checkpoint's step or within the checkpoint_every steps before it.
+  # And the best: "lower:NAME" or "higher:NAME" of any number in metrics.jsonl (an evaluation's, a loss), as measured at
+  # the checkpoint's step or within the checkpoint_every steps before it.
   keep_best: str = ""
   log_every: int = 50
   sample_every: int = 1000
@@ -218,7 +229,9 @@ class Train:
   sample_latents: int = 2
   # A checkpoint to begin with (of `convert` or any run; its folder, or RUN/checkpoints/STEP): networks, not optimizers.
   init_from: str = ""
-  # An update whose loss or gradient is not finite is skipped, see training/guard.py. Without it the first NaN ends the run.
+  init_from_ema: bool = False  # its averages for the parameters too
+  # An update whose loss or gradient is not finite is skipped, see training/guard.py. Without it the first NaN ends the
+  # run.
   guard: bool = True
   # This many skipped steps in a row end the run (exit status 3). A single bad batch should not; MaxText and T5X stop at
   # the first NaN, Levanter never does (facts/jax.md, part D).
@@ -248,10 +261,10 @@ class Train:
 class Health:
   """Limits of the alerts (training/health.py). They change messages only. 0 turns an alert off.
 
-  The limits were checked against the quickstart's run of configs/openmoji_32.py, which is healthy to the end.
+  The limits were checked against the quickstart's run of configs/openmoji_32.py, which has no problems to the end.
   """
 
-  # Mean logit of real images minus that of generated ones, over a window. The losses of a healthy GigaGAN lie between
+  # Mean logit of real images minus that of generated ones, over a window. The losses of a good GigaGAN run lie between
   # 0 and 10 (README of gigagan-pytorch), which is a logit of 10 on either side. Quickstart: at most 9.8.
   logit_gap: float = 20.0
   # Mean distance between the sample images of one prompt, or of different prompts, relative to the largest of this run
@@ -298,7 +311,9 @@ class Experiment:
 
   @property
   def expert_counts(self) -> Mapping[str, int]:
-    """Layers that have several experts, {place, in words: experts}; what the mesh's expert axis can be divided by."""
+    """Layers with several experts, {description of the place: experts}: the possible divisors of the mesh's expert
+    axis.
+    """
     return {}
 
   @property
@@ -307,18 +322,21 @@ class Experiment:
     return f"{self.resolution}x{self.resolution} images"
 
   def identity(self, network: str) -> dict[str, Any]:
-    """The fields of a network's configuration that decide what its weights mean; {} for one without fields."""
+    """The fields of a network's configuration that determine what its weights mean; {} for one without fields."""
     cfg = getattr(self, network, None)
     return dataclasses.asdict(cfg) if cfg is not None else {}
 
   def check_whole(self) -> None:
-    """Checks what holds for a whole experiment but not for its `at_stage`. Raises UserError."""
+    """Checks conditions that hold for a whole experiment but not for its `at_stage`. Raises UserError."""
     require(
       not self.schedule.resolutions,
       f"system '{self.system}' has no progressive growing: schedule.resolutions is "
       f"{self.schedule.resolutions}, it must be ()",
     )
 
-  def at_stage(self, resolution: int) -> "Experiment":
+  def at_stage(self, resolution: int) -> Self:
     """The experiment whose networks end at `resolution`, a stage of progressive growing."""
     raise AttributeError(f"system '{self.system}' has no progressive growing")
+
+
+ExperimentT = TypeVar("ExperimentT", bound=Experiment)

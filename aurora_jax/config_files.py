@@ -1,17 +1,24 @@
-"""Configurations in files: `configs/*.py` with the command line's overrides, JSON, and what a run's `config.json` holds."""
+"""Reads and writes configurations: `configs/*.py` with overrides of the command line, and the JSON of a run.
 
+The class of a configuration comes from the registry of systems, which imports a system's `config.py` by its name.
+"""
+
+import ast
+import contextlib
 import dataclasses
 import difflib
 import json
-import os
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aurora_jax import config_migration
+from aurora_jax import config_migration, config_source, text
 from aurora_jax.config import Experiment, PerResolution, require
 from aurora_jax.errors import UserError
 from aurora_jax.systems import registry
+
+if TYPE_CHECKING:
+  import ml_collections
 
 
 def _typed(cls, values, where):
@@ -52,6 +59,8 @@ def _coerce(hint, value, where):
     isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
     f"{where} must be {hint.__name__}, got {value!r}",
   )
+  if hint is str and value.startswith("~"):  # a path, in which no shell has expanded it
+    return text.expand_home(value)
   return value
 
 
@@ -61,7 +70,7 @@ def from_mapping(values: Mapping[str, Any]) -> Experiment:
   Raises:
     UserError: no such system, a field that does not exist, a value of the wrong type, values that do not fit together.
   """
-  experiment = _typed(registry.experiment_class(values.get("system", "")), values, "")
+  experiment = _typed(registry.experiment_class(str(values.get("system", ""))), values, "")
   experiment.check_whole()
   return experiment
 
@@ -81,13 +90,13 @@ def to_json(experiment: Experiment) -> str:
   return json.dumps(to_mapping(experiment), indent=2) + "\n"
 
 
-def from_json(text: str) -> Experiment:
+def from_json(content: str) -> Experiment:
   """Reads what `to_json` wrote, in this or an earlier version."""
-  return from_stored(json.loads(text))
+  return from_stored(json.loads(content))
 
 
-def defaults(system: str = "aurora"):
-  """A ConfigDict with every field of a system at its default, for the files in `configs/` to start from."""
+def defaults(system: str = "aurora") -> "ml_collections.ConfigDict":
+  """All fields of a system with their defaults, for the files in `configs/` to start from."""
   import ml_collections
 
   return ml_collections.ConfigDict(to_mapping(registry.experiment_class(system)()))
@@ -102,32 +111,40 @@ def load(config_argv: Sequence[str]) -> Experiment:
   Raises:
     UserError: no such file, no such field, a value of the wrong type.
   """
+  paths = [argument.removeprefix("--config=") for argument in config_argv if argument.startswith("--config=")]
+  if not paths:
+    raise UserError("which config? --config configs/NAME.py[:VARIANT]")
+  config = config_source.run(text.expand_home(paths[-1]))
+  overrides = [argument for argument in config_argv if argument.startswith("--config.")]
+  for argument in overrides:
+    name = argument.removeprefix("--config.").split("=")[0]
+    if name in config_migration.RENAMED:
+      raise UserError(f"config: no field '{name}'; it is {config_migration.new_name(name)} now")
+  return from_mapping(_overridden(config, overrides).to_dict())
+
+
+def _overridden(config, overrides):
+  """A ConfigDict with values of the command line in it."""
+  if not overrides:
+    return config
   from absl import flags
   from ml_collections import config_flags
 
-  paths = [a.removeprefix("--config=").split(":")[0] for a in config_argv if a.startswith("--config=")]
-  if not paths:
-    raise UserError("which config? --config configs/NAME.py[:VARIANT]")
-  if not os.path.isfile(paths[-1]):
-    raise UserError(f"config file not found: {paths[-1]}")
-  for argument in config_argv:
-    name = argument.removeprefix("--config.").split("=")[0]
-    if argument.startswith("--config.") and name in config_migration.RENAMED:
-      raise UserError(f"config: no field '{name}'; it is {config_migration.new_name(name)} now")
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["aurora_jax", *config_argv])
+  argv, values = ["aurora_jax", *overrides], flags.FlagValues()
   try:
-    values(["aurora_jax", *config_argv])
-    config = values.config.to_dict()
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(_one_line(error)) from error
-  return from_mapping(config)
 
 
 def _one_line(error):
-  """The line of ml_collections' many that says what is wrong."""
-  text = str(error).replace("\\n", "\n").replace("\\'", "'")  # a KeyError's text is quoted, sometimes twice
-  lines = [line.strip() for line in text.splitlines() if line.strip(" '\"")]
-  if "Traceback" in text:  # the config file itself raised: its exception is the last line
-    return f"config: {lines[-1].partition(': ')[2] or lines[-1]}"
-  return "config: " + "; ".join(line.strip("'\"") for line in lines)
+  """The message of an exception of ml_collections."""
+  message = str(error)
+  if isinstance(error, KeyError | AttributeError):  # the text is quoted, sometimes twice
+    for _ in range(2):
+      with contextlib.suppress(ValueError, SyntaxError):
+        message = str(ast.literal_eval(message))
+    message = f"no field {message}"
+  return "config: " + "; ".join(line.strip() for line in message.splitlines() if line.strip())

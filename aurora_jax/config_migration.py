@@ -1,6 +1,7 @@
-"""Config fields that earlier versions named differently: runs of those versions still resume, and errors say the new name.
+"""Config fields that have other names in earlier versions. Runs of these versions resume, and errors name the new
+field.
 
-A stored configuration without `system` is of the format before there were several systems; it is Aurora's.
+A stored configuration without `system` is older than the second system: it is Aurora's.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 _BOTH = ("optimizer.generator", "optimizer.discriminator")
 _VALUES = {"data.visit": {"pictures": "image", "captions": "caption"}}
 
-# Old dotted name -> the new names, each of which takes the value.
+# Old dotted name -> new dotted names, all of which take the value.
 RENAMED: dict[str, tuple[str, ...]] = {
   "optimizer.generator_lr": ("optimizer.generator.learning_rate",),
   "optimizer.discriminator_lr": ("optimizer.discriminator.learning_rate",),
@@ -31,7 +32,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 
 
 def migrate(values: Mapping[str, Any]) -> dict[str, Any]:
-  """A stored configuration of any version, nested dicts, in today's names. Unknown fields stay as they are."""
+  """A stored configuration of any version (nested dicts) with the present names. Unknown fields stay as they are."""
   values = _copy(values)
   values.setdefault("system", "aurora")
   for old, names in RENAMED.items():
@@ -56,7 +57,7 @@ def _copy(values: Any) -> Any:
 
 
 def new_name(old: str) -> str | None:
-  """What a field is called now, in words, or None if it never had another name. `old` is dotted, or its last part."""
+  """The present name of a field, or None if it never had another name. `old`: the dotted old name, or its last part."""
   for name, names in RENAMED.items():
     if old == name or ("." not in old and name.rpartition(".")[2] == old):
       return " and ".join(names)

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside, then renamed.
+"""Atomic writes: files and folders are written under a temporary name and then renamed.
 
-What is written may be read by whom the umask lets, whatever the library that wrote it thinks (safetensors makes files for
-the owner alone). Errors are `UserError`s, one line that names the place.
+The umask decides who may read them, even where a library makes files for their owner alone (safetensors does). Errors
+are `UserError`s of one line with the path.
 """
 
 import contextlib
@@ -11,49 +11,52 @@ import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable, Iterator
 
 from aurora_jax import text
 from aurora_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def whole_file(path):
-  """Yields a path beside `path`, which is renamed to it when the block ends well and removed otherwise.
+def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a temporary path in the same folder. It is renamed to `path` if the block succeeds, else removed.
 
   Args:
-    path: where the file shall stand; its folder is made if missing, a file that stands there is replaced.
+    path: the final path. A missing folder is created, an existing file is replaced.
 
   Raises:
     UserError: it cannot be written.
   """
   path = pathlib.Path(path)
-  beside = path.with_name(f".{_short(path.name)}.{os.getpid()}.partial")
+  tmp_path = path.with_name(f".{_short(path.name)}.{os.getpid()}.partial")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield beside
-    _open_to_others(beside, _umask())
-    os.replace(beside, path)
+    yield tmp_path
+    _open_to_others(tmp_path, _umask())
+    os.replace(tmp_path, path)
   except OSError as error:
     raise UserError(f"{_shown(path)} cannot be written: {error.strerror or error}") from error
   finally:
     with contextlib.suppress(OSError):
-      beside.unlink()
+      tmp_path.unlink()
 
 
-def write_text(path, content):
-  """Writes a text file in UTF-8, whole. Raises UserError if that is not possible."""
-  with whole_file(path) as beside:
-    beside.write_text(content, encoding="utf-8")
+def write_text(path: str | os.PathLike, content: str) -> None:
+  """Writes a UTF-8 text file atomically. Raises UserError if it cannot be written."""
+  with atomic_file(path) as tmp_path:
+    tmp_path.write_text(content, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def whole_folder(path, check=lambda: None, words=""):
-  """Yields a folder beside `path` that takes its place when the block ends well and is removed otherwise.
+def atomic_folder(
+  path: str | os.PathLike, check: Callable[[], None] = lambda: None, label: str = ""
+) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder next to `path`. It is renamed to `path` if the block succeeds, else removed.
 
   Args:
-    path: where the folder shall stand, or a link to there. What stands there is replaced; it comes back if that fails.
-    check: called right before; raises if something has come up there that must stay.
-    words: what to call the folder in an error, e.g. "out ".
+    path: the final path, or a link to it. An existing folder is replaced, and restored if that fails.
+    check: called just before the rename; raises if something has appeared there that must stay.
+    label: prefix of the path in an error, e.g. "out ".
 
   Raises:
     UserError: it cannot be written.
@@ -67,7 +70,7 @@ def whole_folder(path, check=lambda: None, words=""):
     check()
     _replace_folder(partial, target)
   except OSError as error:
-    raise UserError(f"{words}{_shown(path)} cannot be written: {error.strerror or error}") from error
+    raise UserError(f"{label}{_shown(path)} cannot be written: {error.strerror or error}") from error
   finally:
     if partial is not None:
       shutil.rmtree(partial, ignore_errors=True)
@@ -92,13 +95,15 @@ def _shown(path):
 
 
 def _short(name):
-  """A name's beginning: the whole one may be as long as names can be, and something is put around it."""
+  """The start of a name. A whole name may have the greatest length that is allowed, and a suffix is added."""
   return os.fsdecode(os.fsencode(name)[:100])
 
 
 def _open_to_others(path, umask):
-  """Gives files and folders that were made for the owner alone the permissions that the umask grants."""
-  with contextlib.suppress(OSError):  # some mounts know no permissions; and what was not written is missed later on
+  """Gives files and folders the permissions that the umask grants; some were made for their owner alone."""
+  with contextlib.suppress(
+    OSError
+  ):  # some mounts have no permissions; a file that was not written is reported by the rename
     os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | (0o777 if path.is_dir() else 0o666) & ~umask)
   if path.is_dir():
     for entry in path.iterdir():
@@ -107,7 +112,7 @@ def _open_to_others(path, umask):
 
 
 def _umask():
-  """The process's umask; asked for without a change of it, during which other threads would make files for everybody."""
+  """The umask, read without setting it: files that other threads create meanwhile would be open to everybody."""
   try:
     status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     return int(re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE)[1], 8)
@@ -117,12 +122,12 @@ def _umask():
     return mask
 
 
-def check_folder(folder, name=None):
-  """Makes sure, before minutes of work, that files can be written to a folder; leaves nothing behind.
+def check_folder(folder: str | os.PathLike, name: str | None = None) -> None:
+  """Checks, before long work begins, that files can be written to a folder. Leaves nothing behind.
 
   Args:
-    folder: it may be missing, then the one in which it would be made counts.
-    name: what to call it in the error; None takes its path.
+    folder: if it is missing, its nearest existing parent is checked.
+    name: of the folder in an error; None: its path.
 
   Raises:
     UserError: a file is in the way, or it cannot be written to.

@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import re
+import shlex
 import sys
 
 from aurora_jax.errors import UserError
@@ -35,6 +36,7 @@ _INVISIBLE = re.compile(
   "[\\s\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
   "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+_SURROGATES = re.compile("[\ud800-\udfff]")  # bytes that were not UTF-8, as Python carries them
 _EDGES = " \u200b\u2060\ufeff"
 
 
@@ -92,6 +94,42 @@ def path_text(path: str | bytes | os.PathLike) -> str:
   return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
+def is_utf8(path: str | bytes | os.PathLike) -> bool:
+  """Whether the bytes of a path, made absolute, are UTF-8."""
+  return not _SURROGATES.search(path_text(os.path.abspath(path)))
+
+
+def shell_quoted(path: str | bytes | os.PathLike) -> str:
+  """A path as it stands in a command that can be pasted: quoted where a shell would take it apart.
+
+  What a terminal cannot show is escaped in the manner of bash, $'caf\\xe9'.
+  """
+  plain = path_text(path)
+  if printable(plain) == plain:
+    return shlex.quote(plain)
+  pieces = []
+  for character in plain:
+    if _UNSAFE.match(character):
+      pieces += [f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape")]
+    else:
+      pieces.append(f"\\{character}" if character in "\\'" else character)
+  return f"$'{''.join(pieces)}'"
+
+
+def expand_home(path: str) -> str:
+  """A path with the home folder in place of a leading `~` or `~user`; a shell leaves it after an "=".
+
+  Raises:
+    UserError: the path is empty or holds a null byte, or there is no home folder to put in place of `~`.
+  """
+  if not path or "\0" in path:
+    raise UserError("a path is empty" if not path else f"a path has a null byte: {printable(path, 80)}")
+  expanded = os.path.expanduser(path)
+  if expanded == path and (path == "~" or path.startswith("~/")):
+    raise UserError(f"{printable(path)}: there is no home folder to put in place of ~ (HOME is not set)")
+  return expanded
+
+
 def decode(data: bytes) -> str:
   """Bytes of a text file as text.
 
@@ -115,7 +153,9 @@ def decode(data: bytes) -> str:
 
 
 def _why_null_bytes(data: bytes) -> str:
-  """Text in UTF-16 has its null bytes on one side: nearly all of the high bytes of Latin letters, none of the low ones."""
+  """Text in UTF-16 has its null bytes on one side: nearly all of the high bytes of Latin letters, none of the low
+  ones.
+  """
   even, odd = data[::2].count(0), data[1::2].count(0)
   if len(data) % 2 == 0 and min(even, odd) * 8 < max(even, odd):
     return "looks like UTF-16 without a byte-order mark (save it as UTF-8)"
@@ -139,14 +179,20 @@ def read_text(path: str | os.PathLike) -> str:
 def lines(text: str) -> list[str]:
   """The lines of a text without their ends; runs of white space become one space, empty lines are left out.
 
-  Zero-width spaces and byte-order marks (of files that were joined) go from the sides of a line that has more than them.
+  Zero-width spaces and byte-order marks (of files that were joined) go from the sides of a line that has more than
+  them.
   """
   split = (" ".join(line.split()) for line in _LINE_ENDS.split(text))
   return [line.strip(_EDGES) or line for line in split if line]
 
 
 def unusable(line: str) -> str | None:
-  """Why a line is no prompt or caption, in the form "has ...", or None: control characters, or nothing to be seen."""
+  """Why a line is no prompt or caption, in the form "has ...", or None.
+
+  Bytes that are not UTF-8, control characters, or nothing to be seen.
+  """
+  if _SURROGATES.search(line):
+    return "has bytes that are not UTF-8"
   control = _CONTROLS.search(line)
   if control:
     return f"has the control character {_escape(control[0])}"

@@ -1,4 +1,4 @@
-"""Aurora at 64x64, the released architecture, with the recipe of the paper and its documented fillers.
+"""Aurora at 64x64: the released architecture and the paper's recipe, with documented values where the paper gives none.
 
 Target: zero-shot FID-30k on COCO at 64 pixels of 6.2 (the paper's abstract). Cost: the paper trained on 256 A100 for a
 week. Generator 1,166.33 M parameters, discriminator 384.2 M, text and CLIP loss from ViT-L/14.
@@ -6,11 +6,13 @@ week. Generator 1,166.33 M parameters, discriminator 384.2 M, text and CLIP loss
   python -m aurora_jax train --config configs/aurora_64.py --workdir runs/aurora_64 \\
       --config.data.path DATA --config.text.clip CLIP_VIT_L_14_FOLDER
 
-With a mesh for a certain machine: configs/aurora_64_v5e_256.py, configs/aurora_64_a100_32.py, configs/aurora_64_a100_256.py.
+With a mesh for a machine: configs/aurora_64_v5e_256.py, configs/aurora_64_a100_32.py, configs/aurora_64_a100_256.py.
 
-What the paper does not say comes from GigaGAN's Table A2 (arXiv 2303.05511), whose generator this one extends; the
-comments in aurora_jax/systems/aurora/config.py name the source of every default. Variant `test`: the same code at a toy size, all of it
-at once; --config.schedule.resolutions="(4, 8, 16)" and the like let it grow.
+Values that the paper does not give are from GigaGAN's Table A2 (arXiv 2303.05511), whose generator Aurora extends. The
+comments in aurora_jax/systems/aurora/config.py name the source of every default.
+
+Variant `test`: the same code at a toy size, without progressive growing; --config.schedule.resolutions="(4, 8, 16)"
+lets it grow.
 """
 
 from aurora_jax import config_files
@@ -22,8 +24,8 @@ def get_config(variant=""):
   config = config_files.defaults()
   config.name = "aurora_64"
 
-  # The defaults of `generator` and `discriminator` are the full model. A run from scratch attends as was meant; a
-  # converted checkpoint wants "independent" (what the released scripts compute).
+  # The defaults of `generator` and `discriminator` are the full model. A run from scratch uses the attention that was
+  # meant. A converted checkpoint needs "independent", which the released scripts compute.
   config.generator.text_attention = "scaled"
   config.generator.remat = True
   config.discriminator.remat = True
@@ -35,17 +37,17 @@ def get_config(variant=""):
   loss.clip_weight = 0.2
   loss.clip_min_resolution = 16
 
-  # Progressive growing: the rule is the paper's (aurora.md, section 4.1), all numbers are our choice.
+  # Progressive growing: the rule is the paper's, all numbers are our choice.
   schedule = config.schedule
   schedule.resolutions = (4, 8, 16, 32, 64)
-  # The paper: the generator's FID is to be better than the reference. Of two real sets that is as good as can be, and 1.0
-  # would leave the decision to the caps.
+  # The paper: the generator's FID must be better than the reference. Our reference compares two real sets, which no
+  # generator beats; with 1.0 only the caps would end a stage.
   schedule.factor = 1.5
   # The paper's FIDs are Inception's: with its weights at hand, --config.schedule.features=inception
   # --config.schedule.inception=pt_inception-2015-12-05-6726825d.pth.
   schedule.images = 10_000  # the size in the paper's table, "FID 10K (train set)"
-  schedule.every_images = 1_000_000  # a hundredth of the pictures are drawn to be measured
-  # 240 M of the 1,382 M images at most; small pictures are soon learnt, and cost a fraction of the large ones.
+  schedule.every_images = 1_000_000  # measuring adds a hundredth of the training images
+  # At most 240 M of the 1,382 M images. Small images are learned sooner and cost a fraction of the large ones.
   schedule.max_images = {4: 10_000_000, 8: 20_000_000, 16: 60_000_000, 32: 150_000_000}
 
   for optimizer in (config.optimizer.generator, config.optimizer.discriminator):
@@ -75,14 +77,16 @@ def get_config(variant=""):
 
 
 def on_pod(name, variant, *, data, expert=16, batch_size=1024):
-  """The recipe on `data` x `expert` accelerators: bfloat16 arithmetic, every expert of a 16-expert layer on a device of
-  its own, the other parameters cut over the devices of the expert axis where they are stored.
+  """The recipe on `data` x `expert` accelerators.
+
+  Arithmetic is bfloat16. Every expert of a 16-expert layer has its own device. The other parameters are sharded over
+  the devices of the expert axis.
 
   Args:
-    name: of the experiment, for its files' names.
-    variant: "" or "test", which takes whatever devices there are and no expert axis.
+    name: name of the experiment.
+    variant: "" or "test"; "test" takes all devices and has no expert axis.
     data, expert: devices along the two axes of the mesh.
-    batch_size: images per step, of all devices; the recipe's rates and half-lives are meant for 1024.
+    batch_size: images per step, of all devices. The recipe's learning rates and half-lives are meant for 1024.
 
   Returns:
     ConfigDict.
@@ -90,7 +94,7 @@ def on_pod(name, variant, *, data, expert=16, batch_size=1024):
   config = get_config(variant)
   config.name = name
   config.generator.compute_dtype = config.discriminator.compute_dtype = "bfloat16"
-  config.discriminator.remat = False  # recomputing the generator's blocks makes room enough
+  config.discriminator.remat = False  # recomputing the generator's blocks saves enough memory
   config.mesh.fsdp = True
   config.data.workers = 8  # of each host
   if not variant:
@@ -101,7 +105,7 @@ def on_pod(name, variant, *, data, expert=16, batch_size=1024):
 
 
 def shrink(config):
-  """The same structure at a size that compiles and steps in seconds on a CPU; one stage, since each compiles anew."""
+  """The same structure at a size that compiles and steps in seconds on a CPU. One stage: each compiles its own step."""
   config.schedule.resolutions = ()
   config.schedule.every_images = 8
   config.schedule.images = 8

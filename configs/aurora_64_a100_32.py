@@ -1,8 +1,8 @@
 """The recipe of configs/aurora_64.py on 4 nodes of 8 A100 (80 GB): global batch 1024, 32 images per GPU.
 
-Target: as there, zero-shot FID-30k on COCO at 64 pixels of 6.2. Cost, by arithmetic and not measured: `compile` counts 138
-TFLOP per GPU and step; at 40 % of the GPU's 312 TFLOP/s that is 1.1 s a step, 17 days and 13,200 GPU-hours for 1,350,000
-steps.
+Target: zero-shot FID-30k on COCO at 64 pixels of 6.2, as there. Cost, computed and not measured: `compile` counts 138
+TFLOP per GPU and step. At 40 % of the GPU's 312 TFLOP/s that is 1.1 s a step, 17 days and 13,200 GPU-hours for
+1,350,000 steps.
 
   CONFIG=configs/aurora_64_a100_32.py RUN=RUN DATA=DATA CLIP=CLIP_VIT_L_14_FOLDER sbatch launch/slurm_a100.sbatch
 
@@ -11,10 +11,10 @@ which runs, once on each node,
   python -m aurora_jax train --config configs/aurora_64_a100_32.py --workdir RUN --require gpu \\
       --config.data.path=DATA --config.text.clip=CLIP_VIT_L_14_FOLDER
 
-An expert axis of 16 spans two nodes. Where the network between them is slow, --config.mesh.data=4 --config.mesh.expert=8
+An expert axis of 16 spans two nodes. If the network between nodes is slow, --config.mesh.data=4 --config.mesh.expert=8
 keeps the exchange within a node, with two experts of a 16-expert layer on each GPU.
 
-Variant `test`: the same code at a toy size, on whatever devices there are.
+Variant `test`: the same code at a toy size, on all devices.
 """
 
 from configs import aurora_64

@@ -1,10 +1,11 @@
 """MEGAN on CelebA at 64x64 as released: ten generators, WGAN-GP with five discriminator rounds.
 
-Target: varied faces (arXiv 1805.02481, Figure 5); MS-SSIM is its measure of diversity. Cost: 300,000 iterations of batch 64.
+Target: varied faces (arXiv 1805.02481, Figure 5); MS-SSIM is its measure of diversity. Cost: 300,000 iterations of
+batch 64.
 
   python -m aurora_jax train --config configs/megan_celeba64.py --workdir runs/megan_celeba64 --config.data.path=DATA
 
-DATA is CelebA, cropped to its central 160 pixels and built at 64 pixels by `build-data`.
+DATA is CelebA, cropped to its central 160 pixels, then built at 64 pixels by `build-data`.
 
 Variants:
   test  the same at a toy size

@@ -1,12 +1,12 @@
 """MEGAN on CIFAR-10 at 32x32 as released: ten generators, WGAN-GP with five discriminator rounds.
 
-Target: an inception score above its single DCGAN's (arXiv 1805.02481, Table 1). Cost: 300,000 iterations of batch 64, each of
-which reads five batches; the released code ran on one GPU.
+Target: an inception score above its single DCGAN's (arXiv 1805.02481, Table 1). Cost: 300,000 iterations of batch 64,
+each of which reads five batches; the released code ran on one GPU.
 
   python -m aurora_jax train --config configs/megan_cifar10.py --workdir runs/megan_cifar10 --config.data.path=DATA
 
-DATA is CIFAR-10 built at 32 pixels by `build-data`. The released code leaves load balancing off and samples in training
-mode: by the statistics of the sampled batch.
+DATA is CIFAR-10, built at 32 pixels by `build-data`. As in the released code, load balancing is off, and sampling uses
+the batch norm statistics of the sampled batch.
 
 Variants:
   test  the same at a toy size

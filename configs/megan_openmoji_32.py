@@ -1,14 +1,14 @@
 """MEGAN on OpenMoji at 32x32, unconditional, for two CPU cores: four generators and a gate that chooses among them.
 
-Target: images of every kind of emoji, and generators that specialise (the sample grid shows which one made each image).
+Target: images of every kind of emoji, and generators that specialize (the sample grid shows which one made each image).
 Cost: about ten minutes on two cores.
 
   python -m aurora_jax build-data --source openmoji --out datasets/openmoji_32 --resolution 32
   python -m aurora_jax train --config configs/megan_openmoji_32.py --workdir runs/megan_openmoji_32
   python -m aurora_jax sample --workdir runs/megan_openmoji_32 --latents 64 --out grid.png
 
-Against configs/megan_cifar10.py: four narrower generators, two discriminator rounds, a faster annealing, load balancing on,
-and samples by running statistics, so that an image does not depend on the others of its batch.
+Differences from configs/megan_cifar10.py: four narrower generators, two discriminator rounds, faster annealing, load
+balancing, and samples by running statistics, so that an image does not depend on the others of its batch.
 
 Variants:
   test  a few steps

@@ -1,16 +1,24 @@
 """A small Aurora on OpenMoji at 32x32, for two CPU cores: the quickstart's experiment.
 
+Target: images that match their captions, by the judge of `evaluate`. Cost: a quarter of an hour on two cores, data and
+CLIPs included (launch/quickstart.sh).
+
+  python -m aurora_jax build-data --source openmoji --out datasets/openmoji --resolution 64
+  python -m aurora_jax train-clip --data datasets/openmoji --out clips/openmoji --seconds 240
+  python -m aurora_jax train --config configs/openmoji_32.py --workdir runs/openmoji_32 \\
+      --config.data.path=datasets/openmoji --config.text.clip=clips/openmoji
+
 All parts of the system at a small size: Fourier input, adaptive kernels, deformable convolutions, L2 attention, sparse
-experts at 4 and 8 pixels, multi-scale discriminator, all four losses. Matrices are trained by Muon, not by the recipe's
-Adam: in a quarter of an hour every step counts (benchmarks/README.md). Nearly every caption has one picture: each is shown
-shifted, turned and resized a little, and the discriminator compares two of a caption, so that latents have something to
-choose. Best from a data set of twice the resolution (build-data --resolution 64): warped pictures stay sharp.
+experts at 4 and 8 pixels, multi-scale discriminator, all four losses. Muon trains the matrices, not the recipe's Adam:
+it needs fewer steps (benchmarks/README.md). Nearly every caption has one image. Images are therefore shifted, rotated
+and scaled a little, and the discriminator compares two images of a caption, so that latents have something to choose. A
+data set of twice the resolution (build-data --resolution 64) keeps such images sharp.
 
 Variants:
-  progressive  grows from 8 over 16 to 32 pixels, with every level judged; the same networks all at once, to compare with:
+  progressive  grows from 8 over 16 to 32 pixels; the discriminator sees every level. The same networks without growing:
                --config openmoji_32.py:progressive --config.schedule.resolutions="()"
-  tones        for latents that choose among skin tones alone (build-data --skin-tones unnamed): pictures as they are,
-               and an epoch has every caption once (benchmarks/README.md says what it gives)
+  tones        latents choose among skin tones alone (build-data --skin-tones unnamed). Images are not augmented, and an
+               epoch has every caption once. Results: benchmarks/README.md
   dense        a feed-forward layer of one expert's size in place of the experts: as many active parameters, no router
   test         a few steps
 
@@ -152,7 +160,7 @@ def get_config(variant=""):
 
 
 def grow(config):
-  """From 8 over 16 to 32 pixels; at most a sixth of the images for each stage before the last."""
+  """Grows from 8 over 16 to 32 pixels. Each stage before the last takes at most a fifth of the images."""
   config.name = "openmoji_32_progressive"
   config.discriminator.input_resolutions = (32, 16, 8)
   config.loss.level_weights = {32: 0.7, 16: 0.3, 8: 0.3}

@@ -1,4 +1,7 @@
-"""OpenMoji at 64x64 on two CPU cores, an hour with its CLIPs: the quickstart's experiment one resolution up.
+"""OpenMoji at 64x64 on two CPU cores: the quickstart's experiment at twice the resolution.
+
+Target: images that match their captions, by the judge of `evaluate`. Cost: an hour on two cores, data and CLIPs
+included.
 
   python -m aurora_jax build-data --source openmoji --out datasets/openmoji_64 --resolution 64
   python -m aurora_jax train-clip --data datasets/openmoji_64 --out clips/openmoji_64 --resolution 32 --steps 2000 &
@@ -8,9 +11,9 @@
   python -m aurora_jax train --config configs/openmoji_64.py --workdir runs/openmoji_64
   python -m aurora_jax evaluate --workdir runs/openmoji_64 --judge clips/judge
 
-Unlike there, pictures are shown as they are, and none are compared.
+Unlike configs/openmoji_32.py, images are not augmented, and the discriminator compares no pairs.
 
-Variant `test`: the same at a few steps.
+Variant `test`: a few steps.
 """
 
 from configs import openmoji_32

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From nothing to pictures on a laptop CPU, in about a quarter of an hour: installs what is needed, builds a data set of
-# real image-text pairs (OpenMoji), trains two small CLIPs and a small Aurora on it, measures it and writes a report.
+# From nothing to images on a laptop CPU, in about a quarter of an hour. Installs the requirements, builds a data set of
+# image-text pairs (OpenMoji), trains two small CLIPs and a small Aurora on it, evaluates it and writes a report.
 #
-#   bash launch/quickstart.sh [FOLDER]      FOLDER: where everything goes, default runs/quickstart
+#   bash launch/quickstart.sh [FOLDER]      FOLDER: the output folder, default runs/quickstart
 #
-# Run it again to go on where it stopped; a new FOLDER starts afresh.
+# The same command resumes where it stopped. A new FOLDER starts from the beginning.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
-minutes=${QUICKSTART_MINUTES:-14.5}  # for everything, downloads included; training gets what the rest leaves
+minutes=${QUICKSTART_MINUTES:-14.5}  # for all parts, downloads included; training takes the time that is left
 begin=$(date +%s)
 
 bash launch/setup.sh
@@ -16,11 +16,11 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 aurora() { .venv/bin/python -m aurora_jax "$@"; }
 say() { printf '\n== %s (%d s so far)\n' "$1" $(($(date +%s) - begin)); }
 
-say "1/5  data: OpenMoji pictures and their names, as sharded tfrecords"
+say "1/5  data: OpenMoji images and their names, as sharded tfrecords"
 [ -f "$out/data/manifest.json" ] || aurora build-data --source openmoji --out "$out/data" --resolution 64 --shards 8
 
-say "2/5  two small CLIPs, side by side: one guides the generator, the other one judges it"
-judge=  # its process; two small trainings side by side are done sooner than one after the other
+say "2/5  two small CLIPs at the same time: one guides the generator, the other judges it"
+judge=  # its process; two small trainings at the same time finish sooner than one after the other
 if [ ! -f "$out/judge/config.json" ]; then
   .venv/bin/python -m aurora_jax train-clip --data "$out/data" --out "$out/judge" --split all --seed 1 \
     --seconds 240 > "$out/judge.log" 2>&1 &
@@ -39,10 +39,10 @@ left=$(awk -v minutes="$minutes" -v used=$(($(date +%s) - begin)) 'BEGIN { left 
 aurora train --config configs/openmoji_32.py --workdir "$out/run" --config.data.path="$out/data" \
   --config.text.clip="$out/clip" --config.train.max_seconds="$left"
 
-say "4/5  what the judge says"
+say "4/5  evaluation by the judge"
 aurora evaluate --workdir "$out/run" --judge "$out/judge"
 
-say "5/5  pictures"
+say "5/5  images"
 aurora sample --workdir "$out/run" --out "$out/grid.png" --latents 4 --columns 2 \
   --prompt "red heart" --prompt "green circle" --prompt "blue square" --prompt "grinning face" \
   --prompt "globe showing Americas" --prompt "banana" --prompt "thumbs up" --prompt "red apple"
@@ -50,7 +50,7 @@ aurora sample --workdir "$out/run" --out "$out/grid.png" --latents 4 --columns 2
 cat <<TEXT
 
 Done in $(($(date +%s) - begin)) seconds.
-  pictures    $out/grid.png
+  images      $out/grid.png
   report      $out/run/report.html
   training    $out/run/samples/
 Your own prompts:

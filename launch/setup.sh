@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv with what the project needs. Does nothing, quietly, when that is already there.
-#   bash launch/setup.sh          to use it
+# Makes .venv with the project's requirements. Does nothing if they are installed already.
+#   bash launch/setup.sh          for use on a CPU
 #   bash launch/setup.sh --dev    to run the tests as well
-#   bash launch/setup.sh --tpu    on a Cloud TPU VM
-#   bash launch/setup.sh --cuda   for NVIDIA GPUs (CUDA 12; the driver is all that must be there)
+#   bash launch/setup.sh --tpu    for a Cloud TPU VM
+#   bash launch/setup.sh --cuda   for NVIDIA GPUs (CUDA 12; only the driver must be installed)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=requirements.txt
@@ -22,14 +22,14 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "launch/setup.sh: Python 3.11 or later is needed, '$PYTHON' is $("$PYTHON" --version 2>&1)" >&2
   exit 2
 fi
-# The same version of JAX, with what the accelerator needs.
+# The same version of JAX with the accelerator's extra.
 jax=$(sed -n "s/^jax\([<>=].*\)/jax[$accelerator]\1/p" requirements.txt)
 stamp=.venv/installed-$requirements$accelerator
 if [ -f "$stamp" ] && cat requirements.txt "$requirements" $compilers $oracles | cmp -s - "$stamp"; then
   exit 0
 fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-echo "Installing $requirements into .venv (a few minutes at the first time) ..."
+echo "Installing $requirements into .venv (a few minutes the first time) ..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ${accelerator:+"$jax"} 2> >(grep -v "^WARNING: Location" >&2)
 [ -z "$oracles" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
   -r "$oracles" 2> >(grep -v "^WARNING: Location" >&2)

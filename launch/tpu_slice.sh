@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, from your own machine with gcloud: asks for the slice, installs, starts on all workers, and
-# begins again where training stopped whenever the slice was taken away.
+# Trains on a Cloud TPU slice, controlled from your own machine with gcloud. Requests the slice, installs, starts training
+# on all workers, and resumes training after every preemption.
 #
 #   bash launch/tpu_slice.sh COMMAND [--dry-run] [-- FLAGS OF train]
 #
-#   up        create, wait, install, train, watch: all of it; the one to begin with, and to run again after a reboot
-#   create    ask for the slice (a queued resource)
-#   wait      until it is there
-#   install   this folder's committed files and what they need, on all workers
-#   train     start on all workers (they go on from the newest checkpoint in RUN)
-#   watch     look every minute; when the slice was preempted: delete, create, wait, install, train
-#   status    what the queued resource says
-#   logs      the last lines of every worker
-#   stop      SIGTERM to all workers: they save and end (end `watch` first: it would start them again)
-#   delete    give the slice back
+#   up        create, wait, install, train and watch; start with this one, and run it again after a reboot
+#   create    request the slice (a queued resource)
+#   wait      wait until the slice is active
+#   install   install this folder's committed files and their requirements on all workers
+#   train     start training on all workers, from the newest checkpoint in RUN
+#   watch     check every minute; after a preemption: delete, create, wait, install, train
+#   status    describe the queued resource
+#   logs      show the last lines of every worker's log
+#   stop      send SIGTERM to all workers: they save and end (end `watch` first, or it restarts them)
+#   delete    release the slice
 #
 # --dry-run prints the commands instead of running them. Settings are environment variables:
 #   ZONE          e.g. us-west4-a (must be set)
-#   SHARED        what all workers mount at /mnt/shared, 10.0.0.2:/share (Filestore, NFS) or gs://BUCKET by gcsfuse; take a
-#                 bucket with a hierarchical namespace, where a folder is renamed at once (must be set)
-#   DATA, CLIP    the data set and the CLIP folder, relative to it (data, clip)
-#   RUN           the run's folder, relative to it (run)
+#   SHARED        what all workers mount at /mnt/shared: 10.0.0.2:/share (Filestore, NFS) or gs://BUCKET by gcsfuse; use a
+#                 bucket with a hierarchical namespace, which renames a folder atomically (must be set)
+#   DATA, CLIP    the data set and the CLIP folder, relative to SHARED (data, clip)
+#   RUN           the run's folder, relative to SHARED (run)
 #   CONFIG        the experiment (configs/aurora_64_v5e_256.py)
-#   NAME          of the slice (aurora)
-#   ACCELERATOR   type (v5litepod-256)
-#   RUNTIME       image (v2-alpha-tpuv5-lite)
+#   NAME          name of the slice (aurora)
+#   ACCELERATOR   accelerator type (v5litepod-256)
+#   RUNTIME       runtime version (v2-alpha-tpuv5-lite)
 #   PROVISIONING  --spot, --reserved, or empty for on demand (--spot)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -66,7 +66,7 @@ say() { printf '== %s\n' "$1" >&2; }
 queued() { run gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
 everywhere() { run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
 
-# The queued resource's state; MISSING where there is none, UNKNOWN where gcloud could not ask. In a dry run, $1.
+# The queued resource's state: MISSING if there is none, UNKNOWN if gcloud fails. In a dry run, $1.
 state() {
   local answer
   if [ -n "$dry" ]; then
@@ -83,7 +83,7 @@ state() {
 }
 
 create() {
-  say "asking for $ACCELERATOR as $NAME in $ZONE"
+  say "requesting $ACCELERATOR as $NAME in $ZONE"
   # shellcheck disable=SC2086  # several words, or none
   queued create --node-id="$NAME" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" $PROVISIONING
 }
@@ -108,7 +108,7 @@ install() {
     gs://*) mount="sudo apt-get install -y -q gcsfuse && sudo gcsfuse -o allow_other --implicit-dirs --file-mode=666 --dir-mode=777 ${SHARED#gs://} /mnt/shared" ;;
     *) mount="sudo apt-get install -y -q nfs-common && sudo mount -t nfs $SHARED /mnt/shared" ;;
   esac
-  # The image's Python is older than 3.11.
+  # The runtime's Python is older than 3.11.
   everywhere "set -e; mkdir -p aurora_jax; tar xzf aurora_jax.tar.gz -C aurora_jax
 sudo mkdir -p /mnt/shared; mountpoint -q /mnt/shared || { $mount; }
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv python install --quiet 3.12
@@ -132,8 +132,8 @@ progress() {
     --command='cat aurora_jax/train.status 2>/dev/null || echo running' 2>/dev/null || echo unreachable
 }
 
-begin_again() {
-  say "beginning again from the newest checkpoint in $RUN"
+resume_on_new_slice() {
+  say "resuming from the newest checkpoint in $RUN"
   delete
   create && wait_until_active && install && train
 }
@@ -144,8 +144,8 @@ watch() {
     now=$(state SUSPENDED)
     case $now in
       SUSPENDING | SUSPENDED | FAILED | MISSING)
-        say "the slice was taken away ($now)"
-        begin_again || say "it failed; once more in a minute" ;;
+        say "the slice was preempted ($now)"
+        resume_on_new_slice || say "that failed; trying again in a minute" ;;
       ACTIVE)
         case $(progress) in
           0) say "all steps are done"; return ;;
@@ -183,8 +183,8 @@ case $command in
   up)
     case $(state MISSING) in
       MISSING) create; wait_until_active; install; train ;;
-      ACTIVE) say "$NAME is there already" ;;
-      *) wait_until_active || begin_again; install; train ;;
+      ACTIVE) say "$NAME exists already" ;;
+      *) wait_until_active || resume_on_new_slice; install; train ;;
     esac
     watch ;;
   wait) wait_until_active ;;

@@ -1,4 +1,6 @@
-"""Small ICC profiles for tests, made by hand: ICC.1:2001-12, the tags that a matrix, grey or table profile must have."""
+"""Small ICC profiles for tests, made by hand: ICC.1:2001-12, the tags that a matrix, grey or table profile must
+have.
+"""
 
 import struct
 
@@ -23,7 +25,9 @@ def grey(gamma):
 
 
 def cmyk(lab):
-  """A printer whose colour for inks c, m, y, k (each 0 or 1, linear between) is `lab(c, m, y, k)`, L, a, b of 8 bits."""
+  """A printer whose colour for inks c, m, y, k (each 0 or 1, linear between) is `lab(c, m, y, k)`, L, a, b of 8
+  bits.
+  """
   corners = [(c, m, y, k) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
   ramp = bytes(range(256))
   table = (

@@ -16,8 +16,8 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
   path = tmp_path / "made" / "x.txt"
   files.write_text(path, "old")
   with pytest.raises(KeyError):
-    with files.whole_file(path) as beside:
-      beside.write_text("half")
+    with files.atomic_file(path) as partial:
+      partial.write_text("half")
       raise KeyError
   assert contents(tmp_path) == {"made/x.txt": "old"}
   files.write_text(path, "new")
@@ -28,12 +28,12 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
   target = tmp_path / "out"
 
   def write(text):
-    with files.whole_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
       (folder / "x").write_text(text)
 
   write("old")
   with pytest.raises(KeyError):
-    with files.whole_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
       (folder / "x").write_text("half")
       raise KeyError
   rename = os.rename

@@ -1,4 +1,6 @@
-"""Files and folders are as readable as the umask lets them be, whatever wrote them, and names may be as long as names can be."""
+"""Files and folders are as readable as the umask lets them be, whatever wrote them, and names may be as long as names
+can be.
+"""
 
 import os
 import tempfile
@@ -24,8 +26,8 @@ def for_the_owner_alone(folder):
 
 
 def test_files(tmp_path, umask):
-  with files.whole_file(tmp_path / "x") as beside:
-    os.rename(for_the_owner_alone(tmp_path), beside)
+  with files.atomic_file(tmp_path / "x") as partial:
+    os.rename(for_the_owner_alone(tmp_path), partial)
   (tmp_path / "y").touch()
   assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
   assert (tmp_path / "x").read_bytes() == b"weights"
@@ -33,7 +35,7 @@ def test_files(tmp_path, umask):
 
 def test_folders(tmp_path, umask):
   (tmp_path / "secret").touch(0o600)
-  with files.whole_folder(tmp_path / "x") as folder:
+  with files.atomic_folder(tmp_path / "x") as folder:
     os.rename(for_the_owner_alone(folder), folder / "weights")
     os.mkdir(folder / "deep", 0o700)
     os.rename(for_the_owner_alone(folder / "deep"), folder / "deep" / "weights")
@@ -64,7 +66,7 @@ def test_a_mount_without_permissions(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, "chmod", refuse)
   files.write_text(tmp_path / "x", "text")
-  with files.whole_folder(tmp_path / "y") as folder:
+  with files.atomic_folder(tmp_path / "y") as folder:
     (folder / "z").touch()
   assert (tmp_path / "x").read_text() == "text" and (tmp_path / "y" / "z").is_file()
 
@@ -75,6 +77,6 @@ def test_long_names(tmp_path, name):
   assert [path.name for path in tmp_path.iterdir()] == [name]
   (tmp_path / name).unlink()
   for _ in range(2):
-    with files.whole_folder(tmp_path / name) as folder:
+    with files.atomic_folder(tmp_path / name) as folder:
       (folder / "x").touch()
   assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -19,7 +19,8 @@ from aurora_jax.errors import UserError
     ("two\nlines\r\tand \x7f\x85\x9b", r"two\nlines\r\tand \x7f\x85\x9b"),
     ("\u2028\u2029\u2066\ufeff\u200b", r"\u2028\u2029\u2066\ufeff\u200b"),
     ("caf\udce9 \ud800", r"caf\xe9 \ud800"),
-    # What people write stays: accents, scripts with joiners, emoji of several parts and flags with tags, no-break space.
+    # What people write stays: accents, scripts with joiners, emoji of several parts and flags with tags, no-break
+    # space.
     ("é e\u0301 क्\u200dष می\u200cخواهم", "é e\u0301 क्\u200dष می\u200cخواهم"),
     ("👩‍👩‍👧 🏴\U000e0067\U000e007f ❤️ a\xa0b\u3000c", "👩‍👩‍👧 🏴\U000e0067\U000e007f ❤️ a\xa0b\u3000c"),
     (r"back\slash", r"back\slash"),

@@ -11,13 +11,18 @@ the speed of a plain matrix product, measured in the same run.
 in turn, on the same batches.
 """
 
+import argparse
+import sys
+
 from aurora_jax import config_files, xla_flags
+from aurora_jax.cli import standard_streams
 from aurora_jax.errors import UserError
 
 _REPEATS = {"sample": 5, "guard": 100}
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
   parser.add_argument("what", choices=tuple(_REPEATS), help="what to measure")
   parser.add_argument("--config", metavar="FILE[:VARIANT]", help="the experiment, e.g. configs/aurora_64.py")
   parser.add_argument(
@@ -35,7 +40,8 @@ def add_arguments(parser):
   )
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
+  """Measures and prints."""
   if args.batch and args.what != "sample":
     raise UserError(f"--batch is for `bench sample`; {args.what} takes --config.train.batch_size=N")
   batches, repeats = args.batch or (1, 4), _REPEATS[args.what] if args.repeats is None else args.repeats
@@ -44,6 +50,9 @@ def run(args):
       raise UserError(f"{name} must be at least 1, got {value}")
   experiment = config_files.load(args.config_argv)
   (_sample if args.what == "sample" else _guard)(experiment, batches, repeats)
+  error = standard_streams.lost(sys.stdout)
+  if error and not standard_streams.is_reader_gone(error):
+    raise UserError(f"standard output cannot be written: {error.strerror or error}")
 
 
 def _sample(experiment, batches, repeats):

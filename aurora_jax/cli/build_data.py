@@ -1,14 +1,14 @@
-"""Makes a data set: pictures with captions, from a source to sharded tfrecords with index and manifest.
+"""Makes a data set: images with captions, from a source to sharded tfrecords with index and manifest.
 
 Sources:
-  openmoji   about 1,900 emoji pictures with their English names ("red heart", "grinning face"), from Python
+  openmoji   about 1,900 emoji images with their English names ("red heart", "grinning face"), from Python
              packages that are installed with this program: nothing is downloaded.
-  folder     your own pictures: NAME.png (or .jpg, .webp, .tif, .avif ...) beside NAME.txt (or NAME.png.txt), which
+  folder     your own images: NAME.png (or .jpg, .webp, .tif, .avif ...) beside NAME.txt (or NAME.png.txt), which
              holds one caption per line in UTF-8, the first one being the main caption. Subfolders are searched too,
-             also linked ones. Pictures are cut to their centre square, colours converted to sRGB. What cannot be
+             also linked ones. Images are cut to their centre square, colors converted to sRGB. What cannot be
              read, or has no caption, is left out; every file is counted, and manifest.json says why.
 
-About 8 % of the pictures are held out (split "heldout"), chosen by main caption: every word of a held-out caption
+About 8 % of the images are held out (split "heldout"), chosen by main caption: every word of a held-out caption
 occurs in training, the combination of words does not. Captions of one word always stay in training. In scripts without
 spaces (Chinese, Japanese, Thai ...) each character counts as a word.
 
@@ -16,58 +16,65 @@ Build at twice the resolution that you train at if you want smooth augmentation 
 
 Examples:
   python -m aurora_jax build-data --source openmoji --out datasets/openmoji --resolution 64 --shards 8
-  python -m aurora_jax build-data --source folder --path my_pictures --out datasets/mine --resolution 64
+  python -m aurora_jax build-data --source folder --path my_images --out datasets/mine --resolution 64
 """
 
+import argparse
 import time
 
 from aurora_jax import text
-from aurora_jax.cli.progress import progress
-from aurora_jax.data import build, sources
+from aurora_jax.cli import flag_types
 from aurora_jax.errors import UserError
 
 _REJECTED_SHOWN, _LEFT_OUT_SHOWN = 10, 3
 _NAME_SHOWN, _REASON_SHOWN = 100, 200
+SKIN_TONES = ("named", "unnamed")  # those of data/sources.py, which takes a while to import
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
   parser.add_argument("--source", required=True, choices=("openmoji", "folder"), help="where the pairs come from")
-  parser.add_argument("--out", required=True, metavar="DIR", help="the data set folder to make")
+  parser.add_argument("--out", type=flag_types.path, required=True, metavar="DIR", help="the data set folder to make")
   parser.add_argument(
-    "--resolution", type=int, default=64, metavar="R", help="side of the stored pictures in pixels (default 64)"
+    "--resolution", type=int, default=64, metavar="R", help="side of the stored images in pixels (default 64)"
   )
   parser.add_argument("--shards", type=int, default=8, metavar="N", help="number of training files (default 8)")
-  parser.add_argument("--path", metavar="DIR", help="source folder: the folder with your pictures")
+  parser.add_argument("--path", type=flag_types.path, metavar="DIR", help="source folder: the folder with your images")
   parser.add_argument(
     "--skin-tones",
-    choices=(sources.NAMED, sources.UNNAMED),
+    choices=SKIN_TONES,
     help="source openmoji: also the variants in skin tones, named (thumbs up dark skin tone; about 3,950 "
-    "pictures in all) or as further pictures of the same caption (thumbs up; about 3,570)",
+    "images in all) or as further images of the same caption (thumbs up; about 3,570)",
   )
   parser.add_argument(
     "--no-aliases",
     dest="aliases",
     action="store_false",
-    help="source openmoji: only the main caption of each picture, no alias names",
+    help="source openmoji: only the main caption of each image, no alias names",
   )
   parser.add_argument(
     "--heldout",
     type=float,
     default=0.08,
     metavar="FRACTION",
-    help="share of the pictures to hold out, 0 for none (default 0.08)",
+    help="share of the images to hold out, 0 for none (default 0.08)",
   )
-  parser.add_argument("--seed", type=int, default=0, help="of the held-out choice and the order (default 0)")
+  parser.add_argument(
+    "--seed", type=flag_types.long_seed, default=0, help="of the held-out choice and the order (default 0)"
+  )
   parser.add_argument("--name", help="the data set's name, as in its file names (default: the source's)")
   parser.add_argument("--overwrite", action="store_true", help="replace a data set that stands at --out")
 
 
-def run(args):
-  text.tolerate_locale()
+def run(args: argparse.Namespace) -> None:
+  """Builds the data set and prints what became of the source's files."""
+  from aurora_jax.data import build
+  from aurora_jax.runs.progress import progress
+
   started = time.monotonic()
   build.check_out(args.out, args.overwrite)
   source = _source(args)
-  with progress(f"{args.source}: pictures") as on_progress:
+  with progress(f"{args.source}: images") as on_progress:
     manifest = build.build(
       source,
       args.out,
@@ -85,12 +92,15 @@ def run(args):
 
 
 def _source(args):
+  """The source that the flags name; UserError for flags of another one."""
+  from aurora_jax.data import sources
+
   if args.source == "openmoji":
     if args.path is not None:
       raise UserError(f"--path {args.path} is for --source folder; openmoji comes from installed packages")
     return sources.openmoji(skin_tones=args.skin_tones, aliases=args.aliases)
   if args.path is None:
-    raise UserError("--source folder needs --path DIR, the folder with your pictures")
+    raise UserError("--source folder needs --path DIR, the folder with your images")
   if args.skin_tones or not args.aliases:
     raise UserError(
       f"{f'--skin-tones {args.skin_tones}' if args.skin_tones else '--no-aliases'} is for --source openmoji"
@@ -104,7 +114,7 @@ def _summary(manifest):
   for split, entry in splits.items():
     files = len(entry["shards"])
     yield (
-      f"{split}: {entry['examples']} pictures, {entry['captions']} image-text pairs, "
+      f"{split}: {entry['examples']} images, {entry['captions']} image-text pairs, "
       f"{files} file{'' if files == 1 else 's'}"
     )
   yield from _warnings(manifest)
@@ -125,13 +135,13 @@ def _warnings(manifest):
   examples = held + splits["train"]["examples"]
   wanted = round(manifest["heldout_fraction"] * examples)
   if manifest["distinct_captions"] == 1 < examples:
-    yield f"all {examples} pictures have the same main caption: a prompt will have nothing to choose"
+    yield f"all {examples} images have the same main caption: a prompt will have nothing to choose"
   elif held < wanted:
-    yield f"held out {held} of the {wanted} pictures asked for: the captions share too few words for more"
+    yield f"held out {held} of the {wanted} images asked for: the captions share too few words for more"
   if "enlarged" in manifest:
     count, (width, height) = manifest["enlarged"]["count"], manifest["enlarged"]["smallest"]
     yield (
-      f"enlarged: {count} picture{'' if count == 1 else 's'} of less than {manifest['resolution']} pixels, the smallest "
+      f"enlarged: {count} image{'' if count == 1 else 's'} of less than {manifest['resolution']} pixels, the smallest "
       f"{width}x{height} ({text.printable(manifest['enlarged']['key'], _NAME_SHOWN)})"
     )
 

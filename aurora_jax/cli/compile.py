@@ -12,8 +12,8 @@ jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12; no TPU, GPU or dri
 Neither data nor CLIP's weights are read: of --config.text.clip only config.json, and if there is none, the CLIP's sizes
 are guessed from generator.text_feature_dim.
 
---cache DIR keeps the programs in the form of JAX's compilation cache. On that machine, with the same versions of JAX and
-its plug-ins and the same experiment (text.clip and train.total_steps are part of it), train takes them from there:
+--cache DIR keeps the programs in the form of JAX's compilation cache. On that machine, with the same versions of JAX
+and its plug-ins and the same experiment (text.clip and train.total_steps are part of it), train takes them from there:
   JAX_COMPILATION_CACHE_DIR=DIR python -m aurora_jax train ...
 
 Example:
@@ -22,6 +22,7 @@ Example:
 Exit status: 0 it fits, 1 it does not, 2 wrong input (one line says what).
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -29,31 +30,37 @@ import pathlib
 import tempfile
 
 from aurora_jax import config_files, files
+from aurora_jax.cli import flag_types
 from aurora_jax.errors import UserError
 from aurora_jax.performance import compiler_log, topology
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
   parser.add_argument(
     "--config", metavar="FILE[:VARIANT]", help="the experiment; --config.mesh.expert=N and the like set single values"
   )
   parser.add_argument(
     "--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, cpu-8"
   )
-  parser.add_argument("--report", metavar="FILE", help="write all numbers there, as JSON")
-  parser.add_argument("--cache", metavar="DIR", help="keep the compiled programs there, for train to load")
+  parser.add_argument("--report", type=flag_types.path, metavar="FILE", help="write all numbers there, as JSON")
+  parser.add_argument(
+    "--cache", type=flag_types.path, metavar="DIR", help="keep the compiled programs there, for train to load"
+  )
   parser.add_argument(
     "--explain", action="store_true", help="say what to change if it does not fit, and what that saves"
   )
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
+  """Compiles and reports. Returns the exit status: whether it fits."""
   experiment = config_files.load(args.config_argv)
   name = topology.parse(args.topology)
   if args.report:
     folder = os.path.dirname(args.report) or "."
     if not os.path.isdir(folder):
       raise UserError(f"--report {args.report}: no folder {folder}")
+    files.check_folder(folder, f"--report {args.report}")
   topology.prepare_environment(name)
   with _kept_in(args.cache) as keep, compiler_log.captured():  # the compilers talk, when they are imported already
     from aurora_jax.performance import advice
@@ -62,9 +69,9 @@ def run(args):
 
     machine = topology.load(name)
 
-    def progress(words):  # between two programs: what is done is written
+    def progress(line):  # between two programs: what is done is written
       keep()
-      print(words, flush=True)
+      print(line, flush=True)
 
     report = training_compile.report(experiment, machine, progress)
   if args.report:
@@ -85,8 +92,8 @@ def _kept_in(folder):
 
   Nothing is taken from there, nor from the user's own cache: the compiler is to do its work, and to say what it says.
 
-  Yields a function that puts there what is finished, so that it is kept if the next program fails or the user has waited
-  enough. JAX's entries are not whole while they are written.
+  Yields a function that puts there what is finished, so that it is kept if the next program fails or the user has
+  waited enough. JAX's entries are not whole while they are written.
   """
   if folder is None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -1,4 +1,4 @@
-"""Takes a checkpoint of the released PyTorch code into a run's folder, or a run's generator back into that code.
+"""Converts a checkpoint of the released PyTorch code to a run's folder, or a run's generator back to that code.
 
 Released to ours (.pth, .pt, .bin or .safetensors; the folder can be sampled from, inspected and trained on):
   python -m aurora_jax convert aurora_v1.pth runs/aurora_v1 --config configs/aurora_64.py --config.text.clip=CLIP
@@ -16,18 +16,27 @@ A .pth file holds generator_smooth (the averaged weights) and / or generator, as
 anything but tensors and plain values in it is refused. Writing .pth needs PyTorch, nothing else does.
 """
 
+import argparse
 import dataclasses
 import json
 import pathlib
 
 from aurora_jax import config as config_lib
-from aurora_jax import config_files
+from aurora_jax import config_files, text
+from aurora_jax.cli import flag_types
 from aurora_jax.errors import UserError
+from aurora_jax.runs import references, workdir
+from aurora_jax.systems import registry
 
 
-def add_arguments(parser):
-  parser.add_argument("source", metavar="SOURCE", help="a released weight file, or a run's folder")
-  parser.add_argument("target", metavar="TARGET", help="the run's folder to make, or the weight file to write")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  parser.add_argument(
+    "source", type=flag_types.path, metavar="SOURCE", help="a released weight file, or a run's folder"
+  )
+  parser.add_argument(
+    "target", type=flag_types.path, metavar="TARGET", help="the run's folder to make, or the weight file to write"
+  )
   parser.add_argument(
     "--config",
     metavar="FILE[:VARIANT]",
@@ -36,11 +45,14 @@ def add_arguments(parser):
   )
   parser.add_argument(
     "--released-config",
+    type=flag_types.path,
     metavar="JSON",
     help="to ours, in place of --config: the released "
     "constructor's keyword arguments (default: the .json beside the weight file, if there is one)",
   )
-  parser.add_argument("--clip", metavar="DIR", help="to ours: the CLIP folder, the same as --config.text.clip=DIR")
+  parser.add_argument(
+    "--clip", type=flag_types.path, metavar="DIR", help="to ours: the CLIP folder, the same as --config.text.clip=DIR"
+  )
   parser.add_argument(
     "--weights",
     choices=("ema", "generator", "both"),
@@ -51,7 +63,8 @@ def add_arguments(parser):
   parser.add_argument("--overwrite", action="store_true", help="replace the file, or an earlier conversion")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
+  """Converts, in the direction that the source decides."""
   source = pathlib.Path(args.source)
   if not source.exists():
     raise UserError(f"nothing to convert at {source}: it does not exist")
@@ -63,16 +76,17 @@ def run(args):
 
 def _to_released(args):
   others = {"--config": args.config_argv, "--released-config": args.released_config, "--clip": args.clip}
-  for name, given in others.items():
-    if given:
+  for name, value in others.items():
+    if value:
       raise UserError(f"{name} is for the other way: {args.source} is a run's folder and has its own config")
 
-  from aurora_jax.cli.progress import progress
-  from aurora_jax.systems.aurora import convert
+  from aurora_jax.runs.progress import progress
 
-  done = convert.export_released(
-    args.source, args.target, args.weights or "ema", args.step, overwrite=args.overwrite, stage=progress
+  done = registry.converter(workdir.RunFolder(args.source).experiment().system).export_released(
+    args.source, args.target, args.weights or "ema", args.step, overwrite=args.overwrite, progress=progress
   )
+  for note in done.notes:
+    print(f"note: {note}")
   sets = " and ".join(f"{part} as {name}" if name else part for part, name in done.weights.items())
   print(
     f"{done.path}: {sets} of step {done.step:,}, {done.values / 1e6:,.2f} M parameters; the constructor's "
@@ -86,23 +100,22 @@ def _to_ours(args):
   if pathlib.Path(args.target).suffix in (".pth", ".pt", ".bin", ".safetensors"):
     raise UserError(f"{args.source} is a weight file, so the target must be a run's folder, not {args.target}")
 
-  from aurora_jax.cli.progress import progress
-  from aurora_jax.systems.aurora import convert
+  from aurora_jax.runs.progress import progress
 
   experiment, notes = _experiment(args)
-  done = convert.import_released(
-    args.source, args.target, experiment, args.weights or "both", overwrite=args.overwrite, stage=progress
+  done = registry.converter(experiment.system).import_released(
+    args.source, args.target, experiment, args.weights or "both", overwrite=args.overwrite, progress=progress
   )
   for note in (*notes, *done.notes):
     print(f"note: {note}")
   sets = ", ".join(f"{part} from {name or 'the state dict'}" for part, name in done.weights.items())
+  folder = workdir.RunFolder(args.target)
+  references.record(folder, references.of_experiment(folder.experiment()))
   print(f"{done.path}: {sets}, {done.values / 1e6:,.2f} M parameters")
 
 
 def _experiment(args):
   """The experiment of the imported weights, and what was decided on the way."""
-  from aurora_jax.systems.aurora import convert
-
   beside = pathlib.Path(args.source).with_suffix(".json")
   released = args.released_config
   if args.config_argv and released:
@@ -119,34 +132,39 @@ def _experiment(args):
       experiment = dataclasses.replace(experiment, text=config_lib.Text(clip=args.clip))
   else:
     path = pathlib.Path(released or beside)
-    experiment = convert.experiment_of(_released_generator(path), pathlib.Path(args.target).name, args.clip or "")
+    experiment = _released_experiment(path, pathlib.Path(args.target).name, args.clip or "")
     if not released:
       notes.append(f"the generator is that of {path}")
-  generator, field = experiment.generator, "generator.text_attention"
+  field = "generator.text_attention"  # of Aurora
   asked_for = any(flag.startswith(f"--config.{field}=") for flag in args.config_argv)
-  if generator.text_attention == "scaled" and not asked_for:
-    generator = dataclasses.replace(generator, text_attention="independent")
+  if getattr(experiment.generator, "text_attention", "") == "scaled" and not asked_for:
+    generator = dataclasses.replace(experiment.generator, text_attention="independent")
+    experiment = dataclasses.replace(experiment, generator=generator)
     notes.append(
       f"{field} is 'independent', what the weights were trained for, instead of the config's 'scaled' "
       f"(--config.{field}=scaled keeps it)"
     )
-  if not experiment.text.clip:
+  if experiment.conditional and not experiment.text.clip:
     notes.append("no CLIP is named, so nothing can be sampled yet: give --clip DIR, or set text.clip in config.json")
-  return dataclasses.replace(experiment, generator=generator), notes
+  return experiment, notes
 
 
-def _released_generator(path):
-  from aurora_jax.systems.aurora import released as released_lib
-
+def _released_experiment(path, name, clip):
+  """The experiment of a released constructor's keyword arguments; which code's they are says their names."""
   try:
-    kwargs = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+    kwargs = json.loads(text.read_text(path))
+  except UserError:
+    raise
+  except ValueError as error:
     raise UserError(f"{path} cannot be read as JSON: {error}") from error
   if not isinstance(kwargs, dict):
     raise UserError(f"{path} must hold an object of keyword arguments, not a {type(kwargs).__name__}")
   try:
-    cfg = released_lib.config_from_released(kwargs)
+    if "img_resolution" in kwargs.get("generator", kwargs):
+      return registry.converter("stylegan_t").experiment_of_released(kwargs, name, clip)
+    cfg = registry.released("aurora").config_from_released(kwargs)
   except (UserError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f"{path}: {error}") from error
   # The same for a batch of one, as the released scripts run it, and keeps the samples of a batch apart.
-  return dataclasses.replace(cfg, text_attention="independent")
+  cfg = dataclasses.replace(cfg, text_attention="independent")
+  return registry.converter("aurora").experiment_of(cfg, name, clip)

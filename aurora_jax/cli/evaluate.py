@@ -1,42 +1,59 @@
 """Measures a run by a named protocol: a table on the terminal, a line in metrics.jsonl, and the run's report.html.
 
 Protocol caption-retrieval (the only one so far): a second CLIP, the judge, ranks all captions of the data set for every
-generated picture. Train the judge with another seed than the generator's CLIP, on all pictures:
+generated image. Train the judge with another seed than the generator's CLIP, on all images:
 
   python -m aurora_jax train-clip --data datasets/openmoji_32 --out clips/judge --split all --seed 1
   python -m aurora_jax evaluate --workdir runs/openmoji_32 --judge clips/judge
 """
 
+import argparse
 import contextlib
 import time
 
-from rich import console as rich_console
-from rich import table as rich_table
-
+from aurora_jax import text
+from aurora_jax.cli import flag_types, sampling_flags
 from aurora_jax.errors import UserError
+from aurora_jax.runs import checkpoint_folder, references, workdir
 
 PROTOCOLS = ("caption-retrieval",)
 
 
-def add_arguments(parser):
-  parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder, as of `train`")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
+  parser.add_argument(
+    "--workdir", type=flag_types.path, required=True, metavar="DIR", help="the run's folder, as of `train`"
+  )
   parser.add_argument("--protocol", default=PROTOCOLS[0], choices=PROTOCOLS, help="what to measure")
-  parser.add_argument("--judge", required=True, metavar="DIR", help="a CLIP folder that the run did not train with")
-  parser.add_argument("--data", metavar="DIR", help="the data set (default: the run's own)")
+  parser.add_argument(
+    "--judge", type=flag_types.path, required=True, metavar="DIR", help="a CLIP folder that the run did not train with"
+  )
+  parser.add_argument("--data", type=flag_types.path, metavar="DIR", help="the data set (default: the run's own)")
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
-  parser.add_argument("--seed", type=int, default=0, help="of the latents (default 0)")
+  parser.add_argument("--seed", type=flag_types.seed, default=0, help="of the latents (default 0)")
+  sampling_flags.add_change_flag(parser)
 
 
-def run(args):
-  from aurora_jax.cli.progress import progress
-  from aurora_jax.evaluation import caption_retrieval, judge, trained_generator
-  from aurora_jax.reporting import report
-  from aurora_jax.runs import metrics, workdir
-
+def run(args: argparse.Namespace) -> None:
+  """Evaluates, prints the table, appends to metrics.jsonl and writes the report."""
   started = time.monotonic()
-  experiment = workdir.RunFolder(args.workdir).experiment()
+  folder = workdir.RunFolder(args.workdir)
+  experiment = folder.experiment()
   if not experiment.conditional:
     raise UserError(f"{args.workdir} is a run of '{experiment.system}', which reads no captions: nothing to retrieve")
+  checkpoint_folder.chosen(folder.checkpoints, args.step)
+  groups = ("text",) if args.data else ("text", "data")
+  sampling_flags.check_references(folder, experiment, args.allow_config_change, groups)
+  judge_identity = references.identify(args.judge)
+  if judge_identity is None:
+    raise UserError(f"no CLIP folder at {args.judge}")
+  references.refuse_changed_judge(folder, judge_identity, args.allow_config_change)
+
+  from aurora_jax.evaluation import caption_retrieval, judge, trained_generator
+  from aurora_jax.reporting import report
+  from aurora_jax.runs import metrics
+  from aurora_jax.runs.progress import progress
+
   model = trained_generator.load(args.workdir, args.step, batch_size=64)
   with progress(f"judging step {model.step:,}") as update:
     result = caption_retrieval.evaluate(
@@ -44,27 +61,37 @@ def run(args):
       judge.load_judge(args.judge),
       args.data or model.experiment.data.path,
       seed=args.seed,
-      on_progress=lambda words, done, total: update(done, total),
+      on_progress=lambda what, done, total: update(done, total),
     )
-  path = workdir.RunFolder(args.workdir).metrics
-  rows = metrics.history(path)
-  with contextlib.closing(metrics.MetricsFile(path)) as file:
+  rows = metrics.history(folder.metrics)
+  with contextlib.closing(metrics.MetricsFile(folder.metrics)) as file:
     file.write("judge", model.step, rows[-1]["seconds"] if rows else 0.0, result.figures)
-  page = report.write_report(args.workdir, result.panels)
+  references.record(folder, {}, judge_identity)
+  panels = report.Panels(
+    figures=result.figures,
+    expert_examples=result.experts,
+    heldout=result.heldout,
+    colors=result.colors,
+    notes=result.notes,
+  )
+  page = report.write_report(args.workdir, panels)
   _print(result, model.step, time.monotonic() - started)
-  print(f"report: {page}")
+  print(f"report: {text.printable(text.path_text(page))}")
 
 
 def _print(result, step, seconds):
-  """The figures as a table, the real pictures' beside them."""
+  """Prints the figures as a table, those of the real images beside them."""
+  from rich import console as rich_console
+  from rich import table as rich_table
+
   figures = result.figures
   console = rich_console.Console(width=100)
   table = rich_table.Table(
     title=f"caption retrieval by the judge, step {step:,} ({seconds:.0f} s)", title_justify="left"
   )
-  for column in ("right caption first", "generated", "real pictures", "chance"):
+  for column in ("right caption first", "generated", "real images", "chance"):
     table.add_column(column, justify="left" if column.startswith("right") else "right")
-  for words, prefix in (("training captions", ""), ("held-out captions", "heldout_")):
+  for split, prefix in (("training captions", ""), ("held-out captions", "heldout_")):
     for name in sorted(
       (n for n in figures if n.startswith(f"judge/{prefix}top1_of_")), key=lambda n: n.endswith("all")
     ):
@@ -72,35 +99,35 @@ def _print(result, step, seconds):
       among = f"among all {figures[f'judge/{prefix}captions']:.0f}" if short == "of_all" else f"among {short[3:]}"
       real = figures.get(f"judge/{prefix}real_top1_{short}")
       table.add_row(
-        f"{words}, {among}",
+        f"{split}, {among}",
         f"{100 * figures[name]:.1f} %",
         "" if real is None else f"{100 * real:.1f} %",
         f"{100 * figures[f'judge/{prefix}chance_{short}']:.2f} %",
       )
   console.print(table)
   distances = [
-    f"{words} {figures[name]:.4g}"
-    for name, words in (
+    f"{what} {figures[name]:.4g}"
+    for name, what in (
       ("judge/frechet", "generated to real"),
-      ("judge/frechet_real_halves", "between halves of the real pictures"),
+      ("judge/frechet_real_halves", "between halves of the real images"),
     )
     if name in figures
   ]
   if distances:
     console.print(f"Frechet distance of the judge's embeddings: {', '.join(distances)}")
-  if result.colours:
-    words = "; ".join(
+  if result.color_checks:
+    hues = "; ".join(
       f"{c.caption} {c.generated.hue:.0f}° (real {c.real.hue:.0f}°{'' if c.agrees else ', WRONG'})"
-      for c in result.colours
+      for c in result.color_checks
     )
-    console.print(f"mean hue: {words}: {sum(c.agrees for c in result.colours)} of {len(result.colours)} right")
+    console.print(f"mean hue: {hues}: {sum(c.agrees for c in result.color_checks)} of {len(result.color_checks)} right")
   if "judge/heldout_diversity_within" in figures:
     console.print(
-      f"diversity: pictures of one caption differ by {figures['judge/heldout_diversity_within']:.2f} RMS, of "
+      f"diversity: images of one caption differ by {figures['judge/heldout_diversity_within']:.2f} RMS, of "
       f"different captions by {figures['judge/heldout_diversity_between']:.2f} (range 2)"
     )
   if "judge/several_diversity_within" in figures:
     console.print(
-      f"where a caption has several real pictures: {figures['judge/several_diversity_within']:.2f} RMS "
+      f"where a caption has several real images: {figures['judge/several_diversity_within']:.2f} RMS "
       f"(real {figures['judge/several_real_diversity_within']:.2f})"
     )

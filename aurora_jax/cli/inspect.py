@@ -1,4 +1,4 @@
-"""Tells in words what something is: a run, a checkpoint, a data set, a CLIP, or an experiment.
+"""Describes a run, a checkpoint, a data set, a CLIP or an experiment.
 
   python -m aurora_jax inspect runs/openmoji                     the story of a run: restarts, time, warnings, numbers
   python -m aurora_jax inspect runs/openmoji/checkpoints/4000    a checkpoint's parts and their sizes
@@ -14,26 +14,28 @@ Two runs have the same fingerprint if and only if their states agree in every bi
 Exit status: 0, or 2 for wrong input and for a data set in which --verify finds damage.
 """
 
+import argparse
 import collections
 import json
 import math
-import os
 import pathlib
 import re
 import sys
 
 from aurora_jax import config_files, text
+from aurora_jax.cli import flag_types, standard_streams
 from aurora_jax.errors import UserError
-from aurora_jax.reporting import run_summary
 
 _CAPTIONS_SHOWN = 6
-_WORDS_SHOWN = 100  # characters of what a file says
-_DAMAGE_SHOWN = 20
+_LENGTH_SHOWN = 100  # characters of what a file says
+_DAMAGED_SHOWN = 20
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
   parser.add_argument(
     "path",
+    type=flag_types.path,
     nargs="?",
     metavar="PATH",
     help="a run's folder, a checkpoint in it, a data set, a CLIP folder, or a config file",
@@ -47,7 +49,7 @@ def add_arguments(parser):
   parser.add_argument(
     "--verify",
     action="store_true",
-    help="for a data set: read every record, checksums and pictures, and tell what is damaged",
+    help="for a data set: read every record, checksums and images, and tell what is damaged",
   )
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
   parser.add_argument(
@@ -61,7 +63,8 @@ def add_arguments(parser):
   )
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
+  """Prints the description."""
   if bool(args.path) == bool(args.config_argv):
     raise UserError("inspect what? Give a PATH or --config FILE")
   if args.path and re.search(r"\.py(:[\w-]*)?$", args.path):
@@ -81,12 +84,13 @@ def run(args):
     lines = _sharding_lines(config_files.load(args.config_argv), args.devices)
   else:
     lines = _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path))
-  try:
-    for line in lines:
-      print(line)
-    sys.stdout.flush()
-  except BrokenPipeError:  # whoever reads it has seen enough (`| head`)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+  for line in lines:
+    print(text.printable(line) if "\n" not in line else line)
+    if standard_streams.lost(sys.stdout):
+      break
+  error = standard_streams.lost(sys.stdout)
+  if error and not standard_streams.is_reader_gone(error):
+    raise UserError(f"standard output cannot be written: {error.strerror or error}")
 
 
 def _describe_path(path):
@@ -99,10 +103,22 @@ def _describe_path(path):
     return _data_lines(path)
   stored = _json(path / "config.json") if (path / "config.json").is_file() else {}
   if "generator" in stored or "system" in stored:
-    return run_summary.tell(path)
+    return _run_lines(path)
   if stored.get("model_type") == "clip" or "text_config" in stored:
     return _clip_lines(path, stored)
   raise UserError(f"{path} is no run, checkpoint, data set or CLIP: it has no config.json or manifest.json of one")
+
+
+def _run_lines(path):
+  """The story of a run, and what it refers to that is no longer what it was trained with."""
+  from aurora_jax.reporting import run_summary
+  from aurora_jax.runs import references, workdir
+
+  yield from run_summary.lines(path)
+  folder = workdir.RunFolder(path)
+  found = references.of_experiment(folder.experiment())
+  for line in references.refuse_changes(folder, found, list(found)):
+    yield f"changed    {line}"
 
 
 def _is_checkpoint(path):
@@ -111,8 +127,10 @@ def _is_checkpoint(path):
 
 def _json(path):
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+    values = json.loads(text.read_text(path))
+  except UserError:
+    raise
+  except ValueError as error:
     raise UserError(f"{path} cannot be read: {error}") from error
   return values if isinstance(values, dict) else {}
 
@@ -129,94 +147,102 @@ def _fingerprint(path):
 
 def _checkpoint_lines(path):
   """A checkpoint's parts, from its description alone."""
+  from aurora_jax.reporting import run_summary
   from aurora_jax.runs import checkpoint_reader
 
   parts = checkpoint_reader.describe(path.parent, int(path.name))
   yield f"checkpoint {path}: {int(path.name):,} steps were done"
   for name, (leaves, values, size) in parts.items():
-    yield f"  {name:26s} {leaves:6,d} arrays  {values:15,d} values  {run_summary.size_words(size):>9s}"
-  yield f"on disk    {run_summary.size_words(checkpoint_reader.size_bytes(path.parent, int(path.name)))}"
+    yield f"  {name:26s} {leaves:6,d} arrays  {values:15,d} values  {run_summary.format_bytes(size):>9s}"
+  yield f"on disk    {run_summary.format_bytes(checkpoint_reader.size_bytes(path.parent, int(path.name)))}"
   stored = checkpoint_reader.stored_config(path.parent, int(path.name))
   if stored:
     yield f"config     {stored.get('name')}"
   growth = checkpoint_reader.stored_progress(path.parent, int(path.name)).get("schedule")
   if stored and growth:
     newest = growth["stages"][-1]
-    yield f"stage      {newest['resolution']}x{newest['resolution']} pixels since step {newest['step']:,} ({newest['reason']})"
+    yield (
+      f"stage      {newest['resolution']}x{newest['resolution']} pixels since step "
+      f"{newest['step']:,} ({newest['reason']})"
+    )
 
 
 def _data_lines(path):
-  """A data set's manifest in words, and some captions; safe for a terminal, whatever they hold."""
+  """A description of a data set by its manifest, and some captions; safe for a terminal, whatever they hold."""
   text.tolerate_locale()
   return map(text.printable, _manifest_lines(path))
 
 
 def _manifest_lines(path):
   from aurora_jax.data import dataset, tfrecords
+  from aurora_jax.reporting import run_summary
 
   manifest = dataset.read_manifest(path)
   yield f"data set   {text.path_text(path)} ({manifest['name']})"
   for name in ("source", "licence"):
     if manifest.get(name):
-      yield f"{name:10s} {text.printable(manifest[name], _WORDS_SHOWN)}"
-  yield f"pictures   {manifest['resolution']}x{manifest['resolution']} pixels"
+      yield f"{name:10s} {text.printable(manifest[name], _LENGTH_SHOWN)}"
+  yield f"images     {manifest['resolution']}x{manifest['resolution']} pixels"
   for split, entry in manifest["splits"].items():
     opened = dataset.Dataset.open(path, split)  # says what is missing or cut
     size = sum((path / shard["file"]).stat().st_size for shard in entry["shards"])
     captions = f"{entry['captions']:,} captions, " if isinstance(entry.get("captions"), int) else ""
     yield (
-      f"{split:10s} {len(opened):,} pictures, {captions}{len(entry['shards'])} "
-      f"file{'s' if len(entry['shards']) != 1 else ''}, {run_summary.size_words(size)}"
+      f"{split:10s} {len(opened):,} images, {captions}{len(entry['shards'])} "
+      f"file{'s' if len(entry['shards']) != 1 else ''}, {run_summary.format_bytes(size)}"
     )
     for i in range(0, len(opened), max(1, len(opened) // _CAPTIONS_SHOWN))[:_CAPTIONS_SHOWN]:
       try:
-        yield f"             {_captions_words(opened[i].captions)}"
+        yield f"             {_captions_line(opened[i].captions)}"
       except tfrecords.RecordError as error:
-        yield f"             {error} (--verify tells of all damage)"
+        yield f"             {error} (--verify lists all that are damaged)"
   rejected = manifest.get("rejected") or {"count": 0}
   yield f"rejected   {rejected['count'] or 'none'}"
   for entry in rejected.get("listed", [])[:_CAPTIONS_SHOWN]:
-    yield f"             {text.printable(entry['key'], _WORDS_SHOWN)}: {text.printable(entry['reason'], _WORDS_SHOWN)}"
+    key, reason = (text.printable(entry[name], _LENGTH_SHOWN) for name in ("key", "reason"))
+    yield f"             {key}: {reason}"
   files = manifest.get("files")
   if files:
     yield f"files      {files['seen']:,} seen: {'; '.join(f'{what}: {n:,}' for what, n in files['counts'].items())}"
 
 
-def _captions_words(captions):
-  """The captions of one picture in one line: as many as fit, at least the first."""
-  line = text.printable(" | ".join(captions), _WORDS_SHOWN)
+def _captions_line(captions):
+  """The captions of one image in one line: as many as fit, at least the first."""
+  line = text.printable(" | ".join(captions), _LENGTH_SHOWN)
   return f"{line} ({len(captions)} captions)" if len(captions) > 1 and line.endswith("...") else line
 
 
 def _verify_lines(path):
-  """The damaged records of a data set, all or the first, and what is wrong with how many; `UserError` if there are any."""
+  """The damaged records of a data set, all or the first, and what is wrong with how many; `UserError` if there are
+  any.
+  """
   text.tolerate_locale()
   return map(text.printable, _damage_lines(path))
 
 
 def _damage_lines(path):
-  from aurora_jax.cli.progress import progress
   from aurora_jax.data import corrupt_records, dataset
+  from aurora_jax.runs.progress import progress
 
   damaged, total, changed = 0, 0, 0
   for split in dataset.read_manifest(path)["splits"]:
-    opened = dataset.Dataset.open(path, split, tolerate_damage=True)
-    yield from (f"{split:10s} {words}" for words in _first(opened.problems, "shards and indices"))
+    opened = dataset.Dataset.open(path, split, tolerate_corruption=True)
+    yield from (f"{split:10s} {line}" for line in _first(opened.problems, "shards and indices"))
     found, reasons = 0, collections.Counter()
     with progress(f"reading {split}") as update:
       for skip in corrupt_records.verify(opened, update):
         found += 1
         reasons[re.split(r"[:(]", skip.reason)[0].strip()] += 1
-        if found <= _DAMAGE_SHOWN:
+        if found <= _DAMAGED_SHOWN:
           yield f"{split:10s} {skip}"
-    if found > _DAMAGE_SHOWN:
-      yield f"{split:10s} ... and {found - _DAMAGE_SHOWN:,} more records"
-      yield from (f"{split:10s} {count:,} of them: {reason}" for reason, count in reasons.most_common(_DAMAGE_SHOWN))
+    if found > _DAMAGED_SHOWN:
+      yield f"{split:10s} ... and {found - _DAMAGED_SHOWN:,} more records"
+      yield from (f"{split:10s} {count:,} of them: {reason}" for reason, count in reasons.most_common(_DAMAGED_SHOWN))
     yield f"{split:10s} {f'{found:,}' if found else 'none'} of {len(opened):,} records damaged"
     names = list(corrupt_records.changed_shards(opened))
     changed += len(names)
-    words = (f"{name}: its bytes are not those that the manifest has the SHA-256 of" for name in names)
-    yield from (f"{split:10s} {line}" for line in _first(list(words), "shards"))
+    lines = (f"{name}: its bytes are not those that the manifest has the SHA-256 of" for name in names)
+    yield from (f"{split:10s} {line}" for line in _first(list(lines), "shards"))
     damaged, total = damaged + found, total + len(opened)
   if damaged or changed:
     shards = f"; {changed} shard{'s' if changed > 1 else ''} changed since build-data" if changed else ""
@@ -227,8 +253,8 @@ def _damage_lines(path):
 
 def _first(lines, what):
   """The first lines of many, and how many more there are of what."""
-  more = len(lines) - _DAMAGE_SHOWN
-  return lines[:_DAMAGE_SHOWN] + ([f"... and {more:,} more {what}"] if more > 0 else [])
+  more = len(lines) - _DAMAGED_SHOWN
+  return lines[:_DAMAGED_SHOWN] + ([f"... and {more:,} more {what}"] if more > 0 else [])
 
 
 def _clip_lines(path, stored):
@@ -239,7 +265,7 @@ def _clip_lines(path, stored):
     f"{text.get('vocab_size')} tokens, at most {text.get('max_position_embeddings')} per prompt"
   )
   yield (
-    f"pictures   width {vision.get('hidden_size')}, {vision.get('num_hidden_layers')} layers, "
+    f"images     width {vision.get('hidden_size')}, {vision.get('num_hidden_layers')} layers, "
     f"{vision.get('image_size')} pixels in patches of {vision.get('patch_size')}"
   )
 
@@ -249,14 +275,14 @@ def _describe_config(args):
   experiment = config_files.load(args.config_argv)
 
   import jax
-  from clu import parameter_overview
 
+  from aurora_jax.reporting import run_summary
   from aurora_jax.systems import registry
   from aurora_jax.training import step as step_lib
 
   system = registry.system_class(experiment.system)(experiment)
   state = step_lib.abstract_state(system)
-  count = parameter_overview.count_parameters
+  count = lambda parameters: sum(leaf.size for leaf in jax.tree.leaves(parameters))
   train = experiment.train
   yield f"experiment {experiment.name}: {experiment.summary}"
   yield (
@@ -267,7 +293,7 @@ def _describe_config(args):
     cfg = experiment.schedule
     yield (
       f"stages     {', '.join(f'{r} px ({_cap(cfg, r)})' for r in cfg.resolutions)}; each until its Frechet distance "
-      f"is less than {cfg.factor:g} x that of real pictures"
+      f"is less than {cfg.factor:g} x that of real images"
     )
   yield f"data       {experiment.data.path or '(to be set: --config.data.path)'} [{experiment.data.split}]"
   if experiment.conditional:
@@ -280,12 +306,14 @@ def _describe_config(args):
     idle = _idle_expert_parameters(parameters, label)
     if idle:
       active = (count(parameters) - idle) / 1e6
-      yield f"  a sample passes through {active:,.2f} M of them (one expert per layer)"
+      yield f"  a sample passes through {active:,.2f} M of them ({system.active_experts})"
     if args.parameters:
+      from clu import parameter_overview
+
       yield parameter_overview.get_parameter_overview(parameters, include_stats=False)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   yield (
-    f"training state: {run_summary.size_words(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, averages, "
+    f"training state: {run_summary.format_bytes(size)} in {len(jax.tree.leaves(state)):,} arrays (networks, averages, "
     "optimizers)"
   )
 
@@ -301,6 +329,7 @@ def _sharding_lines(experiment, devices):
   import jax
 
   from aurora_jax.parallel import mesh
+  from aurora_jax.reporting import run_summary
   from aurora_jax.systems import registry
   from aurora_jax.training import step as step_lib
 
@@ -328,7 +357,7 @@ def _sharding_lines(experiment, devices):
       if leaves:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         shards = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-        yield f"{network} {part}: {run_summary.size_words(size)}, {run_summary.size_words(shards)} per device"
+        yield f"{network} {part}: {run_summary.format_bytes(size)}, {run_summary.format_bytes(shards)} per device"
 
 
 def _grouped(parameters, label):

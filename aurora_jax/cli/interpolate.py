@@ -13,23 +13,31 @@ Examples:
   python -m aurora_jax interpolate --workdir runs/aurora --prompt "a cat" --prompt "a dog" --out walk.gif
 """
 
-from aurora_jax.cli import sampling_flags
+import argparse
+
+from aurora_jax import text
+from aurora_jax.cli import flag_types, sampling_flags
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import arguments
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags."""
   parser.add_argument(
     "--prompt", action="append", default=[], metavar="TEXT", help="twice, or more often for a walk through several"
   )
-  parser.add_argument("--out", required=True, metavar="GIF", help="the animation to write, all latents side by side")
-  parser.add_argument("--strip", metavar="PNG", help="also write all steps side by side, a row per latent")
+  parser.add_argument(
+    "--out", type=flag_types.path, required=True, metavar="GIF", help="the animation to write, all latents side by side"
+  )
+  parser.add_argument(
+    "--strip", type=flag_types.path, metavar="PNG", help="also write all steps side by side, a row per latent"
+  )
   parser.add_argument(
     "--steps",
     type=int,
     default=9,
     metavar="N",
-    help="pictures from a prompt to the next, both ends counted (default 9)",
+    help="images from a prompt to the next, both ends counted (default 9)",
   )
   parser.add_argument("--global", dest="move_all", action="store_true", help="the global text moves too")
   parser.add_argument("--psi", default="0.2", help="truncation, 0 to 1 for none (default 0.2)")
@@ -39,7 +47,8 @@ def add_arguments(parser):
   sampling_flags.add_arguments(parser, latents=3, mean_latents=0, most_latents=12)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
+  """Interpolates and writes the animation."""
   if len(args.prompt) < 2:
     raise UserError(f"an interpolation needs at least two --prompt TEXT, got {len(args.prompt)}")
   for flag, value, least, most in (("steps", args.steps, 2, 1000), ("milliseconds", args.milliseconds, 20, 10_000)):
@@ -50,19 +59,25 @@ def run(args):
   if len(sweep) > 1:
     raise UserError(f"--psi {args.psi}: an interpolation has one truncation")
 
-  from aurora_jax.cli.progress import progress
   from aurora_jax.reporting import animation, image_sheets
 
   image_sheets.check_place(args.out, ".gif")
   if args.strip:
     image_sheets.check_place(args.strip, ".png")
   steps = (len(args.prompt) - 1) * (args.steps - 1) + 1
-  model, latents = sampling_flags.prepare(args, 1, steps)
+  arrays = sampling_flags.check(args)
+
+  from aurora_jax.runs.progress import progress
+
+  model, latents = sampling_flags.prepare(args, arrays, 1, steps)
   with progress(f"interpolating at step {model.step:,}") as update:
     images = model.interpolate(
       args.prompt, latents, steps=args.steps, move_all=args.move_all, psi=sweep[0], on_batch=update
     )
   path = animation.save_gif(animation.frames(images, args.prompt), len(args.prompt), args.out, args.milliseconds)
   sampling_flags.save_latents(args, latents)
-  strip = f", {image_sheets.save_png(animation.strip(images, args.prompt), args.strip)}" if args.strip else ""
-  print(f"{path}{strip}: {images.shape[1]} steps, {images.shape[0]} latents, psi {args.psi}, step {model.step:,}")
+  written = [path, image_sheets.save_png(animation.strip(images, args.prompt), args.strip)] if args.strip else [path]
+  print(
+    f"{', '.join(text.printable(text.path_text(path)) for path in written)}: {images.shape[1]} steps, "
+    f"{images.shape[0]} latents, psi {args.psi}, step {model.step:,}"
+  )

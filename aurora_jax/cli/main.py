@@ -4,12 +4,15 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 from aurora_jax import text
+from aurora_jax.cli import environment, flag_types, foreign_errors
 from aurora_jax.errors import UserError
 
 # The command's name and the line that `--help` shows. The file is cli/NAME.py with "-" as "_"; it is imported only
-# when the command runs, so that `--help` answers at once.
+# when the command runs, and imports JAX and its like only in `run`, so that `--help` and a wrong flag are answered at
+# once.
 COMMANDS = {
   "build-data": "image-text sources to sharded tfrecords with index and manifest",
   "train-clip": "train a small CLIP on such a data set",
@@ -20,18 +23,22 @@ COMMANDS = {
   "compile": "compile the training step for a named TPU or GPU machine, without it: does it fit?",
   "bench": "measurements of this project on this machine",
   "convert": "a released PyTorch checkpoint to ours, and back",
-  "inspect": "a run, a data set or a config, in words",
+  "inspect": "describe a run, a checkpoint, a data set or a config",
 }
 
 
-def split_config_flags(argv):
-  """Takes ml_collections' config flags out of an argument list.
+# Set to anything, it shows the traceback of what would be one line.
+TRACEBACK_VARIABLE = "AURORA_JAX_TRACEBACK"
 
-  Args:
-    argv: list of str.
+
+def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes ml_collections' config flags out of an argument list.
 
   Returns:
     (config_argv, rest): `--config F`, `--config=F` and `--config.a.b=V` (or `--config.a.b V`), and all else.
+
+  Raises:
+    UserError: a flag without a value.
   """
   config_argv, rest = [], []
   arguments = iter(argv)
@@ -48,50 +55,64 @@ def split_config_flags(argv):
   return config_argv, rest
 
 
-def build_parser():
-  parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+  """The parser of the command's name."""
+  parser = flag_types.Parser(
     prog="aurora_jax",
-    description="Aurora, the sparse mixture-of-experts text-to-image GAN, in JAX.",
+    description="Text-to-image GANs in JAX: Aurora, the sparse mixture of experts, and its siblings.",
     epilog="`python -m aurora_jax COMMAND --help` explains a command.",
   )
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-  for name, words in COMMANDS.items():
-    commands.add_parser(name, help=words, add_help=False)
+  for name, description in COMMANDS.items():
+    commands.add_parser(name, help=description, add_help=False)
   return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
 
   Args:
-    argv: list of str, without the program's name; None takes the process's.
+    argv: without the program's name; None takes the process's.
 
   Returns:
-    The exit status: 0, or 2 for bad input (said in one line on stderr), or what the command returns.
+    The exit status: 0, or 2 for bad input (one line on stderr says what), or what the command returns.
   """
   text.tolerate_locale()
   argv = list(sys.argv[1:] if argv is None else argv)
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  # Compiled programs are kept in the user's cache folder: the same command starts faster the second time.
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "aurora_jax", "jax"))
-  selected, _ = build_parser().parse_known_args(argv[:1])
-  name = selected.command
+  name = ""
+  try:
+    name = build_parser().parse_known_args(argv[:1])[0].command
+    return _run(name, argv[1:])
+  except UserError as error:
+    return _report(name, error, error)
+  except KeyboardInterrupt:
+    print(f"aurora_jax {name}: interrupted", file=sys.stderr)
+    return 130
+  except Exception as error:
+    known = foreign_errors.explain(error)
+    if known is None:
+      raise
+    return _report(name, known, error)
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
   module = importlib.import_module(f"aurora_jax.cli.{name.replace('-', '_')}")
-  parser = argparse.ArgumentParser(
+  parser = flag_types.Parser(
     prog=f"python -m aurora_jax {name}",
     description=module.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   module.add_arguments(parser)
-  try:
-    config_argv, rest = split_config_flags(argv[1:])
-    args = parser.parse_args(rest)
-    args.config_argv = config_argv
-    return module.run(args) or 0
-  except UserError as error:
-    print(f"aurora_jax {name}: {text.printable(' '.join(str(error).split()))}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(f"aurora_jax {name}: interrupted", file=sys.stderr)
-    return 130
+  config_argv, rest = split_config_flags(argv)
+  args = parser.parse_args(rest)
+  args.config_argv = config_argv
+  environment.prepare()
+  return module.run(args) or 0
+
+
+def _report(name: str, known: UserError, error: Exception) -> int:
+  if os.environ.get(TRACEBACK_VARIABLE):
+    raise error
+  program = f"aurora_jax {name}".rstrip()
+  print(f"{program}: {text.printable(' '.join(str(known).split()))}", file=sys.stderr)
+  return 2

@@ -1,4 +1,4 @@
-"""From a source to a data set folder: held-out split, tfrecord shards, index and manifest, all of it or nothing."""
+"""Writes a data set folder from a source: held-out split, tfrecord shards, index files and manifest."""
 
 import collections
 import concurrent.futures
@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +16,14 @@ from aurora_jax.data import dataset, images, schema, sources, tfrecords
 from aurora_jax.data.sources import words
 from aurora_jax.errors import UserError
 
-# Plain colours can be checked by eye and by number in what a generator makes of them: keep them for training.
+# An evaluation compares the colors of these prompts with the real images, so they stay in the training split.
 KEEP_FOR_TRAINING = ("red circle", "blue circle", "green circle", "red heart", "blue heart")
 MAXIMAL_RESOLUTION = 4096
 _REJECTED_LISTED = 1000
 _STORED = "images stored"
 
-# Scripts that put no space between words: Han with kana and bopomofo, Yi, Thai, Lao, Tibetan, Burmese, Khmer, Tai, Javanese.
+# Scripts without spaces between words: Han with kana and bopomofo, Yi, Thai, Lao, Tibetan, Burmese, Khmer, Tai,
+# Javanese.
 _UNSPACED = (
   "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u2e80-\u2fdf\u3005-\u3007\u3040-\u312f\u31a0-\u31ff"
   "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf\ua980-\ua9df\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -28,21 +31,23 @@ _UNSPACED = (
 _UNIT = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
 
 
-def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
-  """Chooses items to hold out, by primary caption, so that they ask for new combinations of known words.
+def choose_heldout(
+  items: Sequence[sources.Item], fraction: float, seed: int, keep: Collection[str] = KEEP_FOR_TRAINING
+) -> set[int]:
+  """Chooses items to hold out, by primary caption. Their captions are new combinations of known words.
 
-  Every word of a held-out caption occurs in the primary caption of a training item, the combination (the same words in
-  whatever order) in none. Items of one group, or of the same words, stay together. Captions of one word are no
-  combination and stay in training. In scripts without spaces between words each character is one.
+  Every word of a held-out caption occurs in the primary caption of a training item. The same combination of words, in
+  any order, occurs in none. Items of one group, or with the same words, stay together. A caption of one word is no
+  combination and stays in training. In scripts without spaces between words, each character is a word.
 
   Args:
-    items: sequence of `sources.Item`.
-    fraction: of the items to hold out, in [0, 1).
-    seed: int.
+    items: the items.
+    fraction: fraction of the items to hold out, in [0, 1).
+    seed: seed of the choice.
     keep: captions that are never held out.
 
   Returns:
-    set of positions in `items`: at most `fraction` of them, fewer where the captions share too few words.
+    Positions in `items`, at most `fraction` of them. There are fewer if the captions share too few words.
   """
   target = round(fraction * len(items))
   bags = [_bag(item.captions[0]) for item in items]
@@ -64,12 +69,12 @@ def choose_heldout(items, fraction, seed, keep=KEEP_FOR_TRAINING):
 
 
 def _bag(caption):
-  """The words of a caption as a frozenset; the characters of what is written without spaces."""
+  """The words of a caption as a frozenset; in scripts without spaces, its characters."""
   return frozenset(unit for word in words(caption) for unit in _UNIT.findall(word))
 
 
 def _clusters(items, bags):
-  """Positions of items, joined where they share a group or a bag of words: a list of lists, in a fixed order."""
+  """Groups the positions of items that share a group or a set of words: a list of lists, in a fixed order."""
   parent = list(range(len(items)))
 
   def root(member):
@@ -89,59 +94,62 @@ def _clusters(items, bags):
 
 
 def build(
-  source,
-  out,
+  source: sources.Source,
+  out: str | os.PathLike,
   *,
-  resolution,
-  shards,
-  heldout_fraction=0.08,
-  seed=0,
-  name=None,
-  keep=KEEP_FOR_TRAINING,
-  overwrite=False,
-  on_progress=lambda done, total: None,
-):
+  resolution: int,
+  shards: int,
+  heldout_fraction: float = 0.08,
+  seed: int = 0,
+  name: str | None = None,
+  keep: Collection[str] = KEEP_FOR_TRAINING,
+  overwrite: bool = False,
+  on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
   """Writes a data set folder.
 
-  Everything is written to a temporary folder beside `out` and renamed at the end: `out` is whole or not there.
+  Everything is written to a temporary folder beside `out`, which is renamed at the end: `out` is complete or absent.
 
   Args:
-    source: a `sources.Source`.
-    out: the folder to make.
-    resolution: side of the stored pictures, in pixels.
-    shards: number of training shards (fewer where there are fewer pictures).
-    heldout_fraction: of the pictures for the split "heldout"; 0 writes no such split. See `choose_heldout`.
-    seed: of the held-out choice and of the order of the records.
-    name: of the data set; the source's by default.
+    source: the source.
+    out: the folder to write.
+    resolution: side of the stored images, in pixels.
+    shards: number of training shards; at most one per image is written.
+    heldout_fraction: fraction of the images for the split "heldout" (see `choose_heldout`); 0 writes no such split.
+    seed: seed of the held-out choice and of the order of the records.
+    name: name of the data set; None takes the source's.
     keep: captions that are never held out.
     overwrite: replace a data set at `out`.
-    on_progress: called with (pictures done, pictures in all).
+    on_progress: called with (images done, images in all).
 
   Returns:
-    The manifest, a dict, as written to `manifest.json`: `schema_version`, `name`, `source`, `licence`, `resolution`,
-    `seed`, `heldout_fraction`, `distinct_captions` (primary ones), `splits` {split: {`examples`, `captions`, `shards`
-    [{`file`, `examples`, `bytes`, `sha256`}]}}, `rejected` {`count`, `listed` [{`key`, `reason`}]}. Where images were
-    smaller than the resolution, `enlarged` {`count`, `smallest` [width, height], `key` of that one}. Of a source that
-    looks for files, `files` {`seen`, `counts` {what: number}, which add up to it, `passed_over` and `captions_left_out`,
-    each as `rejected`}.
+    The manifest, as written to `manifest.json`:
+      `schema_version`, `name`, `source`, `licence`, `resolution`, `seed`, `heldout_fraction`;
+      `distinct_captions`: number of distinct primary captions;
+      `splits`: {split: {`examples`, `captions`, `shards` [{`file`, `examples`, `bytes`, `sha256`}]}};
+      `rejected`: {`count`, `listed` [{`key`, `reason`}]};
+      `enlarged`, if images were smaller than the resolution: {`count`, `smallest` [width, height], `key`}, the last two
+        of the smallest image;
+      `files`, of a source that searches files: {`seen`, `counts` {kind: number}, `passed_over`, `captions_left_out`}.
+        The counts add up to `seen`; the last two have the form of `rejected`.
 
   Raises:
-    UserError: a value out of range, `out` exists or cannot be written, or no picture could be read.
+    UserError: a value is out of range, `out` exists or cannot be written, or no image can be read.
   """
   name = source.name if name is None else name
   _check_values(resolution, shards, heldout_fraction, seed, name)
   check_out(out, overwrite)
-  with files.whole_folder(out, lambda: check_out(pathlib.Path(out).resolve(), overwrite), "out ") as folder:
-    # Only what can be read counts for the split and the shards: render everything first, then sort it into its places.
+  with files.atomic_folder(out, lambda: check_out(pathlib.Path(out).resolve(), overwrite), "out ") as folder:
+    # The split and the shards depend on which images can be read, so all images are rendered first.
     with tfrecords.ShardWriter(folder / "rendered.tfrecord") as rendered:
       items, rejected, counts, enlarged = _render_to(rendered, source, resolution, on_progress)
     if not items:
       raise UserError(
-        f"source {source.description} has no readable picture: {len(rejected)} rejected, "
+        f"source {source.description} has no readable image: {len(rejected)} rejected, "
         f"the first is {rejected[0]['key']}: {rejected[0]['reason']}"
       )
     held = choose_heldout(items, heldout_fraction, seed, keep)
-    # Shuffled once here, so that a program that reads the shards from front to back also sees a mixed order.
+    # The order is shuffled, so that a program that reads the shards sequentially sees a mixed order too.
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     members = {
       "train": [position for position in order if position not in held],
@@ -206,20 +214,20 @@ def _listed(entries):
 
 
 def _render_to(writer, source, resolution, on_progress):
-  """Writes all readable pictures of a source in its order.
+  """Writes all readable images of a source in its order.
 
   Returns:
-    (their items, list of {key, reason} of all others, Counter of what the pictures among those are, the manifest's
-    `enlarged` or None).
+    (items of the images written, list of {key, reason} of all others, number of unreadable images by kind, the
+    manifest's `enlarged` or None).
   """
   items, counts, enlarged = [], collections.Counter(), None
   rejected = _entries(source.rejected)
-  for done, (item, picture, original) in enumerate(_render_all(source, resolution), start=1):
-    if isinstance(picture, images.ImageError):
-      rejected.append({"key": item.key, "reason": str(picture)})
-      counts[picture.kind] += 1
+  for done, (item, image, original) in enumerate(_render_all(source, resolution), start=1):
+    if isinstance(image, images.ImageError):
+      rejected.append({"key": item.key, "reason": str(image)})
+      counts[image.kind] += 1
     else:
-      writer.write(schema.encode(schema.Example(picture, item.captions, resolution, resolution, item.key)))
+      writer.write(schema.encode(schema.Example(image, item.captions, resolution, resolution, item.key)))
       items.append(item)
     if original is not None:
       enlarged = enlarged or {"count": 0, "smallest": list(original), "key": item.key}
@@ -231,12 +239,12 @@ def _render_to(writer, source, resolution, on_progress):
 
 
 def _render_all(source, resolution):
-  """Yields (item, PNG bytes or the `ImageError`, size before it was enlarged or None), in order; threads work ahead."""
+  """Yields (item, PNG bytes or the `ImageError`, size before enlargement or None) in order. Threads render ahead."""
 
   def render(item):
     try:
-      picture = source.render(item, resolution)
-      return images.encode_png(picture), picture.info.get(sources.ENLARGED_FROM)
+      image = source.render(item, resolution)
+      return images.encode_png(image), image.info.get(sources.ENLARGED_FROM)
     except images.ImageError as error:
       return error, None
 
@@ -253,7 +261,7 @@ def _render_all(source, resolution):
 
 
 def _write_shards(folder, name, split, count, rendered, positions):
-  """Copies records into the shards of a split; returns their entries for the manifest."""
+  """Copies records into the shards of a split. Returns the shards' entries of the manifest."""
   entries = []
   with open(rendered.path, "rb") as file:
     for shard in range(count):
@@ -265,8 +273,8 @@ def _write_shards(folder, name, split, count, rendered, positions):
   return entries
 
 
-def check_out(out, overwrite):
-  """Raises `UserError` where `build` may not write its folder: what is there is not lightly replaced."""
+def check_out(out: str | os.PathLike, overwrite: bool) -> None:
+  """Raises `UserError` if `build` must not write this folder, because something else is there."""
   dataset.check_local(out)
   out, shown = pathlib.Path(out), text.printable(text.path_text(out))
   try:

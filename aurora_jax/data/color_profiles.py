@@ -1,7 +1,7 @@
-"""Colours as an ICC profile means them, converted to sRGB.
+"""Converts images with an ICC profile to sRGB.
 
-The numbers of an image mean colours only together with its profile: (90, 160, 60) is another green in Adobe RGB than in
-sRGB. Cameras, scanners and phones write profiles; the generator's images have none, so they are sRGB.
+The values of an image define colors only together with its profile: (90, 160, 60) is another green in Adobe RGB than in
+sRGB. Cameras, scanners and phones write profiles. A generator's images have none and are sRGB.
 """
 
 import functools
@@ -10,30 +10,30 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-# Colour space of a profile: the mode that its transform reads.
+# The mode that the transform of a profile reads, by the profile's color space.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "LAB": "LAB"}
-# A profile that changes no colour by more than this (of 255) is sRGB itself, rounded in some other way.
+# A profile that changes no color by more than this (of 255) is sRGB itself, with other rounding.
 _TOLERANCE = 1
-_NO_COLOUR_MANAGEMENT = b""
+_NO_PROFILE = b""
 
 
 def to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-  """An image without transparency as sRGB.
+  """Converts an image without transparency to sRGB.
 
   Args:
-    image: of 8 bits per value and any mode that has no alpha channel.
-    profile: ICC profile, or None. One that is broken, or is of another colour space than the image, does not count: then
-      the numbers are taken for sRGB, and those of CMYK are converted without colour management.
+    image: 8 bits per value, any mode without an alpha channel.
+    profile: ICC profile, or None. A profile that is broken, or has another color space than the image, is ignored. The
+      values are then taken as sRGB; CMYK is converted without color management.
 
   Returns:
     PIL image of mode RGB.
   """
-  profile = profile or _NO_COLOUR_MANAGEMENT
+  profile = profile or _NO_PROFILE
   space = _space(profile)
   if space == "RGB" and image.mode != "CMYK":
     image = image.convert("RGB")
   if image.mode == "LAB" and space != "LAB":
-    space, profile = "LAB", _NO_COLOUR_MANAGEMENT  # Lab values mean colours by themselves
+    space, profile = "LAB", _NO_PROFILE  # Lab values need no profile
   if space is not None and image.mode == _MODES[space]:
     transform = _transform(profile, space)
     if transform is not None:
@@ -43,35 +43,35 @@ def to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @functools.lru_cache(maxsize=64)
 def _space(profile: bytes) -> str | None:
-  """The colour space of a profile; None for a broken one or one of another kind."""
+  """The color space of a profile; None for a broken profile or an unknown space."""
   if not profile:
     return None
   try:
     space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip().upper()
-  except Exception:  # whatever the library makes of damaged bytes
+  except Exception:  # damaged bytes raise various exceptions
     return None
   return space if space in _MODES else None
 
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
-  """The transform to sRGB, which threads may share; None if there is nothing to convert or the profile cannot be used."""
+  """The transform to sRGB, safe to share between threads; None if it changes nothing or the profile cannot be used."""
   mode = _MODES[space]
   try:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
-    # The library's cache of one colour would be shared by the threads, too.
+    # The library's one-color cache is not safe to share between threads.
     transform = ImageCms.buildTransform(
       source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=ImageCms.Flags.NOCACHE
     )
     sample = _sample(mode)
     changed = np.abs(np.asarray(transform.apply(sample), int) - np.asarray(sample.convert("RGB"), int)).max()
-  except Exception:  # likewise, and profiles without a way to sRGB
+  except Exception:  # damaged bytes, or a profile without a transform to sRGB
     return None
   return transform if changed > _TOLERANCE else None
 
 
 def _sample(mode: str) -> Image.Image:
-  """An image of all greys, or of colours from everywhere; of CMYK and Lab one that is never the same after conversion."""
+  """An image of all grays or of a grid of colors. For CMYK and Lab, one pixel that always changes in the conversion."""
   if mode == "L":
     return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
   if mode == "RGB":

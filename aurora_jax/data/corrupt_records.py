@@ -1,31 +1,33 @@
-"""Records that cannot be read: what is known of one, and the search for all of them in a data set."""
+"""Records that cannot be read: a description of one, and the search for all of them in a data set."""
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
 import os
+from collections.abc import Callable, Iterator
 
 from aurora_jax import text
 from aurora_jax.data import tfrecords
+from aurora_jax.data.dataset import Dataset
 
-# Records that the threads of `verify` are given at once: few enough that a shard's end is not long in coming.
+# Records per chunk of `verify`. Few, so that progress is reported often.
 _CHUNK = 256
 _KEY_SHOWN = 100  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-  """A record that could not be read, and when that was found out.
+  """A record that could not be read.
 
   Attributes:
-    number: of the example in its split.
+    number: number of the example in its split.
     shard: file name of its shard.
-    record: its number in the shard.
-    offset: byte at which it begins; -1 where that is unknown.
-    key: of the example, "" where that much could not be read.
-    reason: why, such as "has a wrong checksum".
-    step: the global step whose batch first wanted it.
+    record: number of the record in the shard.
+    offset: byte at which it begins; -1 if unknown.
+    key: key of the example; "" if it could not be read.
+    reason: the reason, such as "has a wrong checksum".
+    step: the first global step whose batch needed the record.
   """
 
   number: int
@@ -41,33 +43,33 @@ class Skip:
     return f"{self.shard}: record {self.record}{key}: {self.reason}"
 
 
-def skip_of(dataset, number, error, step):
-  """The `Skip` for a record.
+def skip_of(dataset: Dataset, number: int, error: tfrecords.RecordError, step: int) -> Skip:
+  """Describes a record that could not be read.
 
   Args:
-    dataset: a `Dataset`.
-    number: of the example.
-    error: the `tfrecords.RecordError` that it gave.
-    step: int.
+    dataset: the split.
+    number: number of the example.
+    error: the error that reading it raised.
+    step: the global step that needed it.
   """
   shard, record, offset = dataset.place(number)
   return Skip(number, shard, record, offset, error.key, error.reason, step)
 
 
-def verify(dataset, on_progress=lambda done, total: None):
-  """Reads every record of a split and decodes every picture.
+def verify(dataset: Dataset, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Skip]:
+  """Reads every record of a split and decodes every image.
 
   Args:
-    dataset: a `Dataset`, opened with `tolerate_damage`.
+    dataset: the split, opened with `tolerate_corruption`.
     on_progress: called with (records done, records in all).
 
   Yields:
-    A `Skip` (of step 0) for each damaged record, in order.
+    A `Skip` with step 0 for each corrupt record, in order.
   """
 
   def look(number):
     try:
-      dataset.picture(number)
+      dataset.image(number)
     except tfrecords.RecordError as error:
       return skip_of(dataset, number, error, 0)
     return None
@@ -81,10 +83,10 @@ def verify(dataset, on_progress=lambda done, total: None):
       on_progress(done, len(dataset))
 
 
-def changed_shards(dataset):
-  """Names of the shards whose bytes are not those that the manifest has the SHA-256 of; a missing one is left out.
+def changed_shards(dataset: Dataset) -> Iterator[str]:
+  """Yields the names of the shards whose SHA-256 is not that of the manifest. Missing shards are left out.
 
-  Every record may be whole in such a shard, when somebody has put another one in its place.
+  All records of such a shard may be readable: it may have been replaced by another one.
   """
   for entry in dataset.manifest["splits"][dataset.split]["shards"]:
     try:

@@ -1,52 +1,62 @@
-"""A data set on disk: a folder with sharded tfrecords, an index per shard and `manifest.json`.
+"""A data set on disk: a folder with sharded tfrecords, an index file per shard and `manifest.json`.
 
-Damage. What sizes and counts show when a data set is opened (a missing, truncated or grown shard, a broken index) is an
-error: whoever starts something is there to mend it. With `tolerate_damage` the data set opens all the same, and with as
-many records as its manifest says: none is dropped, so that every other record keeps its number. Damage that shows when
-a record is read, then or days later, concerns that record alone: `RecordError`. What becomes of it is up to the reader:
-training takes another record in its place (data/loader.py), evaluation stops.
+Opening a data set checks sizes and counts. A missing, truncated or grown shard or a broken index is an error. With
+`tolerate_corruption` the data set opens nevertheless. It then has as many records as its manifest says, so that every
+record keeps its number. Corruption that is found when a record is read concerns that record alone: `RecordError`.
+Training replaces such a record by another one (data/loader.py); an evaluation stops.
 """
 
 import json
 import os
 import pathlib
 import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from aurora_jax import text
 from aurora_jax.data import images, schema, tfrecords
 from aurora_jax.errors import UserError
 
-MANIFEST = "manifest.json"  # UTF-8, whatever the locale
-# Files of a split with more shards than this are opened anew for each read: processes may hold about 1,000 open files.
+MANIFEST = "manifest.json"  # always UTF-8
+# With more shards than this, files are opened for each read: a process may hold about 1,000 open files.
 _KEPT_OPEN = 256
 
 
 class Dataset:
   """Random access to one split of a data set folder.
 
-  Threads may share it, and it may be sent to another process: files are opened on first use.
+  It is safe to share between threads and can be pickled: files are opened on first use.
 
   Attributes:
     path: the folder.
-    split: the split's name.
-    manifest: the folder's `manifest.json`, a dict.
-    name: the data set's name.
-    resolution: side of the stored (square) pictures, in pixels.
-    problems: list of str, what `tolerate_damage` let through.
+    split: name of the split.
+    manifest: content of the folder's `manifest.json`.
+    name: name of the data set.
+    resolution: side of the stored images, which are square, in pixels.
+    problems: descriptions of the corruption that `tolerate_corruption` let through.
   """
 
-  def __init__(self, path, split, manifest, shards, indices, problems=()):
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    split: str,
+    manifest: dict[str, Any],
+    shards: Sequence[pathlib.Path],
+    indices: Sequence[np.ndarray],
+    problems: Sequence[str] = (),
+  ):
     """Use `Dataset.open`.
 
     Args:
       path: the folder.
-      split: the split's name.
-      manifest: dict.
-      shards: list of shard paths.
-      indices: list of int64 [records, 2], one per shard; -1 where a record's place is unknown.
-      problems: list of str.
+      split: name of the split.
+      manifest: content of `manifest.json`.
+      shards: paths of the shards.
+      indices: one int64 [records, 2] per shard (see `tfrecords.load_index`); -1 if the place of a record is unknown.
+      problems: descriptions of the corruption found.
     """
     self.path = pathlib.Path(path)
     self.split = split
@@ -65,21 +75,21 @@ class Dataset:
     self._lock = threading.Lock()
 
   @classmethod
-  def open(cls, path, split="train", tolerate_damage=False):
+  def open(cls, path: str | os.PathLike, split: str = "train", tolerate_corruption: bool = False) -> "Dataset":
     """Opens a split.
 
     Args:
       path: a folder written by `build-data`.
-      split: name of a split in its manifest, "train" or "heldout".
-      tolerate_damage: open it although shards or indices are missing, cut off or broken; `problems` says which. The
-        records concerned raise `RecordError` when they are read.
+      split: name of a split in the manifest, "train" or "heldout".
+      tolerate_corruption: open the split even if shards or indices are missing, truncated or broken. `problems` then
+        lists them, and reading an affected record raises `RecordError`.
 
     Returns:
       A `Dataset`.
 
     Raises:
-      UserError: no such folder, no (or no readable) manifest, no such split, or a shard that is missing or does not
-        have the size that its index says.
+      UserError: no such folder, no readable manifest, no such split, or a shard that is missing or whose size differs
+        from its index.
     """
     manifest = read_manifest(path)
     path = pathlib.Path(path)
@@ -88,7 +98,7 @@ class Dataset:
     shards, indices, problems = [], [], []
     for entry in manifest["splits"][split]["shards"]:
       shard, examples = path / entry["file"], entry["examples"]
-      if tolerate_damage:
+      if tolerate_corruption:
         index, problem = tfrecords.salvage_index(shard, examples)
         problems += [problem] if problem else []
       else:
@@ -101,17 +111,17 @@ class Dataset:
       raise UserError(f"split {split!r} of data set {path} is empty")
     return cls(path, split, manifest, shards, indices, problems)
 
-  def __len__(self):
+  def __len__(self) -> int:
     return int(self._starts[-1])
 
-  def __getitem__(self, number):
-    """The `Example` at `number`; `tfrecords.RecordError` if it cannot be read, naming file and record."""
+  def __getitem__(self, number: int) -> schema.Example:
+    """Reads the example at `number`. Raises `tfrecords.RecordError`, which names file and record, if it is corrupt."""
     try:
       return schema.decode(self.read(number))
     except schema.ExampleError as error:
       raise tfrecords.RecordError(f"{self.where(number)}:", str(error), error.key) from None
 
-  def __repr__(self):
+  def __repr__(self) -> str:
     return f"Dataset({str(self.path)!r}, split={self.split!r}, examples={len(self)})"
 
   def __getstate__(self):
@@ -127,8 +137,8 @@ class Dataset:
     for descriptor in self.__dict__.get("_descriptors", {}).values():
       os.close(descriptor)
 
-  def read(self, number):
-    """The bytes of record `number`, checked; `tfrecords.RecordError` if that fails."""
+  def read(self, number: int) -> bytes:
+    """Reads the bytes of record `number` and checks them. Raises `tfrecords.RecordError` if they are corrupt."""
     shard, record = self._locate(number)
     offset, length = self._indices[shard][record].tolist()
     if offset < 0:
@@ -136,18 +146,18 @@ class Dataset:
     file = self._descriptor(shard) if len(self._shards) <= _KEPT_OPEN else self._shards[shard]
     return tfrecords.read_record(file, offset, length, self._shards[shard], record)
 
-  def picture(self, number):
-    """Reads an example and decodes its picture.
+  def image(self, number: int) -> tuple[Image.Image, schema.Example]:
+    """Reads an example and decodes its image.
 
     Args:
-      number: of the example.
+      number: number of the example.
 
     Returns:
-      (PIL image of mode RGB, `Example`).
+      (PIL image of mode RGB, the example).
 
     Raises:
-      tfrecords.RecordError: the record cannot be read, or its picture cannot be decoded or has another size than the
-        record says.
+      tfrecords.RecordError: the record cannot be read, its image cannot be decoded, or the image has another size than
+        the record says.
     """
     example = self[number]
     size = (example.width, example.height) if example.width and example.height else None
@@ -156,18 +166,18 @@ class Dataset:
     except images.ImageError as error:
       raise tfrecords.RecordError(f"{self.where(number)}:", str(error), example.key) from None
 
-  def where(self, number):
-    """File and record of example `number`, for messages."""
+  def where(self, number: int) -> str:
+    """Names the file and record of example `number`, for messages."""
     shard, record = self._locate(number)
     return f"{self._shards[shard]}: record {record}"
 
-  def place(self, number):
-    """(shard's file name, number of the record in it, byte at which it begins or -1) of example `number`."""
+  def place(self, number: int) -> tuple[str, int, int]:
+    """The place of example `number`: (file name of the shard, number of the record in it, its first byte or -1)."""
     shard, record = self._locate(number)
     return self._shards[shard].name, record, int(self._indices[shard][record, 0])
 
-  def captions(self):
-    """All captions of the split, in order: a list of tuples, the primary caption first. Read once, then kept.
+  def captions(self) -> list[tuple[str, ...]]:
+    """All captions of the split: per example a tuple, the primary caption first. They are read once.
 
     Raises:
       UserError: a record cannot be read.
@@ -179,17 +189,17 @@ class Dataset:
         raise UserError(str(error)) from None
     return self._captions
 
-  def readable(self):
-    """Yields (number, `Example`) of the examples that can be read, in order; pictures are not decoded."""
+  def readable(self) -> Iterator[tuple[int, schema.Example]]:
+    """Yields (number, example) of the examples that can be read, in order. Images are not decoded."""
     for number in range(len(self)):
       try:
         example = self[number]
-      except tfrecords.RecordError:  # It will be told of when training meets it.
+      except tfrecords.RecordError:  # reported when training reads it
         continue
       yield number, example
 
-  def first_captions(self, count):
-    """The first `count` distinct primary captions of the examples that can be read (fewer where there are no more)."""
+  def first_captions(self, count: int) -> list[str]:
+    """The first `count` distinct primary captions of the readable examples, or all if there are fewer."""
     captions = {}
     for _, example in self.readable() if count else ():
       captions[example.captions[0]] = None
@@ -197,37 +207,37 @@ class Dataset:
         break
     return list(captions)
 
-  def _locate(self, number):
+  def _locate(self, number: int) -> tuple[int, int]:
     if not -len(self) <= number < len(self):
       raise IndexError(f"example {number} of {len(self)}")
     number = number % len(self)
     shard = int(np.searchsorted(self._starts, number, side="right")) - 1
     return shard, number - int(self._starts[shard])
 
-  def _descriptor(self, shard):
+  def _descriptor(self, shard: int) -> int:
     with self._lock:
       if shard not in self._descriptors:
         self._descriptors[shard] = tfrecords.open_shard(self._shards[shard])
       return self._descriptors[shard]
 
 
-def check_local(path):
-  """Raises `UserError` for an address such as gs://bucket/folder, of which pathlib would make a folder named "gs:"."""
+def check_local(path: str | os.PathLike) -> None:
+  """Raises `UserError` for a URL such as gs://bucket/folder: pathlib would read it as a local folder named "gs:"."""
   if "://" in str(path):
     raise UserError(f"{path} is an address: data sets are read and written in folders, mount or copy it first")
 
 
-def read_manifest(path):
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
   """Reads and checks the manifest of a data set folder.
 
   Args:
     path: the folder.
 
   Returns:
-    dict, see `build.build`.
+    The manifest (see `build.build`).
 
   Raises:
-    UserError: no folder, no manifest, or one that this version cannot read.
+    UserError: no such folder, no manifest, or a manifest that this version cannot read.
   """
   check_local(path)
   path = pathlib.Path(path)

@@ -1,10 +1,10 @@
-"""A folder of images and captions as users have it: finds the pairs, and accounts for every other file in it.
+"""Finds the pairs of image and caption file in a folder, and accounts for every other file in it.
 
-Which caption file belongs to an image NAME.png: NAME.txt, or NAME.png.txt. Where neither is there, a name that differs in
-nothing but upper and lower case, or in the way in which accents are encoded (composed or decomposed, as file systems of
-different makers have it), if nothing else can be meant by it.
+The caption file of NAME.png is NAME.txt or NAME.png.txt. If there is neither, a caption file counts whose name differs
+only in letter case or in the encoding of accents (composed or decomposed, which differs between file systems), if it is
+unambiguous.
 
-Names are compared as UTF-8 whatever the locale; bytes that are not UTF-8 are escaped in keys.
+Names are compared as UTF-8 in every locale. Bytes that are not UTF-8 are escaped in keys.
 """
 
 import collections
@@ -22,7 +22,7 @@ _DATA_SUFFIXES = (".json", ".csv", ".tsv", ".xml", ".yaml", ".npy", ".npz", ".pa
 _MOST_CAPTION_BYTES = 2**24
 _SHOWN = 60  # characters of a caption in a reason
 
-# What a file is counted as that did not become an example.
+# Kinds of files that did not become examples.
 CAPTIONS = "caption files read"
 NO_CAPTION = "images without a caption file"
 BAD_CAPTION = "images whose captions cannot be used"
@@ -42,9 +42,9 @@ class Pair:
   """An image file and its captions.
 
   Attributes:
-    key: its path within the folder, escaped; unique.
-    path: for opening it.
-    captions: at least one, the primary one first.
+    key: the image's path within the folder, escaped; unique.
+    path: the image's path.
+    captions: at least one, the primary caption first.
   """
 
   key: str
@@ -54,14 +54,14 @@ class Pair:
 
 @dataclasses.dataclass
 class Scan:
-  """What a folder holds.
+  """Content of a folder.
 
   Attributes:
     pairs: in a fixed order.
-    rejected: (key, reason) of images that cannot be used, and of folders that cannot be searched.
-    passed_over: (key, reason) of all else but caption files that were read.
-    captions_left_out: (key of the caption file, reason) of lines that are no captions.
-    counts: {what: number} of all that is no pair; with the pairs every file is counted once.
+    rejected: (key, reason) of images that cannot be used and of folders that cannot be searched.
+    passed_over: (key, reason) of all other files, except caption files of pairs.
+    captions_left_out: (key of the caption file, reason) of lines that are not captions.
+    counts: {kind: number} of all that is not a pair. Together with the pairs, every file counts once.
   """
 
   pairs: list[Pair] = dataclasses.field(default_factory=list)
@@ -71,16 +71,18 @@ class Scan:
   counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   def reject(self, what: str, key: str, reason: str) -> None:
+    """Adds an image or folder that cannot be used, and counts it under `what`."""
     self.counts[what] += 1
     self.rejected.append((key, reason))
 
   def pass_over(self, what: str, key: str, reason: str) -> None:
+    """Adds a file that is ignored, and counts it under `what`."""
     self.counts[what] += 1
     self.passed_over.append((key, reason))
 
 
 def scan(root: str | os.PathLike) -> Scan:
-  """Searches a folder with its subfolders, linked ones included; each is searched once, hidden ones are not.
+  """Searches a folder and its subfolders, including linked ones. Each is searched once; hidden ones are skipped.
 
   Images are not decoded.
   """
@@ -90,7 +92,7 @@ def scan(root: str | os.PathLike) -> Scan:
   keys = collections.Counter()
   for number, pair in enumerate(found.pairs):
     keys[pair.key] += 1
-    if keys[pair.key] > 1:  # two names that look alike when escaped
+    if keys[pair.key] > 1:  # two names are equal after escaping
       found.pairs[number] = dataclasses.replace(pair, key=f"{pair.key}~{keys[pair.key]}")
   return found
 
@@ -101,14 +103,17 @@ def scan(root: str | os.PathLike) -> Scan:
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-  """A folder to search: `path` to open it, `real` without links in it, `name` within the root as text ("" is the root)."""
+  """A folder to search.
+
+  `path` opens it, `real` is the path without links, `name` is its path within the root as text.
+  """
 
   path: str
   real: str
   name: str
 
   def key(self, name: str = "") -> str:
-    """What to call a file in it, or the folder itself."""
+    """The key of a file in the folder, or of the folder itself."""
     return text.printable("/".join(filter(None, (self.name, name))))
 
   def child(self, path: str, real: str, name: str) -> "_Folder":
@@ -116,7 +121,7 @@ class _Folder:
 
 
 def _walk(root: str, found: Scan) -> Iterator[tuple[_Folder, dict[str, str]]]:
-  """Yields each folder with {name as text: path} of its files, first the real ones, then those behind links."""
+  """Yields each folder with {name as text: path} of its files: first real folders, then linked ones."""
   waiting, links, searched = [_Folder(root, os.path.realpath(root), "")], collections.deque(), set()
   while waiting or links:
     folder = waiting.pop() if waiting else links.popleft()
@@ -153,7 +158,7 @@ _REASONS = {HIDDEN: "hidden", DEAD_LINK: "a link that leads nowhere", SPECIAL: "
 
 
 def _kind(entry: os.DirEntry, name: str) -> str:
-  """ "file", "folder", or what else to count an entry as."""
+  """ "file", "folder", or the kind under which another entry is counted."""
   if name.startswith("."):
     return HIDDEN
   try:
@@ -167,7 +172,7 @@ def _kind(entry: os.DirEntry, name: str) -> str:
 
 
 def _holds(folder: str, other: str) -> bool:
-  """Whether a folder is another one or holds it, both without links."""
+  """Whether a folder is equal to another one or holds it; both are paths without links."""
   return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -176,14 +181,14 @@ def _holds(folder: str, other: str) -> bool:
 
 
 def _sort_folder(folder: _Folder, files: dict[str, str], found: Scan) -> None:
-  """Takes the files of one folder for what they are."""
+  """Sorts the files of one folder into pairs, rejected and ignored files."""
   suffix = {name: os.path.splitext(name)[1].lower() for name in files}
   captions = [name for name in files if suffix[name] == CAPTION_SUFFIX]
   others = [name for name in files if suffix[name] not in (*IMAGE_SUFFIXES, CAPTION_SUFFIX, *_DATA_SUFFIXES)]
   certain = {name for name in files if suffix[name] in IMAGE_SUFFIXES}
   certain.update(name for name in others if _looks_like_image(files[name]))
   matches = _match(sorted(certain), captions)
-  # What may be an image by its name alone is one if there is a caption that no other image has.
+  # A file that is an image only by its name counts as one if a caption file is left for it.
   taken = set(matches.values())
   more = _match(
     [name for name in others if name not in certain], [caption for caption in captions if caption not in taken]
@@ -196,7 +201,7 @@ def _sort_folder(folder: _Folder, files: dict[str, str], found: Scan) -> None:
     if name not in certain and name not in readable:
       if name in more:
         what = text.printable(suffix[name]) or "a name without suffix"
-        found.reject(UNKNOWN_FORMAT, key, f"not a readable picture: the format is none that is read ({what})")
+        found.reject(UNKNOWN_FORMAT, key, f"not a readable image: the format is none that is read ({what})")
       elif suffix[name] != CAPTION_SUFFIX:
         found.pass_over(OTHER, key, "not an image")
       continue
@@ -220,7 +225,7 @@ def _sort_folder(folder: _Folder, files: dict[str, str], found: Scan) -> None:
 
 
 def _looks_like_image(path: str) -> bool:
-  """Whether a file with an unknown suffix, or none, begins as an image does."""
+  """Whether a file with an unknown suffix, or none, begins with the signature of an image."""
   try:
     with open(path, "rb") as file:
       return images.signature(file.read(16)) is not None
@@ -229,7 +234,7 @@ def _looks_like_image(path: str) -> bool:
 
 
 def _match(image_names: Sequence[str], captions: Sequence[str]) -> dict[str, str]:
-  """{image: caption file} for the images that have one, both by name; images of one stem may share it."""
+  """{image: caption file} by name, for the images that have one. Images of one stem may share a caption file."""
   matches, pending, free = {}, list(image_names), list(captions)
   for alike in (str, _composed, _folded):
     for whole in (False, True):
@@ -263,7 +268,7 @@ def _folded(name: str) -> str:
 
 
 def _read_captions(path: str, name: str, folder: _Folder, found: Scan | None) -> tuple[tuple[str, ...], str]:
-  """(captions, why there are none); lines that are no captions go to `found`, if any line is one."""
+  """(captions, reason if there are none). If there are captions, the other lines are added to `found`."""
   shown = text.printable(name)
   try:
     if os.path.getsize(path) > _MOST_CAPTION_BYTES:

@@ -1,7 +1,7 @@
-"""Encoded pictures to arrays and back, whatever their mode: always RGB, upright, on white, in sRGB.
+"""Decodes and encodes images of any mode. Decoded images are RGB in sRGB, upright, on a white background.
 
-Pillow and the libraries under it say nothing on the terminal: what makes an image unreadable is an `ImageError` in words of
-our own, and what does not (a broken EXIF block, tags out of order, many pixels) is of no interest to anybody.
+Pillow and its libraries print nothing. An unreadable image raises an `ImageError` with our own message. What does not
+make an image unreadable (a broken EXIF block, tags out of order, many pixels) is ignored.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from aurora_jax.data import color_profiles
 
-# Twice Pillow's own limit, as it has it: more pixels are taken for a decompression bomb.
+# Pillow raises an error above twice its own limit, because such a file may be a decompression bomb.
 MAXIMAL_PIXELS = 178_956_970
 UNREADABLE, TOO_LARGE = "images that cannot be read", "images with too many pixels"
 
-# Pillow starts Ghostscript for the first, and of the others it reads no more than the size.
+# For the first, Pillow starts Ghostscript. Of the others it reads only the size.
 _NOT_READ = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC")
-# Formats whose first bytes can be mistaken for nothing else.
+# Formats with an unmistakable signature.
 _SIGNED = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PSD", "QOI")
 _SIGNATURE_BYTES = 16
-# Profiles of scanners and printers have megabytes; the limit guards against a few bytes that expand to gigabytes.
+# Profiles of scanners and printers take megabytes. The limit guards against small chunks that expand to gigabytes.
 _MAXIMAL_CHUNK = 2**25
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT, _PNG_PROFILE = (b"tEXt", b"zTXt", b"iTXt"), (b"iCCP",)
@@ -39,8 +39,8 @@ def _quieten():
   warnings.filterwarnings("ignore", module=r"PIL\.")
   logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
   PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, _MAXIMAL_CHUNK)
-  # libtiff prints its errors itself, from C. Pillow raises one for each of them, which says the same.
-  with contextlib.suppress(OSError, AttributeError):  # a Pillow that is linked in another way
+  # libtiff prints its errors from C. Pillow raises an exception for each of them.
+  with contextlib.suppress(OSError, AttributeError):  # a Pillow that is linked differently
     set_handler = ctypes.CDLL(PIL._imaging.__file__).TIFFSetErrorHandler
     set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
     set_handler(None)
@@ -50,7 +50,7 @@ _quieten()
 
 
 class ImageError(Exception):
-  """Bytes that are not a readable picture. The message says why. `kind` is what to count it as."""
+  """Bytes that are not a readable image. `kind` is the kind of error under which it is counted."""
 
   def __init__(self, message: str, kind: str = UNREADABLE):
     super().__init__(message)
@@ -59,20 +59,20 @@ class ImageError(Exception):
 
 @functools.cache
 def _formats():
-  """The formats that are read: all of Pillow's but those that run other programs or have no pixels."""
+  """The formats that are read: all of Pillow's except those that run other programs or give no pixels."""
   Image.init()
   return tuple(name for name in Image.OPEN if name not in _NOT_READ)
 
 
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
-  """Suffixes of files that can be read, in lower case with the dot: a frozenset."""
+  """Suffixes of the files that can be read, in lower case with the dot."""
   formats = _formats()
   return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def signature(head: bytes) -> str | None:
-  """The format whose signature the first 16 bytes of a file are, such as "JPEG", or None."""
+  """The format of a file by its first 16 bytes, such as "JPEG"; None if they are no known signature."""
   _formats()
   for name in _SIGNED:
     if name in Image.OPEN and Image.OPEN[name][1](head[:_SIGNATURE_BYTES]):
@@ -81,30 +81,30 @@ def signature(head: bytes) -> str | None:
 
 
 def open_image(data: bytes, least_side: int | None = None, size: tuple[int, int] | None = None) -> Image.Image:
-  """Decodes a picture.
+  """Decodes an image.
 
   Args:
-    data: bytes of a PNG, JPEG, WebP or of another format that Pillow reads (its first frame).
-    least_side: a JPEG may be reduced while it is decoded (by 2, 4 or 8, several times faster) as long as both its sides
-      keep this many pixels.
-    size: (width, height) that the encoded picture must have, in pixels, or None.
+    data: an encoded image in PNG, JPEG, WebP or another format that Pillow reads. Of several frames the first is taken.
+    least_side: a JPEG may be reduced by 2, 4 or 8 while it is decoded, which is several times faster, as long as both
+      sides have at least this many pixels.
+    size: (width, height) that the encoded image must have, in pixels, or None.
 
   Returns:
-    PIL image of mode RGB: turned upright as its EXIF says, transparency laid on white, 16-bit values scaled to 8, colours
-    of an ICC profile converted to sRGB.
+    PIL image of mode RGB: rotated as its EXIF says, transparency on white, 16-bit values scaled to 8 bits, colors
+    converted from the ICC profile to sRGB.
 
   Raises:
-    ImageError: no picture, a broken one, one of another size, or one of more than `MAXIMAL_PIXELS`.
+    ImageError: not an image, or one that is corrupt, has another size, or has more than `MAXIMAL_PIXELS` pixels.
   """
   try:
     return _open(data, least_side, size)
   except ImageError:
     raise
-  # Pillow's decoders raise most of the built-in exceptions on broken files: OSError, SyntaxError, ValueError,
-  # struct.error, ZeroDivisionError ... A broken picture must not stop a build of millions.
+  # Pillow's decoders raise many exceptions on corrupt files: OSError, SyntaxError, ValueError, struct.error,
+  # ZeroDivisionError. One corrupt image must not stop a build of millions.
   except Exception as error:
     reason = error
-  # Comments and profiles that are damaged or huge say nothing about the pixels.
+  # A corrupt or huge comment or profile does not affect the pixels.
   for names in (_PNG_TEXT, _PNG_TEXT + _PNG_PROFILE):
     lean = _without_chunks(data, names)
     if lean is None:
@@ -132,28 +132,28 @@ def _open(data, least_side, size):
 
 
 def _too_large(what):
-  return ImageError(f"not a readable picture: {what}, at most {MAXIMAL_PIXELS:,} are read", TOO_LARGE)
+  return ImageError(f"not a readable image: {what}, at most {MAXIMAL_PIXELS:,} are read", TOO_LARGE)
 
 
 def _image_error(error, data):
-  """The `ImageError` for what a decoder raised."""
+  """The `ImageError` for an exception of a decoder."""
   if isinstance(error, Image.DecompressionBombError):
     size = re.search(r"\d+", str(error))  # of the image or of a frame in it
     return _too_large(f"{int(size[0]):,} pixels" if size else "too many pixels")
   if isinstance(error, MemoryError):
-    return ImageError("not a readable picture: it needs too much memory", TOO_LARGE)
+    return ImageError("not a readable image: it needs too much memory", TOO_LARGE)
   if not data:
-    return ImageError("not a readable picture: an empty file")
+    return ImageError("not a readable image: an empty file")
   known = signature(data)
   if known is None and isinstance(error, UnidentifiedImageError):  # Its own message names an object in memory.
-    return ImageError(f"not a readable picture: {len(data)} bytes of no known format")
+    return ImageError(f"not a readable image: {len(data)} bytes of no known format")
   words = str(error).lower()
   state = "cut off" if "truncated" in words or "end of file" in words else "damaged"
-  return ImageError(f"not a readable picture: {known or 'its'} data are {state}")
+  return ImageError(f"not a readable image: {known or 'its'} data are {state}")
 
 
 def _without_chunks(data, names):
-  """A PNG without chunks of some names; None if it is no PNG or has none of them."""
+  """A PNG without the chunks of some names; None if it is no PNG or has none of these chunks."""
   if not data.startswith(_PNG_SIGNATURE):
     return None
   kept, position = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
@@ -173,15 +173,18 @@ def _upright(image):
   try:
     return ImageOps.exif_transpose(image)
   except Exception:
-    return image  # A broken EXIF block says nothing about the orientation; the pixels are whole.
+    return image  # the orientation of a broken EXIF block is unknown
 
 
 def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
-  """Converts a PIL image of any mode to RGB in sRGB: transparency laid on white, more than 8 bits scaled to 8.
+  """Converts a PIL image of any mode to RGB in sRGB: transparency on white, more than 8 bits scaled to 8.
 
   Args:
     image: the image.
-    bits: of its values, where they are integers of more than 8.
+    bits: bits per value, for integers of more than 8 bits.
+
+  Returns:
+    PIL image of mode RGB.
   """
   profile = image.info.get("icc_profile")
   image = _eight_bits(image, bits)
@@ -191,78 +194,78 @@ def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     image = color_profiles.to_rgb(image, profile)
   else:
     with_alpha = image.convert("RGBA")
-    if profile:  # A profile of greys wants greys.
+    if profile:  # a gray profile converts gray values
       colors = image.getchannel("L") if image.mode == "LA" else with_alpha.convert("RGB")
       colors = color_profiles.to_rgb(colors, profile)
       colors.putalpha(with_alpha.getchannel("A"))
       with_alpha = colors
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(white, with_alpha).convert("RGB")
-  image.info = {}  # or the profile would be written into the next file, as if it still held
+  image.info = {}  # the profile no longer applies and must not be written to the next file
   return image
 
 
 def _eight_bits(image, bits):
-  """An image of 8 bits per value: of greys with more and of floats one of mode L or LA, else the same."""
-  if image.mode.startswith("I"):  # I;16 and its byte orders, and I, as which Pillow opens some 16-bit greys
+  """Converts gray images of more bits, or of floats, to mode L or LA. Other images are returned unchanged."""
+  if image.mode.startswith("I"):  # I;16 and its byte orders, and I, as which Pillow opens some 16-bit grays
     values = np.asarray(image).astype(np.int64)
     transparent = image.info.get("transparency")
     largest = 2**bits - 1
-    grey = Image.fromarray(np.clip((values * 255 + largest // 2) // largest, 0, 255).astype(np.uint8))
+    gray = Image.fromarray(np.clip((values * 255 + largest // 2) // largest, 0, 255).astype(np.uint8))
     if isinstance(transparent, int):
-      grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return grey
+      gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
   if image.mode == "F":
     return Image.fromarray(_bytes_of_floats(np.asarray(image, np.float64)))
   return image
 
 
 def _bits(image):
-  """Bits of a grey image's values, if they have more than 8: of a TIFF what it says, if that is below 16; else 16."""
+  """Bits per value of a gray image of more than 8 bits: for a TIFF its tag, if that is below 16; otherwise 16."""
   stored = getattr(image, "tag_v2", {}).get(258, (16,))  # BitsPerSample
   bits = stored[0] if isinstance(stored, tuple) and stored else stored
   return bits if isinstance(bits, int) and 8 < bits < 16 else 16
 
 
 def _bytes_of_floats(values):
-  """uint8 from floats, whose range nothing names: 0 to 1, else 0 to 255, else 0 to 65535, whichever holds them first."""
+  """Floats as uint8. Their range is the first of [0, 1], [0, 255] and [0, 65535] that holds them."""
   finite = np.isfinite(values)
   if not finite.all():
-    raise ImageError("not a readable picture: some of its values are not finite")
+    raise ImageError("not a readable image: some of its values are not finite")
   low, high = values.min(), values.max()
   for scale in (1, 255, 65535):
     if high <= scale:
       return np.clip(np.rint(values * (255 / scale)), 0, 255).astype(np.uint8)
-  raise ImageError(f"not a readable picture: its values go from {low:g} to {high:g}")
+  raise ImageError(f"not a readable image: its values go from {low:g} to {high:g}")
 
 
 def decode_image(data: bytes) -> np.ndarray:
-  """Decodes a picture to uint8 [H, W, 3]; see `open_image`."""
+  """Decodes an image to uint8 [H, W, 3]; see `open_image`."""
   return np.asarray(open_image(data))
 
 
-def square(image, resolution, resampling=Image.Resampling.LANCZOS):
-  """Cuts out the centre square over the short side and resamples it.
+def square(image: Image.Image, resolution: int, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+  """Crops the center square and resamples it.
 
   Args:
-    image: PIL image, RGB.
+    image: PIL image of mode RGB.
     resolution: side of the result, in pixels.
     resampling: Pillow's filter.
 
   Returns:
-    PIL image [resolution, resolution], RGB.
+    PIL image of mode RGB, [resolution, resolution].
   """
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
-  # Cropped first: a filter that runs over a `box` of the whole picture would look beyond its borders.
+  # Cropped first, because a filter on a `box` of the image reads beyond the borders of the box.
   image = image.crop((left, top, left + side, top + side))
   if resampling == Image.Resampling.BOX and side % resolution == 0:
-    return image.reduce(side // resolution)  # The same, but rounded once instead of once per axis, and faster.
+    return image.reduce(side // resolution)  # the same filter, faster, and rounded once instead of once per axis
   return image.resize((resolution, resolution), resampling)
 
 
 def encode_png(image: Image.Image) -> bytes:
-  """Encodes a PIL image as PNG: fast rather than smallest (zlib level 3)."""
+  """Encodes a PIL image as PNG with zlib level 3, for speed."""
   buffer = io.BytesIO()
   image.save(buffer, "PNG", compress_level=3)
   return buffer.getvalue()

@@ -1,52 +1,54 @@
-"""Which example goes to which slot of a step, where some captions have several pictures.
+"""Chooses the example of each slot of a step, for data sets in which captions have several images.
 
-An epoch visits every example once, or every caption once, with one of its pictures. Some slots of a batch may be kept
-for pairs: a second picture of a caption that is in the batch anyway, or another warp of the same picture, so that the
-discriminator can compare the two.
+An epoch visits every example once, or every caption once with one of its images. Some slots of a batch may be reserved
+for pairs: a second image of a caption in the batch, or another warp of the same image. The discriminator then compares
+the two.
 
-As in `order`, nothing has a state: every choice is a pure function of (data set, seed, step, slot), where the data set is
-what can be read of it at the start.
+As in `shuffle`, nothing has a state. Every choice is a pure function of (data set, seed, step, slot), where the data
+set consists of the records that are readable at the start.
 """
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from aurora_jax.data import shuffle, tfrecords
+from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 
 IMAGE, CAPTION = "image", "caption"
 
 
 class IndexSampler:
-  """What an epoch visits; called, the examples of any step.
+  """Gives the examples of any step.
 
   Attributes:
-    digest: int32, of what is drawn from: all hosts must have the same.
+    digest: int32, a checksum of what is sampled. It must be equal on all hosts.
   """
 
-  def __init__(self, dataset, epoch_unit=IMAGE, pairs=0, warped=False):
-    """Reads all captions of the data set once, unless pictures are visited one by one without pairs.
+  def __init__(self, dataset: Dataset, epoch_unit: str = IMAGE, pairs: int = 0, warped: bool = False):
+    """Reads all captions of the data set once, unless the unit is `IMAGE` and there are no pairs.
 
     Args:
-      dataset: a `Dataset`. Examples that cannot be read are of no caption; with `CAPTION` they are not visited.
-      epoch_unit: what an epoch has once, `IMAGE` or `CAPTION` (primary ones).
-      pairs: the last so many slots of a batch show another picture of captions of earlier slots, of the first that have
-        several; where there are fewer of these, a slot is like any other. At most half the batch.
-      warped: pictures are warped (`augment`), in every slot in another way: two slots with the same picture make a pair
-        too, so that every caption has several.
+      dataset: the split. Unreadable examples belong to no caption; with `CAPTION` they are not visited.
+      epoch_unit: `IMAGE` or `CAPTION` (the primary caption): visited once per epoch.
+      pairs: number of slots at the end of a batch that show another image of a caption of an earlier slot. The first
+        captions with several images are taken; if there are too few, the remaining slots are ordinary ones. At most
+        half the batch.
+      warped: whether each slot is warped in its own way (`augment`). Two slots with the same image are then a pair too.
 
     Raises:
       UserError: no example can be read.
     """
     self._size, self._epoch_unit, self._pairs = len(dataset), epoch_unit, pairs
-    self._least = 1 if warped else 2  # pictures that a caption must have for a pair
+    self._least = 1 if warped else 2  # images that a caption must have for a pair
     self.digest = self._size % 2**31
     if epoch_unit == CAPTION or pairs:
       self._group(dataset)
 
   def _group(self, dataset):
-    """Notes the examples of every caption, one caption after the other, and where those of each begin."""
+    """Lists the examples caption by caption, and where those of each caption begin."""
     groups = {}
     for number, example in dataset.readable():
       groups.setdefault(example.captions[0], []).append(number)
@@ -60,13 +62,23 @@ class IndexSampler:
     self._captions = np.repeat(np.arange(len(groups)), self._counts)  # of every member
     self.digest = zlib.crc32(self._members.tobytes() + self._counts.tobytes()) >> 1
 
-  def __call__(self, seed, batch_size, step, slots):
-    """The examples at slots [b] of a global step of `batch_size`, int64 [b]."""
+  def __call__(self, seed: int, batch_size: int, step: int, slots: np.ndarray | Sequence[int] | int) -> np.ndarray:
+    """Gives the examples of some slots of a step.
+
+    Args:
+      seed: seed of the order and of the draws.
+      batch_size: global batch size.
+      step: global step.
+      slots: int [b] in range(batch_size).
+
+    Returns:
+      int64 [b], numbers of the examples.
+    """
     slots = np.atleast_1d(np.asarray(slots, np.int64))
     numbers = self._drawn(seed, batch_size, step, slots)
     second = slots - (batch_size - self._pairs)  # which pair a slot completes
     if (second >= 0).any():
-      # Neighbours lend each other mismatched captions (training/step.py): none of these slots is a neighbour of a pair's.
+      # Neighbors lend each other mismatched captions (training/step.py): none of these slots is a neighbor of a pair's.
       first = self._drawn(seed, batch_size, step, np.arange(1, batch_size - self._pairs - 1))
       places = self._places[first]
       several = places[places >= 0]
@@ -76,7 +88,7 @@ class IndexSampler:
     return numbers
 
   def _drawn(self, seed, batch_size, step, slots):
-    """As if there were no pairs."""
+    """The examples of slots [b] without pairs."""
     if self._epoch_unit == IMAGE:
       return shuffle.example_index(seed, self._size, batch_size, step, slots)
     captions = shuffle.example_index(seed, len(self._counts), batch_size, step, slots)
@@ -84,7 +96,7 @@ class IndexSampler:
     return self._members[self._begins[captions] + (draws * self._counts[captions]).astype(np.int64)]
 
   def _other(self, place, draw):
-    """Another example of the caption of the one at a place, by a number in [0, 1); the same where there is no other."""
+    """Another example of the same caption, chosen by a number in [0, 1); the same example if there is no other."""
     caption = self._captions[place]
     begin, count = self._begins[caption], self._counts[caption]
     further = 1 + int(draw * (count - 1))
@@ -92,7 +104,7 @@ class IndexSampler:
 
 
 def _why_not(dataset):
-  """What is wrong with the first record."""
+  """Describes what is wrong with the first record."""
   try:
     dataset[0]
   except tfrecords.RecordError as error:

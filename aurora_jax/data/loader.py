@@ -1,20 +1,22 @@
 """Training batches: random access, a keyed permutation per epoch, decoding ahead in threads or processes.
 
 The batch of step s is a pure function of (data set, seed, s): `BatchMaker.__call__`. grain runs that function ahead of
-the training loop; its position is the step and nothing else, so a run resumes at any step at once, and any number of
-hosts sees the same global batches.
+the training loop. The only iterator state is the step, so a run resumes at any step at once, and any number of hosts
+sees the same global batches.
 
-Where a record cannot be read (a wrong checksum, a shard that is cut off or gone, no Example, no caption, no picture or
-one of another size than the record says) it alone is skipped, and another takes its slot: the first readable one of a
-keyed permutation of that step and slot (`order.stand_in`). Nothing is remembered for that, so what stands in is a pure
-function of (data set, seed, step, slot) too. What was skipped travels with the batch, out of grain's threads or
-processes, into `Batches.skipped`.
+A record is corrupt if its checksum is wrong, its shard is truncated or missing, it is no Example, it has no caption, or
+its image is unreadable or has another size than the record says. A corrupt record is skipped. Its slot gets the first
+readable record of a keyed permutation of that step and slot (`shuffle.replacement_index`), which is a pure function of
+(data set, seed, step, slot) as well. Each batch carries its skipped records out of grain's threads or processes, to
+`Batches.skipped`.
 """
 
 import dataclasses
 import signal
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -29,66 +31,67 @@ from aurora_jax.data.index_sampler import IndexSampler
 from aurora_jax.errors import UserError
 
 CACHE_BYTES = 512 * 2**20
-# Stand-ins that are tried for one slot. So many in a row fail only where nearly nothing can be read, and then a batch
-# must not go through millions of records: with every second record lost it happens once in 2**1000 slots.
+# Replacements that are tried for one slot, so that a batch never reads millions of records. If every second record is
+# corrupt, all of them fail once in 2**1000 slots.
 _MOST_ATTEMPTS = 1000
 
 
 class NothingReadable(UserError):
-  """A batch cannot be made: what was tried for one of its slots, all records or very many, cannot be read."""
+  """A batch cannot be made: none of the records tried for one of its slots can be read."""
 
 
-def to_float(pixels):
+def to_float(pixels: np.ndarray) -> np.ndarray:
   """uint8 [..., 3] to float32 in [-1, 1]."""
   return pixels.astype(np.float32) / 127.5 - 1
 
 
-def load_pixels(dataset, number, side):
-  """Reads and decodes one picture.
+def load_pixels(dataset: Dataset, number: int, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
+  """Reads and decodes one image.
 
   Args:
-    dataset: a `Dataset`.
-    number: of the example.
-    side: of the result. A larger picture is reduced by area averaging (Pillow's BOX): no ringing around flat shapes,
-      and for a factor of two exactly what an augmented picture goes through. A smaller one is enlarged (bicubic).
+    dataset: the split.
+    number: number of the example.
+    side: side of the result, in pixels. A larger image is reduced by area averaging (Pillow's BOX), which does not ring
+      around flat shapes. For a factor of two it is exactly the reduction of an augmented image. A smaller image is
+      enlarged (bicubic).
 
   Returns:
     (uint8 [side, side, 3], captions).
 
   Raises:
-    tfrecords.RecordError: the record or its picture cannot be read.
+    tfrecords.RecordError: the record or its image cannot be read.
   """
-  image, example = dataset.picture(number)
+  image, example = dataset.image(number)
   if image.size != (side, side):
     image = images.square(image, side, Image.Resampling.BOX if min(image.size) >= side else Image.Resampling.BICUBIC)
   return np.asarray(image), example.captions
 
 
-def load_images(dataset, resolution, numbers=None):
-  """Reads whole pictures for evaluation, in order and without augmentation.
+def load_images(dataset: Dataset, resolution: int, numbers: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
+  """Reads whole images for evaluation, in order and without augmentation.
 
   Args:
-    dataset: a `Dataset`.
-    resolution: side of the result.
-    numbers: of the examples; None takes all.
+    dataset: the split.
+    resolution: side of the result, in pixels.
+    numbers: numbers of the examples; None takes all.
 
   Returns:
     uint8 [n, resolution, resolution, 3]; see `to_float`.
 
   Raises:
-    UserError: `resolution` is larger than the stored one, or a picture cannot be read.
+    UserError: `resolution` exceeds that of the data set, or an image cannot be read.
   """
   check_resolution(dataset, resolution)
   numbers = range(len(dataset)) if numbers is None else numbers
   try:
-    pictures = [load_pixels(dataset, number, resolution)[0] for number in numbers]
+    loaded = [load_pixels(dataset, number, resolution)[0] for number in numbers]
   except tfrecords.RecordError as error:
     raise UserError(str(error)) from None
-  return np.stack(pictures) if pictures else np.zeros((0, resolution, resolution, 3), np.uint8)
+  return np.stack(loaded) if loaded else np.zeros((0, resolution, resolution, 3), np.uint8)
 
 
-def check_resolution(dataset, resolution):
-  """Raises `UserError` where the asked resolution is more than the data set holds."""
+def check_resolution(dataset: Dataset, resolution: int) -> None:
+  """Raises `UserError` unless the resolution lies between 1 and that of the data set."""
   if not 1 <= resolution <= dataset.resolution:
     raise UserError(
       f"resolution {resolution} cannot be had from data set {dataset.path}, which was built at {dataset.resolution}"
@@ -100,7 +103,7 @@ class BatchMaker:
   """Makes one host's part of the batch of any step.
 
   Attributes: see `train_batches`.
-    cached: keep decoded pictures in memory.
+    cached: whether decoded images are held in memory.
   """
 
   dataset: Dataset
@@ -108,7 +111,7 @@ class BatchMaker:
   batch_size: int
   seed: int
   augment: Augment = Augment()
-  tokenizer: Callable | None = None
+  tokenizer: Callable[[list[str]], np.ndarray] | None = None
   primary_caption_probability: float = 1.0
   index_sampler: IndexSampler | None = None
   slots: np.ndarray | None = None
@@ -123,16 +126,21 @@ class BatchMaker:
       self.index_sampler = IndexSampler(self.dataset)
 
   @property
-  def side(self):
-    """Side at which pictures are had from the data set, in pixels."""
+  def side(self) -> int:
+    """Side of the images that are read from the data set, in pixels."""
     if not self.augment.active:
       return self.resolution
     return augmentation.working_side(self.dataset.resolution, self.resolution)
 
-  def __call__(self, step):
-    """The batch of a step: a dict as in `train_batches`, and under `skipped` a list of `corrupt_records.Skip`.
+  def __call__(self, step: int) -> dict[str, Any]:
+    """Makes the batch of a step.
 
-    Where there is nothing to be read, the batch has `unreadable` (words) instead of all else.
+    Args:
+      step: the global step.
+
+    Returns:
+      A dict as of `train_batches`, with a list of `corrupt_records.Skip` under `skipped`. If no record can be read, it
+      has only `skipped` and `unreadable`, a message.
     """
     slots = self.slots
     skipped = {}
@@ -170,14 +178,17 @@ class BatchMaker:
     return batch
 
   def _readable(self, step, slot, number, skipped):
-    """(number, (pixels, captions)) of the example meant for a slot, or of its first readable stand-in; else (_, None).
+    """Reads the example of a slot, or its first readable replacement.
 
-    What cannot be read is added to `skipped`, {number: `corrupt_records.Skip`}.
+    Records that cannot be read are added to `skipped`, {number: `corrupt_records.Skip`}.
+
+    Returns:
+      (number, (pixels, captions)), or (_, None) if none can be read.
     """
     size = len(self.dataset)
     for attempt in range(min(size, _MOST_ATTEMPTS) + 1):
       if attempt:
-        number = shuffle.stand_in(self.seed, size, step, slot, attempt - 1)
+        number = shuffle.replacement_index(self.seed, size, step, slot, attempt - 1)
       try:
         return number, self._load(number)
       except tfrecords.RecordError as error:
@@ -186,13 +197,13 @@ class BatchMaker:
     return number, None
 
   def _load(self, number):
-    """(pixels, captions), the pixels ready for `augmentation.warp` if there is any."""
+    """(pixels, captions); with augmentation the pixels are those of `augmentation.prepare`."""
     if number in self._cache:
       return self._cache[number]
     pixels, captions = load_pixels(self.dataset, number, self.side)
     if self.augment.active:
       pixels = augmentation.prepare(pixels, self.resolution)
-    if self.cached:  # Two threads may both load a picture that is not there yet; they come to the same.
+    if self.cached:  # if two threads load the same image, their results are equal
       self._cache[number] = pixels, captions
     return pixels, captions
 
@@ -203,30 +214,35 @@ class BatchMaker:
 
 
 def _ignore_interrupts(worker, workers):
-  """Ctrl-C goes to every process of a terminal; the main one decides what it means, and ends the workers."""
+  """Ignores Ctrl-C in a worker.
+
+  It reaches every process of a terminal; the main process handles it and ends the workers.
+  """
   del worker, workers
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  if hasattr(signal, "SIGHUP"):  # the end of the terminal reaches every process too
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 class Batches:
-  """Iterator over batches; made by `train_batches`. A context manager, which ends its threads or processes.
+  """Iterator over batches, made by `train_batches`. As a context manager it ends its threads or processes on exit.
 
   Attributes:
-    step: of the batch that comes next.
-    skipped: {number of the example: `corrupt_records.Skip`} of all batches so far, in the order in which they were met.
+    step: global step of the next batch.
+    skipped: {number of the example: `corrupt_records.Skip`} of all batches so far, in order of occurrence.
   """
 
-  def __init__(self, iterator, step):
-    # Threads and processes must end, and grain's iterator must be gone, before the interpreter tears its modules down.
+  def __init__(self, iterator: Iterator[dict[str, Any]], step: int):
+    # Threads and processes must end, and grain's iterator must be deleted, before the interpreter unloads modules.
     self._running = [iterator]
     self._end = weakref.finalize(self, lambda running: running.pop().close(), self._running)
     self.step = step
     self.skipped = {}
 
-  def __iter__(self):
+  def __iter__(self) -> "Batches":
     return self
 
-  def __next__(self):
+  def __next__(self) -> dict[str, Any]:
     if not self._running:
       raise ValueError("these batches have been closed")
     batch = next(self._running[0])
@@ -237,59 +253,64 @@ class Batches:
     self.step += 1
     return batch
 
-  def close(self):
-    """Ends the threads or processes; a second call does nothing."""
+  def close(self) -> None:
+    """Ends the threads or processes. A second call does nothing."""
     self._end()
 
-  def __enter__(self):
+  def __enter__(self) -> "Batches":
     return self
 
-  def __exit__(self, kind, value, traceback):
+  def __exit__(
+    self, kind: type[BaseException] | None, value: BaseException | None, traceback: types.TracebackType | None
+  ) -> None:
     self.close()
 
 
 def train_batches(
-  dataset,
+  dataset: Dataset,
   *,
-  resolution,
-  batch_size,
-  seed,
-  start_step=0,
-  augment=Augment(),
-  tokenizer=None,
-  primary_caption_probability=1.0,
-  index_sampler=None,
-  slots=None,
-  workers=2,
-  prefetch=4,
-  cache_bytes=CACHE_BYTES,
-):
-  """Endless training batches, shuffled anew each epoch.
+  resolution: int,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  augment: Augment = Augment(),
+  tokenizer: Callable[[list[str]], np.ndarray] | None = None,
+  primary_caption_probability: float = 1.0,
+  index_sampler: IndexSampler | None = None,
+  slots: Sequence[int] | np.ndarray | None = None,
+  workers: int = 2,
+  prefetch: int = 4,
+  cache_bytes: int = CACHE_BYTES,
+) -> Batches:
+  """Endless training batches, in another order every epoch.
 
   Args:
-    dataset: a `Dataset`.
-    resolution: side of the pictures, at most the data set's.
-    batch_size: global.
-    seed: int.
+    dataset: the split.
+    resolution: side of the images, in pixels, at most that of the data set.
+    batch_size: global batch size.
+    seed: seed of the order and of all draws.
     start_step: global step of the first batch.
-    augment: an `Augment`; differs at each step.
-    tokenizer: list of str -> int32 [b, N], or None. With processes it is sent to them.
-    primary_caption_probability: of an example's first caption; else one of its others, evenly.
-    index_sampler: `IndexSampler` of the data set; None: every picture once an epoch.
-    slots: of the global batch, those that this host makes, [b]; None: all.
-    workers: threads where the decoded split fits into `cache_bytes` (then every picture is decoded once and kept), else
-      processes (0: one thread).
-    prefetch: batches made ahead (by each worker process).
-    cache_bytes: see `workers`; 0 for no cache.
+    augment: random warp of the images, drawn for each step and slot.
+    tokenizer: captions -> int32 [b, N], or None. It is pickled for worker processes.
+    primary_caption_probability: probability of an example's first caption; otherwise one of the others, uniformly.
+    index_sampler: `IndexSampler` of the data set; None visits every image once an epoch.
+    slots: int [b], the slots of the global batch that this host makes; None makes all.
+    workers: number of threads if the decoded split fits into `cache_bytes`, for then every image is decoded only once.
+      Otherwise number of processes; 0 is one thread.
+    prefetch: batches made ahead, per worker process.
+    cache_bytes: largest size of the cache of decoded images; 0 disables it.
 
   Returns:
-    `Batches`, an iterator over dicts, b slots: `image` float32 [b, resolution, resolution, 3] in
-    [-1, 1], `caption` list of b str, `index` int64 [b] (numbers of the examples), `caption_id` int32 [b] (of their
-    primary captions, whichever was chosen; see `schema.caption_id`), and with a tokenizer `tokens` int32 [b, N].
+    `Batches`, an iterator over dicts of b slots:
+      `image`: float32 [b, resolution, resolution, 3] in [-1, 1];
+      `caption`: b strings;
+      `index`: int64 [b], numbers of the examples;
+      `caption_id`: int32 [b], ids of the primary captions (see `schema.caption_id`), whichever captions were chosen;
+      `tokens`, with a tokenizer: int32 [b, N].
 
   Raises:
-    UserError: `resolution` is more than the data set's, or a slot not one of the batch.
-    NothingReadable: while iterating, no record can be read.
+    UserError: `resolution` exceeds that of the data set, or a slot is outside the batch.
+    NothingReadable: no record can be read; raised while iterating.
   """
   check_resolution(dataset, resolution)
   if batch_size < 1:
@@ -307,7 +328,7 @@ def train_batches(
   steps = grain.MapDataset.range(start_step, 2**62).map(maker)
   batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads)))
   if workers and not maker.cached:
-    if not flags.FLAGS.is_parsed():  # grain reads absl flags of its own here; this program has no absl main.
+    if not flags.FLAGS.is_parsed():  # grain reads its own absl flags, and this program has no absl main
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),

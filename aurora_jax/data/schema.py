@@ -2,11 +2,11 @@
 
 | feature   | kind  | values      | meaning                                          |
 | --------- | ----- | ----------- | ------------------------------------------------ |
-| `image`   | bytes | 1           | an encoded picture: PNG, JPEG or WebP            |
+| `image`   | bytes | 1           | an encoded image: PNG, JPEG or WebP            |
 | `caption` | bytes | 1 or more   | UTF-8; the first one is the primary caption      |
-| `width`   | int64 | 1           | of the encoded picture, in pixels                |
-| `height`  | int64 | 1           | of the encoded picture, in pixels                |
-| `key`     | bytes | 1           | UTF-8; names the picture within its data set     |
+| `width`   | int64 | 1           | of the encoded image, in pixels                |
+| `height`  | int64 | 1           | of the encoded image, in pixels                |
+| `key`     | bytes | 1           | UTF-8; names the image within its data set     |
 | any other | float | any         | named features, e.g. text features made upfront  |
 
 TensorFlow reads these records (`tf.io.parse_single_example`), but is not needed for it: its message is small, so its
@@ -28,24 +28,24 @@ _NAMES_SHOWN = 200  # characters
 
 
 class ExampleError(ValueError):
-  """Bytes that are no whole example. `key` is the example's, "" where that much cannot be read."""
+  """Bytes that are not a complete example. `key` is the key of the example, "" if it cannot be read."""
 
-  def __init__(self, message, key=""):
+  def __init__(self, message: str, key: str = ""):
     super().__init__(message)
     self.key = key
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One picture with its captions.
+  """One image with its captions.
 
   Attributes:
-    image: the encoded picture (PNG, JPEG, WebP).
+    image: the encoded image (PNG, JPEG, WebP).
     captions: at least one; the first is the primary caption.
-    width: of the encoded picture, in pixels.
-    height: of the encoded picture, in pixels.
-    key: names the picture within its data set.
-    features: further named float features, float32 [n] each.
+    width: of the encoded image, in pixels.
+    height: of the encoded image, in pixels.
+    key: names the image within its data set.
+    features: additional named features, float32 [n] each.
   """
 
   image: bytes
@@ -56,8 +56,8 @@ class Example:
   features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def caption_id(caption):
-  """An int32 that stands for a caption where only numbers can go; one in 2**32 pairs of captions share theirs."""
+def caption_id(caption: str) -> int:
+  """An int32 that identifies a caption in an array. Two captions share it with probability 2**-32."""
   return zlib.crc32(caption.encode()) - 2**31
 
 
@@ -105,17 +105,17 @@ def _example_class():
 _ExampleProto = _example_class()
 
 
-def encode(example):
-  """Serialises an `Example`; equal examples give equal bytes.
+def encode(example: Example) -> bytes:
+  """Serializes an `Example`. Equal examples give equal bytes.
 
   Args:
-    example: an `Example`.
+    example: the example.
 
   Returns:
-    bytes of a `tf.train.Example`.
+    The bytes of a `tf.train.Example`.
 
   Raises:
-    ValueError: no image, no caption, or a further feature with a reserved name.
+    ValueError: no image, no caption, or an additional feature with a reserved name.
   """
   if not example.image:
     raise ValueError(f"example {example.key!r} has no image")
@@ -135,14 +135,14 @@ def encode(example):
   return proto.SerializeToString(deterministic=True)
 
 
-def decode(record):
-  """Reads what `encode` or TensorFlow wrote.
+def decode(record: bytes) -> Example:
+  """Reads an example written by `encode` or TensorFlow.
 
   Args:
-    record: bytes of a `tf.train.Example`.
+    record: the bytes of a `tf.train.Example`.
 
   Returns:
-    An `Example`. Features that are neither of the schema nor floats are left out.
+    An `Example`. Additional features that are not floats are left out.
 
   Raises:
     ExampleError: not a `tf.train.Example`, or one without an image or a caption, or with an empty caption.
@@ -151,7 +151,7 @@ def decode(record):
     feature = _ExampleProto.FromString(record).features.feature
   except (message.DecodeError, UnicodeDecodeError):
     raise ExampleError(f"not a tf.train.Example ({len(record)} bytes)") from None
-  # Looking a missing name up would add it to the map, as in a defaultdict: ask first.
+  # A lookup would add a missing name to the map, as in a defaultdict.
   key = feature["key"].bytes_list.value if "key" in feature else ()
   key = key[0].decode(errors="replace") if key else ""
   image = feature["image"].bytes_list.value if "image" in feature else ()
@@ -181,7 +181,7 @@ def decode(record):
 
 
 def _names(feature):
-  """The names of a record's features for a message; of another program's record also what is wanted instead."""
+  """The names of a record's features, for a message. If the record is another program's, the required names too."""
   names = text.printable(", ".join(sorted(feature)) or "none", _NAMES_SHOWN)
   return names if not feature or "image" in feature or "caption" in feature else f"{names}; wanted: image, caption"
 

@@ -1,11 +1,12 @@
-"""Which record goes where, and every random draw of the loader, as pure functions of (seed, step, slot).
+"""The order of the records and every random draw of the loader, as pure functions of (seed, step, slot).
 
-Nothing here has a state: a value is computed from its coordinates by hashing, so any step can be asked for at any time,
-on any host, at the same cost. Integers are uint64 and wrap around.
+Nothing has a state. A value is a hash of its coordinates, so any step can be evaluated at any time, on any host, at the
+same cost. Integers are uint64 and wrap around.
 """
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,28 +14,31 @@ _ROUNDS = 8
 
 
 def _mix(values):
-  """Scrambles uint64 values bijectively (the finaliser of SplitMix64); every input bit moves every output bit."""
+  """A bijection of uint64 values (the finalizer of SplitMix64). Every input bit influences every output bit."""
   values = values + np.uint64(0x9E3779B97F4A7C15)
   values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return values ^ (values >> np.uint64(31))
 
 
-def fold(*coordinates):
-  """Hashes integers (or arrays of them, broadcast against each other) in order to one uint64 array of at least 1-D."""
+def fold(*coordinates: np.ndarray | Sequence[int] | int) -> np.ndarray:
+  """Hashes integers to uint64. Arrays of integers are broadcast against each other.
+
+  The result has at least one axis.
+  """
   key = np.zeros(1, np.uint64)
   for coordinate in coordinates:
     key = _mix(key ^ _mix(np.atleast_1d(np.asarray(coordinate, np.int64)).astype(np.uint64)))
   return key
 
 
-def uniform(seed, purpose, step, slots, count=1):
+def uniform(seed: int, purpose: str, step: int, slots: np.ndarray | Sequence[int] | int, count: int = 1) -> np.ndarray:
   """Independent uniform numbers for slots of a step.
 
   Args:
-    seed: int.
-    purpose: str; draws for different purposes are independent.
-    step: int.
+    seed: seed of all draws.
+    purpose: draws for different purposes are independent.
+    step: global step.
     slots: int [b].
     count: numbers per slot.
 
@@ -46,15 +50,18 @@ def uniform(seed, purpose, step, slots, count=1):
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def epoch_permutation(seed, epoch, size, positions):
-  """A keyed permutation of range(size), evaluated only where asked: constant memory, constant time per position.
+def epoch_permutation(
+  seed: int, epoch: int | np.ndarray, size: int, positions: np.ndarray | Sequence[int] | int
+) -> np.ndarray:
+  """A keyed permutation of range(size), evaluated at some positions: constant memory, constant time per position.
 
-  A Feistel network over pairs of digits (left of `columns`, right of `rows` values, rows * columns just over `size`);
-  what falls outside is sent through again until it falls inside, which keeps the map one to one.
+  The permutation is a Feistel network over pairs of digits, of which the left has `columns` values and the right
+  `rows`; rows * columns is at least `size`. A result outside the range is permuted again until it lies inside, so the
+  map stays one to one.
 
   Args:
-    seed: int.
-    epoch: int, or int [b] beside `positions`: every epoch has its own permutation.
+    seed: seed of the order.
+    epoch: int, or int [b] with one epoch per position. Every epoch has its own permutation.
     size: number of records, at least 1.
     positions: int [b] in range(size).
 
@@ -85,15 +92,17 @@ def _permutation(keys, size, positions):
   return result.astype(np.int64)
 
 
-def example_index(seed, size, batch_size, step, slots):
+def example_index(
+  seed: int, size: int, batch_size: int, step: int, slots: np.ndarray | Sequence[int] | int
+) -> np.ndarray:
   """The record at slots of a global step.
 
-  Steps follow each other without a gap, so an epoch may end within a batch; it covers each record exactly once.
+  An epoch covers each record exactly once. It may end within a batch, where the next one begins.
 
   Args:
-    seed: int.
+    seed: seed of the order.
     size: number of records.
-    batch_size: global.
+    batch_size: global batch size.
     step: global step, from 0.
     slots: int [b] in range(batch_size).
 
@@ -104,18 +113,18 @@ def example_index(seed, size, batch_size, step, slots):
   return epoch_permutation(seed, place // size, size, place % size)
 
 
-def stand_in(seed, size, step, slot, attempt):
-  """The record to try in the place of one that cannot be read.
+def replacement_index(seed: int, size: int, step: int, slot: int, attempt: int) -> int:
+  """The record to try in place of one that cannot be read.
 
-  Every slot of every step has a permutation of its own over all records. So what stands in depends on nothing but
-  (data set, seed, step, slot), whoever reads and whatever was skipped before, and each record is tried once.
+  Every slot of every step has its own permutation of all records. The replacement therefore depends only on (data set,
+  seed, step, slot), not on the host or on earlier skips. Each record is tried once.
 
   Args:
-    seed: int.
+    seed: seed of the order.
     size: number of records.
     step: global step.
-    slot: of the global batch.
-    attempt: from 0, below `size`.
+    slot: slot of the global batch.
+    attempt: number of the attempt, from 0, below `size`.
 
   Returns:
     int in range(size).

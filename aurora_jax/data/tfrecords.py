@@ -1,11 +1,11 @@
-"""TFRecord files (TensorFlow's framing) with an index beside each, so that any record is one read away.
+"""TFRecord files (TensorFlow's framing) with an index file beside each, for random access.
 
 A record in the file: its length (uint64), a masked CRC-32C of the length (uint32), the bytes, a masked CRC-32C of the
 bytes (uint32), all little-endian. The index `NAME.index` beside `NAME.tfrecord` is a bare array of little-endian
 uint64 pairs, one per record: where its frame begins in the file, and how many bytes its payload has.
 
-A record is read at the place that its index gives and both checksums are checked, always. So damage to one record says
-nothing about the next one, and nothing passes whose bytes are not those that were written.
+A record is read at the place in its index, and both checksums are always checked. A corrupt record therefore does not
+affect the next one, and no changed byte goes unnoticed.
 """
 
 import errno
@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import struct
+import types
 
 import google_crc32c
 import numpy as np
@@ -25,61 +26,61 @@ FRAME_BYTES = HEADER_BYTES + FOOTER_BYTES
 _MASK_DELTA = 0xA282EAD8
 
 
-# What the process lacks, not the file: such an error must not pass for a damaged record.
+# Errors of the process, not of the file: they must not count as a corrupt record.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# Memory for a larger record is asked for only where the file is that long: a damaged index may name any length.
+# A larger record is read only if the file is that long: a corrupt index may hold any length.
 _LARGE = 2**26
 
 
 class RecordError(Exception):
-  """A record that cannot be read. The message names the file and, unless all of that is gone, the record.
+  """A record that cannot be read. The message names the file and the record.
 
   Attributes:
     where: file and record, the beginning of the message.
-    reason: the rest of it, such as "has a wrong checksum".
-    key: the example's key, "" where that much cannot be read.
+    reason: the end of the message, such as "has a wrong checksum".
+    key: key of the example; "" if it cannot be read.
   """
 
-  def __init__(self, where, reason, key=""):
-    super().__init__(where, reason, key)  # all of them, so that it can travel between processes
+  def __init__(self, where: str, reason: str, key: str = ""):
+    super().__init__(where, reason, key)  # all arguments, so that it can be pickled
     self.where, self.reason, self.key = where, reason, key
 
-  def __str__(self):
+  def __str__(self) -> str:
     return f"{self.where} {self.reason}"
 
 
-def masked_crc(data):
+def masked_crc(data: bytes) -> int:
   """TensorFlow's masked CRC-32C of bytes: rotated right by 15 bits, plus a constant, modulo 2**32."""
   crc = google_crc32c.value(data)
   return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def frame(payload):
-  """The bytes that hold `payload` in a TFRecord file."""
+def frame(payload: bytes) -> bytes:
+  """The bytes of one record in a TFRecord file."""
   length = struct.pack("<Q", len(payload))
   return b"".join((length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))))
 
 
-def shard_name(name, split, shard, shards):
+def shard_name(name: str, split: str, shard: int, shards: int) -> str:
   """File name of a shard, `NAME-SPLIT-00003-of-00128.tfrecord`."""
   return f"{name}-{split}-{shard:05d}-of-{shards:05d}.tfrecord"
 
 
-def index_path(path):
+def index_path(path: str | os.PathLike) -> pathlib.Path:
   """Path of the index of the shard at `path`."""
   return pathlib.Path(path).with_suffix(".index")
 
 
 class ShardWriter:
-  """Writes one shard and, when closed, its index. A context manager.
+  """Writes one shard and, when closed, its index file. A context manager.
 
   Attributes:
-    path: of the shard.
-    index: list of (where the record's frame begins, payload's length), in bytes.
+    path: path of the shard.
+    index: list of (offset of the record's frame, length of its payload), in bytes.
     size: bytes written.
   """
 
-  def __init__(self, path):
+  def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
     self.index = []
     self.size = 0
@@ -87,11 +88,11 @@ class ShardWriter:
     self._file = open(self.path, "wb")
 
   @property
-  def sha256(self):
-    """Of all that has been written, as hexadecimal digits."""
+  def sha256(self) -> str:
+    """SHA-256 of the bytes written so far, as hexadecimal digits."""
     return self._hash.hexdigest()
 
-  def write(self, payload):
+  def write(self, payload: bytes) -> None:
     """Appends one record (bytes)."""
     framed = frame(payload)
     self._file.write(framed)
@@ -99,32 +100,41 @@ class ShardWriter:
     self.index.append((self.size, len(payload)))
     self.size += len(framed)
 
-  def close(self):
+  def close(self) -> None:
+    """Closes the shard and writes its index file."""
     self._file.close()
     index_path(self.path).write_bytes(np.array(self.index, "<u8").tobytes())
 
-  def __enter__(self):
+  def __enter__(self) -> "ShardWriter":
     return self
 
-  def __exit__(self, kind, value, traceback):
+  def __exit__(
+    self, kind: type[BaseException] | None, value: BaseException | None, traceback: types.TracebackType | None
+  ) -> None:
     self.close()
 
 
-def read_record(file, offset, length, name=None, number=None):
+def read_record(
+  file: str | os.PathLike | int,
+  offset: int,
+  length: int,
+  name: str | os.PathLike | None = None,
+  number: int | None = None,
+) -> bytes:
   """Reads one record and checks it.
 
   Args:
-    file: a path, or a descriptor open for reading (positions are not used, so threads may share it).
-    offset: where the record's frame begins, in bytes.
-    length: of the payload, in bytes.
-    name: the file's name for messages, where `file` is a descriptor.
-    number: the record's number for messages.
+    file: a path, or a descriptor open for reading. Threads may share a descriptor: its position is not used.
+    offset: offset of the record's frame, in bytes.
+    length: length of the payload, in bytes.
+    name: name of the file for messages, if `file` is a descriptor.
+    number: number of the record for messages.
 
   Returns:
-    The payload, bytes.
+    The payload.
 
   Raises:
-    RecordError: the file ends early or cannot be read, a length differs from the index, or a checksum is wrong.
+    RecordError: the file is truncated or cannot be read, a length differs from the index, or a checksum is wrong.
   """
   if not isinstance(file, int):
     descriptor = open_shard(file)
@@ -137,7 +147,7 @@ def read_record(file, offset, length, name=None, number=None):
   try:
     there = wanted if length <= _LARGE else min(wanted, max(0, os.fstat(file).st_size - offset))
     data = os.pread(file, wanted, offset) if there == wanted else b""
-    while there == wanted and len(data) < wanted:  # A mounted file system may give less than there is.
+    while there == wanted and len(data) < wanted:  # a mounted file system may return fewer bytes
       more = os.pread(file, wanted - len(data), offset + len(data))
       data += more
       there = wanted if more else len(data)
@@ -154,8 +164,8 @@ def read_record(file, offset, length, name=None, number=None):
   return payload
 
 
-def open_shard(path):
-  """A descriptor for `read_record`, to be closed; `RecordError` if there is no such file or it cannot be opened."""
+def open_shard(path: str | os.PathLike) -> int:
+  """Opens a descriptor for `read_record`; the caller closes it. Raises `RecordError` if the file cannot be opened."""
   try:
     return os.open(path, os.O_RDONLY)
   except OSError as error:
@@ -163,32 +173,32 @@ def open_shard(path):
 
 
 def _unreadable(error, where):
-  """The `RecordError` for a file that cannot be read; `UserError` where the process is to blame."""
+  """The `RecordError` for a file that cannot be read, or a `UserError` if the process lacks resources."""
   if error.errno in _LACKING:
     return UserError(f"{where.removesuffix(':')} cannot be read: {error.strerror}")
   return RecordError(where, error.strerror or str(error))
 
 
-def scan(path):
-  """Reads the headers of a shard.
+def scan(path: str | os.PathLike) -> np.ndarray:
+  """Reads the headers of all records of a shard.
 
   Args:
-    path: of the shard.
+    path: path of the shard.
 
   Returns:
-    int64 [records, 2]: where each record's frame begins and its payload's length, in bytes.
+    int64 [records, 2]: offset of each record's frame and length of its payload, in bytes.
 
   Raises:
     RecordError: a header is broken, or the file ends within a record.
   """
-  index, error = _scan_to_damage(path)
+  index, error = _scan_to_error(path)
   if error is not None:
     raise error
   return index
 
 
-def _scan_to_damage(path):
-  """(the index of the records up to the first that cannot be found, why there are no more or None)."""
+def _scan_to_error(path):
+  """(index of the records before the first error, the error or None)."""
   entries, position, error = [], 0, None
   try:
     with open(path, "rb") as file:
@@ -214,18 +224,17 @@ def _scan_to_damage(path):
   return np.array(entries, np.int64).reshape(-1, 2), error
 
 
-def load_index(path):
-  """The index of a shard: from the file beside it, else made by a scan and written there if possible.
+def load_index(path: str | os.PathLike) -> np.ndarray:
+  """Reads the index file of a shard. If there is none, the shard is scanned and the index file written if possible.
 
   Args:
-    path: of the shard.
+    path: path of the shard.
 
   Returns:
-    int64 [records, 2]: where each record's frame begins and its payload's length, in bytes.
+    int64 [records, 2]: offset of each record's frame and length of its payload, in bytes.
 
   Raises:
-    UserError: the shard is missing or does not end where the index says that it does, the index is broken, or (where
-      there is none) the scan fails.
+    UserError: the shard is missing, its size differs from the index, the index is broken, or a scan fails.
   """
   path = pathlib.Path(path)
   try:
@@ -243,7 +252,7 @@ def load_index(path):
 
 
 def _compressed(path):
-  """Words about a shard that TensorFlow has compressed, None for one that it has not."""
+  """A message if TensorFlow has compressed the shard, else None."""
   try:
     with open(path, "rb") as file:
       head = file.read(HEADER_BYTES)
@@ -251,7 +260,7 @@ def _compressed(path):
     return None
   if len(head) < HEADER_BYTES or struct.unpack_from("<I", head, 8)[0] == masked_crc(head[:8]):
     return None
-  # The two bytes of zlib are a multiple of 31, of which the first names the method.
+  # The first two bytes of zlib data are a multiple of 31; the first of them names the method.
   kind = (
     "GZIP" if head[:2] == b"\x1f\x8b" else "ZLIB" if head[0] == 0x78 and (head[0] * 256 + head[1]) % 31 == 0 else ""
   )
@@ -259,7 +268,7 @@ def _compressed(path):
 
 
 def _stored_index(path):
-  """int64 [records, 2] from the file beside a shard, None where there is none; `UserError` if it makes no sense."""
+  """int64 [records, 2] from the index file of a shard; None if there is none. `UserError` if it is broken."""
   broken = f"index {index_path(path)} is broken (delete it to have it made anew)"
   try:
     data = index_path(path).read_bytes()
@@ -271,7 +280,7 @@ def _stored_index(path):
     raise UserError(f"{broken}: {len(data)} bytes are not whole pairs")
   index = np.frombuffer(data, "<u8").astype(np.int64).reshape(-1, 2)
   ends = index.sum(axis=1) + FRAME_BYTES
-  # A length of 2**63 or more has become negative here, and sums that run over end below where they began.
+  # A length of 2**63 or more is negative here, and a sum that overflows ends below its beginning.
   if (
     (index < 0).any() or (ends < index[:, 0]).any() or not np.array_equal(index[1:, 0], ends[:-1]) or index[:1, 0].any()
   ):
@@ -279,20 +288,21 @@ def _stored_index(path):
   return index
 
 
-def salvage_index(path, records):
-  """The index of a shard that may be damaged: what can be known of where its records are.
+def salvage_index(path: str | os.PathLike, records: int) -> tuple[np.ndarray, str | None]:
+  """The index of a shard that may be corrupt, as far as it can be found.
 
-  No record is dropped: there are as many rows as records. No index of a damaged shard is written.
+  There is a row for every record. No index file of a corrupt shard is written.
 
   Args:
-    path: of the shard.
-    records: how many the shard held when it was written.
+    path: path of the shard.
+    records: number of records according to the manifest.
 
   Returns:
-    (int64 [records, 2] as of `load_index`, -1 where a record's place is unknown; words for what is wrong, or None).
+    (index, problem). index: int64 [records, 2] as of `load_index`; -1 if the place of a record is unknown. problem: a
+    message, or None if nothing is wrong.
 
   Raises:
-    UserError: the shard holds more records than that: it is another one.
+    UserError: the shard holds more records than the manifest says.
   """
   problem = None
   try:
@@ -304,7 +314,7 @@ def salvage_index(path, records):
     except UserError:
       index = None
     if index is None or len(index) != records:
-      index, _ = _scan_to_damage(path)
+      index, _ = _scan_to_error(path)
   if len(index) > records:
     raise UserError(f"shard {path} holds {len(index)} examples, the manifest says {records}")
   if len(index) < records:
@@ -322,6 +332,6 @@ def _rebuild_index(path):
   try:
     partial.write_bytes(index.astype("<u8").tobytes())
     os.replace(partial, index_path(path))
-  except OSError:  # A read-only folder: the scan is repeated at the next start.
+  except OSError:  # a read-only folder; the next start scans again
     pass
   return index

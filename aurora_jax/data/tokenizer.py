@@ -1,8 +1,8 @@
 """CLIP's byte-level BPE: trained on a data set's captions, or read from a Hugging Face CLIP folder.
 
-Captions are lower-cased, split into words, digits and punctuation, spelt in bytes and merged. Any text can be
-encoded. The row of ids that the text tower wants is: begin, words, end, zeros; too long a caption is cut, with the end
-in the last slot, as in the released models.
+Captions are lower-cased, split into words, digits and punctuation, encoded as bytes and merged. Any text can be
+encoded. A row of ids has the begin token, the words, the end token and zeros. A longer caption is cut, with the end
+token in the last position, as in the released models.
 """
 
 import json
@@ -22,7 +22,7 @@ END = "<|endoftext|>"
 PAD_ID = 0
 WORD_END = "</w>"
 
-# The whole of CLIP's splitting rule: special tokens, English contractions, runs of letters, single digits, the rest.
+# CLIP's splitting rule: special tokens, English contractions, runs of letters, single digits, the rest.
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 # Hugging Face writes a huge number for "no limit".
@@ -35,8 +35,8 @@ class Tokenizer:
 
   Attributes:
     context_length: length N of a row.
-    begin_id, end_id: the ids that stand around a caption. In vocabularies trained here `end_id` is the highest id, so
-      that the largest id of a row marks the end of the text (OpenAI's rule) whatever the row holds.
+    begin_id, end_id: ids before and after a caption. In vocabularies trained here `end_id` is the highest id, so that
+      the largest id of a row always marks the end of the text (OpenAI's rule).
     vocabulary_size: number of ids.
   """
 
@@ -62,7 +62,7 @@ class Tokenizer:
     """Encodes captions: int32 [len(captions), context_length]."""
     rows = np.full((len(captions), self.context_length), PAD_ID, np.int32)
     for row, caption in zip(rows, captions, strict=True):
-      # One by one: the library's batch call starts threads, which do not survive a fork of worker processes.
+      # One at a time: the library's batch call starts threads, which do not survive a fork into worker processes.
       ids = self._backend.encode(caption, add_special_tokens=False).ids[: self.context_length - 2]
       row[: len(ids) + 2] = [self.begin_id, *ids, self.end_id]
     return rows
@@ -82,8 +82,8 @@ class Tokenizer:
 
     Args:
       captions: the texts.
-      vocabulary_size: at most so many ids: 512 for the bytes (inside and at the end of a word), 2 for begin and end,
-        the rest for merges, of which there are fewer if the captions offer fewer.
+      vocabulary_size: largest number of ids: 512 for the bytes (inside and at the end of a word), 2 for begin and end,
+        the rest for merges. There are fewer if the captions offer fewer merges.
       context_length: N of the rows.
 
     Returns:
@@ -118,7 +118,7 @@ class Tokenizer:
     `tokenizer.json`, `vocab.json`, `merges.txt`, `tokenizer_config.json`.
     """
     folder = pathlib.Path(folder)
-    # Written here: the library takes no folder whose name is not UTF-8.
+    # Written here, because the library takes no folder whose name is not UTF-8.
     whole = self._backend.to_str(pretty=True)
     model = json.loads(whole)["model"]
     in_order = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
@@ -141,7 +141,7 @@ class Tokenizer:
     """Reads the tokenizer of a CLIP folder, ours or Hugging Face's.
 
     Args:
-      folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`. Of a part of a Stable Diffusion (`text_encoder`)
+      folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`. For a part of Stable Diffusion (`text_encoder`),
         they are in the folder beside it (`tokenizer`).
       context_length: N of the rows; None takes `model_max_length` of `tokenizer_config.json`, else 77.
 
@@ -149,7 +149,7 @@ class Tokenizer:
       The tokenizer.
 
     Raises:
-      UserError: no such files, or they are damaged.
+      UserError: no such files, or they are corrupt.
     """
     folder = _folder_of(pathlib.Path(folder))
     try:
@@ -169,7 +169,7 @@ class Tokenizer:
 
 
 def _folder_of(folder: pathlib.Path) -> pathlib.Path:
-  """Where the tokenizer of a model's folder is: in it, or in its neighbour: tokenizer_2 beside text_encoder_2."""
+  """The folder of a model's tokenizer: the model's, or the one beside it, such as tokenizer_2 beside text_encoder_2."""
   if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
     return folder
   name = folder.resolve().name

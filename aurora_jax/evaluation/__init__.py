@@ -1,1 +1,1 @@
-"""Features, metrics, protocols, and the pictures and pages a person looks at."""
+"""Features, metrics, protocols, samplers and the judge."""

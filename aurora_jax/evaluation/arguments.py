@@ -1,4 +1,4 @@
-"""Checks of what a person asks to sample. Needs no JAX, so that a wrong flag is answered at once."""
+"""Checks of sampling arguments. Imports no JAX, so that a wrong flag is reported at once."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from aurora_jax import text
 from aurora_jax.errors import UserError
 
-# CLIP reads at most 77 tokens; a text this long is a mistake (a file's content in place of its name, say).
+# CLIP reads at most 77 tokens. A longer text is a mistake, such as a file's content in place of its name.
 LONGEST_PROMPT = 1000
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-  """Raises UserError for a prompt that is empty, absurdly long, or no text."""
+  """Raises `UserError` if a prompt is empty, has more than `LONGEST_PROMPT` characters, or is not text."""
   for prompt in prompts:
     shown = text.printable(prompt, 43)
     if not prompt.strip():

@@ -1,4 +1,4 @@
-"""How much the pictures of one prompt differ, beside how much those of different prompts do."""
+"""Diversity: how much images of one prompt differ, compared with images of different prompts."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Diversity:
-  """How much pictures differ, as root mean square distance of pixels in [-1, 1].
+  """Differences of images, as root mean square distances of pixels in [-1, 1].
 
   Attributes:
-    within: mean over pairs of pictures of the same prompt; 0 means that latents change nothing.
-    between: mean over pairs of pictures of different prompts: the yardstick.
+    within: mean over pairs of images of the same prompt; 0 if the latents change nothing.
+    between: mean over pairs of images of different prompts.
     ratio: within / between.
   """
 
@@ -20,14 +20,14 @@ class Diversity:
   ratio: float
 
 
-def diversity(images):
-  """How much the pictures of one prompt differ, beside how much those of different prompts do.
+def diversity(images: np.ndarray) -> Diversity:
+  """Compares the images of each prompt with each other and with those of other prompts.
 
   Args:
     images: [P, L, R, R, 3] in [-1, 1].
 
   Returns:
-    Diversity; `within` is NaN for one latent, `between` for one prompt.
+    `Diversity`. With one latent `within` is NaN; with one prompt `between` is.
   """
   images = np.asarray(images, np.float32)
   prompts, latents = images.shape[:2]

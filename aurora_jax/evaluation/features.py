@@ -1,4 +1,4 @@
-"""What Frechet distances compare: features of images by a frozen network."""
+"""Features of images by a frozen network, which Frechet distances compare."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ class Extractor(NamedTuple):
   """A network that turns images into features.
 
   Attributes:
-    name: short, for names of metrics: "clip".
-    description: in full, written next to every number.
+    name: short name for metrics: "clip".
+    description: full description, written next to every number.
     width: D.
-    variables: host arrays, or None where they are `frozen[frozen_name]` of the run.
-    frozen_name: see there.
+    variables: host arrays, or None if they are `frozen[frozen_name]` of the run.
+    frozen_name: name of the run's frozen network, or "".
     apply: (variables, [B, R, R, 3] in [-1, 1]) -> [B, D].
   """
 
@@ -33,10 +33,15 @@ class Extractor(NamedTuple):
 
 
 def of_schedule(experiment: Experiment, system: base.System, frozen: base.Frozen) -> Extractor | None:
-  """The features that `schedule` asks for; None for a run without stages.
+  """The extractor of the features that the config group `schedule` names; None for a run without stages.
+
+  Args:
+    experiment: the configuration.
+    system: the run's system.
+    frozen: the run's frozen networks.
 
   Raises:
-    UserError: the weights are missing or damaged.
+    UserError: the weights are missing or corrupt.
   """
   cfg = experiment.schedule
   if not cfg.resolutions:

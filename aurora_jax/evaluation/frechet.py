@@ -1,10 +1,11 @@
-"""Frechet distances of a run's own pictures: two sets of the training split against each other, or against generated ones.
+"""Frechet distances during training: between two sets of real images, and between real and generated images.
 
-The sets are the same at every resolution and step: 2n different pictures drawn by the seed, the first n (A) and the others
-(B). The reference is the distance of B from A; the generator's is that of pictures for B's captions from A, so that captions
-and pictures of A are as strange to it as those of B. Real pictures are shrunk as the discriminator's are.
+Both sets are the same at every resolution and step. The seed draws 2n different images of the training split: set A has
+the first n, set B the others. The reference is the distance between A and B. The generator's distance is that between A
+and images generated for B's captions, so that neither comparison uses the same captions twice. Real images are reduced
+like those for the discriminator.
 
-Features come from the devices whole, and every process adds up the moments of the same global batches (ops/frechet.py).
+Every process computes the moments of the same global batches (ops/frechet.py).
 """
 
 import concurrent.futures
@@ -31,23 +32,23 @@ class Distances:
   """Takes the distances of a run.
 
   Attributes:
-    name: of the features, short, for names of metrics: "frechet_clip".
-    features: of the features, in full, written next to every number.
-    count: images in each set.
-    description: all of that for a person.
+    name: short name for metrics: "frechet_clip".
+    features: full description of the features, written next to every number.
+    count: n, images in each set.
+    description: features and count, for messages.
   """
 
   def __init__(self, system: base.System, dataset: Dataset, frozen: base.Frozen, extractor: Extractor):
-    """Chooses the images; reads none and compiles nothing.
+    """Chooses the images. Reads none and compiles nothing.
 
     Args:
-      system: the whole one.
+      system: the system at its last stage.
       dataset: the training split.
       frozen: the run's frozen networks, on the devices.
-      extractor: of the features.
+      extractor: extractor of the features.
 
     Raises:
-      UserError: the split is too small.
+      UserError: the split has fewer than 4 images.
     """
     experiment = system.experiment
     cfg, train = experiment.schedule, experiment.train
@@ -60,26 +61,26 @@ class Distances:
     self._layout, self._frozen, self._extractor = system.layout, frozen, extractor
     own = frozen.get(extractor.frozen_name) if extractor.frozen_name else None
     self._variables = own if own is not None else hosts.replicate(self._layout.replicated, extractor.variables)
-    # The batch of training, which the devices are known to hold.
-    self._batch, self._rows = train.batch_size, hosts.own_rows(self._layout.batch, train.batch_size)
+    # The batch size of training fits into the devices' memory.
+    self._batch, self._rows = train.batch_size, hosts.local_rows(self._layout.batch, train.batch_size)
     seed = int(shuffle.fold(train.seed, zlib.crc32(_PURPOSE.encode()))[0] >> np.uint64(1))
     self._places = functools.partial(shuffle.epoch_permutation, seed, 0, len(dataset))
     self._key = np.asarray(jax.random.key_data(random_keys.fold(jax.random.key(train.seed), _PURPOSE)))
-    self._real = {}  # {the present resolution: moments of A}
-    self._generator = {}  # {the present resolution: program}
+    self._real = {}  # {current resolution: moments of A}
+    self._generator = {}  # {current resolution: program}
 
   def reference(self, resolution: int, keep_on: Callable[[], bool]) -> float | None:
-    """The distance between the two sets of real pictures at a resolution; None where `keep_on()` became False."""
+    """The distance between A and B at a resolution; None if `keep_on()` became False."""
     extract = self._real_program(resolution)
     first = self._of_real(extract, 0, keep_on)
     second = first and self._of_real(extract, self.count, keep_on)
     if not second:
       return None
     self._real = {resolution: first}
-    return hosts.float_from_first(frechet.distance(first, second))
+    return hosts.float_from_primary(frechet.distance(first, second))
 
   def generated(self, resolution: int, state: base.TrainState, keep_on: Callable[[], bool]) -> float | None:
-    """The distance of a state's pictures (of its averaged weights) from set A; None where `keep_on()` became False."""
+    """The distance between A and images of a state's averaged weights; None if `keep_on()` became False."""
     if resolution not in self._real:  # a resumed run
       first = self._of_real(self._real_program(resolution), 0, keep_on)
       if first is None:
@@ -97,7 +98,7 @@ class Distances:
       return extract(weights, self._variables, inputs, np.uint32(number), self._key)
 
     moments = self._moments(self.count, features, keep_on)
-    return None if moments is None else hosts.float_from_first(frechet.distance(self._real[resolution], moments))
+    return None if moments is None else hosts.float_from_primary(frechet.distance(self._real[resolution], moments))
 
   def _of_real(self, extract, first, keep_on):
     layout = self._layout
@@ -110,21 +111,24 @@ class Distances:
     return self._moments(first, features, keep_on)
 
   def _moments(self, first, features, keep_on):
-    """Moments of the pictures at places `first` to `first + count` of the permutation, or None.
+    """Moments of the images at places `first` to `first + count` of the permutation.
 
     Args:
-      first: int.
-      features: (number of the batch, this process's places) -> [batch, D] on every device.
-      keep_on: as of `Growing.advance`.
+      first: first place.
+      features: (number of the batch, places of this process) -> [batch, D] on every device.
+      keep_on: asked before every batch; False ends the computation.
+
+    Returns:
+      `frechet.Moments`, or None if `keep_on()` became False.
     """
     moments, waiting = frechet.Moments(self._extractor.width), None
     for number in range(-(-self.count // self._batch)):
       if not keep_on():
         return None
-      # The last batch is filled up with its last picture, which does not count.
+      # The last batch is filled with copies of its last image, which are left out of the moments.
       places = np.minimum(number * self._batch + self._rows, self.count - 1)
       found = features(number, first + places)
-      if waiting is not None:  # while this batch is on its way
+      if waiting is not None:  # while the devices compute this batch
         moments.add(np.asarray(waiting))
       waiting = found
     moments.add(np.asarray(waiting)[: (self.count - 1) % self._batch + 1])
@@ -136,7 +140,7 @@ class Distances:
       return list(pool.map(functools.partial(self._example, pixels=pixels), places.tolist()))
 
   def _example(self, place, pixels):
-    """An unreadable record is replaced by what stands 2n places further on, the same whenever and wherever it is asked for."""
+    """Reads the example at a place. An unreadable record is replaced by the one 2n places further on."""
     size, side = len(self._dataset), self._experiment.resolution
     for attempt in range(size):
       number = int(self._places((place + attempt * 2 * self.count) % size)[0])
@@ -161,7 +165,7 @@ class Distances:
       keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), number), self._batch)
       latents = jax.lax.with_sharding_constraint(jax.vmap(system.draw_latents)(keys), layout.batch)
       networks = {
-        name: {**values, "params": system.gather(name, values["params"])} for name, values in weights.networks.items()
+        name: {**values, "params": system.unshard(name, values["params"])} for name, values in weights.networks.items()
       }
       condition = system.condition(networks, weights.frozen, inputs)
       return self._extractor.apply(variables, system.sample(networks, weights.frozen, condition, latents).image)

@@ -1,7 +1,7 @@
-"""From prompt to prompt in linear steps on what a system makes of a text, as the released Aurora script does it.
+"""Interpolates between prompts in linear steps of a system's condition, as the released Aurora script does.
 
-By default only those parts of a condition move that the system does not hold fixed (Aurora: the local tokens, which
-cross-attention looks at; the global text, and with it w, stays the first prompt's).
+Some parts of a condition stay fixed by default (`System.fixed_text`). In Aurora only the local tokens move, which
+cross-attention reads; the global text, and with it w, stays that of the first prompt.
 
   P prompts, L latents, M latents of a mean, S all steps of a path, R resolution
 """
@@ -16,12 +16,12 @@ from aurora_jax.evaluation import sampling
 
 
 def path(conditions: Mapping[str, np.ndarray], steps: int, fixed: Collection[str] = ()) -> dict[str, np.ndarray]:
-  """Linear steps through conditions, both ends of each pair among them.
+  """Linear steps through conditions, including both ends of each pair.
 
   Args:
     conditions: {name: [P, ...]} of P >= 2 prompts.
-    steps: steps per pair, at least 2: the prompt itself, `steps` - 2 between, the next prompt.
-    fixed: names that stay at the first prompt's value.
+    steps: steps per pair, at least 2: the prompt, `steps` - 2 between, the next prompt.
+    fixed: names of parts that keep the first prompt's value.
 
   Returns:
     {name: [S, ...]}, S = (P - 1) * (steps - 1) + 1; prompt p is step p * (steps - 1).
@@ -52,22 +52,22 @@ def interpolate(
   sampler: sampling.Sampler,
   weights: sampling.Weights,
   prompts: Sequence[str],
-  given: latents_lib.Latents,
+  latents: latents_lib.Latents,
   *,
   steps: int = 9,
   move_all: bool = False,
   psi: float = 0.2,
   on_batch: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-  """Images on the way through prompts, the same latents at every step.
+  """Images between prompts, with the same latents at every step.
 
   Args:
-    sampler: of the system.
-    weights: what is sampled from.
+    sampler: sampler of the system.
+    weights: networks to sample from.
     prompts: P >= 2.
-    given: latents of one prompt: values [1, L, ...], means [1, M, ...].
+    latents: those of one prompt: values [1, L, ...], means [1, M, ...].
     steps: as of `path`.
-    move_all: every part of the condition moves.
+    move_all: whether every part of the condition moves.
     psi: truncation, 0 to 1.
     on_batch: as of `Sampler`.
 
@@ -81,5 +81,5 @@ def interpolate(
   conditions = path(sampler.read(weights, prompts), steps, fixed)
   length = len(next(iter(conditions.values())))
   everywhere = lambda part: {name: np.broadcast_to(v, (length, *v.shape[1:])) for name, v in part.items()}
-  noise = latents_lib.Latents(everywhere(given.values), everywhere(given.means))
+  noise = latents_lib.Latents(everywhere(latents.values), everywhere(latents.means))
   return sampler.sample_conditions(weights, conditions, noise, psi=psi, on_batch=on_batch).images.swapaxes(0, 1)

@@ -1,24 +1,25 @@
-"""The random latents behind pictures: drawn from a seed, or read from and written to a file.
+"""Random latents of images: drawn from a seed, or read from and written to a file.
 
-With such a file a picture can be made again elsewhere: the released PyTorch scripts give the same picture for the same
-latents, whereas no two frameworks draw the same numbers from the same seed.
+Different frameworks draw different numbers from the same seed. With a file of latents, the released PyTorch scripts
+give the same image.
 
 Axis letters: P prompts, L latents per prompt, M latents whose mean w is a prompt's own mean, Z width of z.
 """
 
 import dataclasses
 import functools
-import io
 import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from aurora_jax import files
 from aurora_jax.errors import UserError
+from aurora_jax.evaluation import latents_files
+from aurora_jax.evaluation.latents_files import check_name, load
+
+__all__ = ["MEAN_LATENTS", "DrawOne", "Latents", "check_name", "draw", "fit", "load", "save"]
 
 # Latents whose mean w is a prompt's own mean (released script).
 MEAN_LATENTS = 16
@@ -26,16 +27,15 @@ MEAN_LATENTS = 16
 # What a key is drawn for.
 _LATENT, _MEAN = 0, 1
 
-_SUFFIXES = (".npz", ".safetensors")
-
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
   """The latents of P prompts.
 
   Attributes:
-    values: {name: float32 [P, L, ...]}, one image each; names as of `System.draw_latents`, "z" first of all.
-    means: {name: float32 [P, M, ...]}: truncation moves toward their mean. Empty, or M = 0: no such move.
+    values: {name: float32 [P, L, ...]}, the latents of each image. The names are those of `System.draw_latents`, "z"
+      first.
+    means: {name: float32 [P, M, ...]}. Truncation moves toward their mean. If empty, or M = 0, it does not.
   """
 
   values: dict[str, np.ndarray]
@@ -57,7 +57,7 @@ class Latents:
     return next(iter(self.means.values())).shape[1] if self.means else 0
 
   def of_prompts(self, positions: np.ndarray) -> "Latents":
-    """Those of some prompts."""
+    """The latents of the prompts at some positions."""
     return Latents(*({name: v[positions] for name, v in part.items()} for part in (self.values, self.means)))
 
 
@@ -76,7 +76,7 @@ def _draw_all(draw_one, seed, purpose, prompts, count):
 
 
 def draw(draw_one: DrawOne, seed: int, prompts: np.ndarray, latents: int, mean_latents: int) -> Latents:
-  """Draws latents; each depends on the seed, its prompt's position and its own position, and on nothing else.
+  """Draws latents. Each depends only on the seed, the position of its prompt and its own position.
 
   Args:
     draw_one: `System.draw_latents`.
@@ -96,44 +96,6 @@ def draw(draw_one: DrawOne, seed: int, prompts: np.ndarray, latents: int, mean_l
   return Latents(each(_LATENT, latents), each(_MEAN, mean_latents))
 
 
-def check_name(path):
-  """Raises UserError if the name of a latents file says no format that there is."""
-  if pathlib.Path(path).suffix.lower() not in _SUFFIXES:
-    raise UserError(f"a file of latents ends in {' or '.join(_SUFFIXES)}, not {path}")
-
-
-def load(path: str) -> dict[str, np.ndarray]:
-  """Reads a file of latents as it is; `fit` checks it against what is wanted.
-
-  Args:
-    path: .npz or .safetensors with `z` [L, Z] or [P, L, Z] and perhaps `mean_z` [M, Z] or [P, M, Z]; a system with further
-      latents has them under their names too.
-
-  Raises:
-    UserError: not such a file, no `z`, or values that are no finite numbers.
-  """
-  check_name(path)
-  if not pathlib.Path(path).is_file():
-    raise UserError(f"file of latents not found: {path}")
-  try:
-    if pathlib.Path(path).suffix.lower() == ".npz":
-      with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    else:
-      arrays = safetensors.numpy.load_file(path)
-  except Exception as error:  # each library has its own exceptions for a damaged file
-    raise UserError(f"cannot read the latents in {path}: {error}") from error
-  if "z" not in arrays:
-    raise UserError(f"{path} must hold an array 'z', it holds {', '.join(sorted(arrays)) or 'nothing'}")
-  for name, array in arrays.items():
-    if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
-      raise UserError(
-        f"{path}: '{name}' must be finite floats [count, width] or [prompts, count, width], it is "
-        f"{array.dtype} {list(array.shape)}"
-      )
-  return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
 def fit(
   arrays: dict[str, np.ndarray],
   path: str,
@@ -144,16 +106,16 @@ def fit(
   otherwise: int = MEAN_LATENTS,
   seed: int = 0,
 ) -> Latents:
-  """Makes the arrays of a file the latents of some prompts. An array without an axis of prompts is used for every one.
+  """The latents of some prompts from the arrays of a file. An array without a prompt axis is used for every prompt.
 
   Args:
-    arrays: as of `load`.
-    path: its name, for errors.
+    arrays: arrays of the file, as of `load`.
+    path: name of the file, for errors.
     prompts: P.
-    draw_one: `System.draw_latents`; its shapes are what the file must have.
-    mean_latents: M; None takes the file's, or draws `otherwise` ones where the file has none.
-    otherwise: see there.
-    seed: of drawn ones.
+    draw_one: `System.draw_latents`, which has the shapes that the file must have.
+    mean_latents: M. None takes the file's, or draws `otherwise` latents if the file has none.
+    otherwise: see `mean_latents`.
+    seed: seed of drawn latents.
 
   Raises:
     UserError: other names, another width or number of prompts, or another M than the file's.
@@ -191,15 +153,5 @@ def save(latents: Latents, path: str) -> pathlib.Path:
   Raises:
     UserError: it cannot be written.
   """
-  check_name(path)
   arrays = latents.values | {f"mean_{name}": array for name, array in latents.means.items()}
-  arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-  if pathlib.Path(path).suffix.lower() == ".npz":
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    content = content.getvalue()
-  else:
-    content = safetensors.numpy.save(arrays)
-  with files.whole_file(path) as tmp_path:
-    tmp_path.write_bytes(content)
-  return pathlib.Path(path)
+  return latents_files.save({name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, path)

@@ -1,7 +1,7 @@
 """Sampling from any system, on one device or a whole mesh: sample grids, `sample`, `interpolate` and `evaluate`.
 
-P prompts, L latents per prompt, M latents of a prompt's mean, K values of psi, C prompts at once, B rows of a batch (one
-row is one prompt with one latent and one psi), R resolution
+P prompts, L latents per prompt, M latents of a prompt's mean, K values of psi, C prompts at once, B rows of a batch
+(one row is one prompt with one latent and one psi), R resolution
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,11 @@ MEAN_LATENTS = latents_lib.MEAN_LATENTS
 
 
 class Samples(NamedTuple):
-  """Images of P prompts with L latents each, as numpy arrays; the axis K is there if several psi were asked for.
+  """Images of P prompts with L latents each, as numpy arrays. The axis K exists if psi is a sequence.
 
   Attributes:
-    images: float32 [P, L, (K,) R, R, 3], about [-1, 1] (generators have no final limit).
-    choices: {name: int32 [P, L, (K,) ...]} as of `base.Sample`; empty unless asked for.
+    images: float32 [P, L, (K,) R, R, 3], about [-1, 1]; generators do not clip them.
+    choices: {name: int32 [P, L, (K,) ...]} as of `base.Sample`; empty unless requested.
   """
 
   images: np.ndarray
@@ -33,19 +33,19 @@ class Samples(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """What is sampled from: {network: variables}, and the frozen networks."""
+  """The networks of a sampler: {network: variables}, and the frozen networks."""
 
   networks: Mapping[str, base.Variables]
   frozen: base.Frozen
 
 
 class Sampler:
-  """The compiled sampling programs of a system. Make one and keep it.
+  """The compiled sampling programs of a system. A new sampler compiles anew.
 
   Attributes:
     system: the system.
     batch_size: B, images per call, a multiple of the devices.
-    prompts_at_once: C. Prompts are read in groups of this size, so only one group's condition is held.
+    prompts_at_once: C. Prompts are processed in groups of this size; only the condition of one group is in memory.
   """
 
   def __init__(
@@ -60,9 +60,9 @@ class Sampler:
 
     Args:
       system: the system.
-      batch_size: None takes what suits the system.
-      prompts_at_once: None takes as many as images.
-      compile_quickly: on a CPU, prefer a short compilation to fast programs.
+      batch_size: None takes the system's default.
+      prompts_at_once: None takes `batch_size`.
+      compile_quickly: on a CPU, prefer short compilation to fast programs.
     """
     self.system, layout = system, system.layout
     batch_size = batch_size or system.sampling_batch_size
@@ -73,7 +73,7 @@ class Sampler:
 
     def gathered(networks):
       return {
-        name: {**variables, "params": system.gather(name, variables["params"])} for name, variables in networks.items()
+        name: {**variables, "params": system.unshard(name, variables["params"])} for name, variables in networks.items()
       }
 
     def condition(weights, inputs):
@@ -96,11 +96,11 @@ class Sampler:
     weights: Weights,
     prompts: Sequence[str],
     *,
-    latents: int = 1,
+    latents_per_prompt: int = 1,
     seed: int = 0,
     psi: float | Sequence[float] = 1.0,
     mean_latents: int = MEAN_LATENTS,
-    given: latents_lib.Latents | None = None,
+    latents: latents_lib.Latents | None = None,
     choices: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
   ) -> Samples:
@@ -109,25 +109,25 @@ class Sampler:
     Args:
       weights: `Weights`.
       prompts: P strings; for an unconditional system their number counts.
-      latents: L.
+      latents_per_prompt: L.
       seed: the same seed, prompt position and latent position give the same latents in any batch size.
-      psi: truncation, 0 to 1 (1 is none), or several: a sequence of K.
-      mean_latents: M; 0: no move toward the prompt's own mean.
-      given: latents of these prompts, in place of `latents`, `seed` and `mean_latents`.
-      choices: return `Samples.choices` too.
+      psi: truncation in [0, 1], 1 for none; or a sequence of K values.
+      mean_latents: M; with 0 truncation does not move toward the prompt's mean.
+      latents: those of these prompts, in place of `latents_per_prompt`, `seed` and `mean_latents`.
+      choices: whether to return `Samples.choices`.
       on_batch: called with (rows done, rows in all) after every batch, for a progress bar.
 
     Raises:
       UserError: no prompts or no latents, or a psi outside [0, 1].
     """
     count = len(prompts)
-    if given is None:
-      if count < 1 or latents < 1:
-        raise UserError(f"nothing to sample: {count} prompts, {latents} latents")
+    if latents is None:
+      if count < 1 or latents_per_prompt < 1:
+        raise UserError(f"nothing to sample: {count} prompts, {latents_per_prompt} latents")
       mean_latents = mean_latents if _moves(psi) else 0
-      draw = lambda group: latents_lib.draw(self.system.draw_latents, seed, group, latents, mean_latents)
+      draw = lambda group: latents_lib.draw(self.system.draw_latents, seed, group, latents_per_prompt, mean_latents)
     else:
-      draw = given.of_prompts
+      draw = latents.of_prompts
     return self._run(weights, count, self._reader(weights, prompts), draw, psi, choices, on_batch)
 
   def read(self, weights: Weights, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -140,18 +140,21 @@ class Sampler:
     self,
     weights: Weights,
     conditions: Mapping[str, np.ndarray],
-    given: latents_lib.Latents,
+    latents: latents_lib.Latents,
     *,
     psi: float | Sequence[float] = 1.0,
     choices: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
   ) -> Samples:
-    """Samples from conditions [P, ...], interpolated ones for example; otherwise as a call."""
+    """Samples from conditions [P, ...], such as interpolated ones. The other arguments are those of a call."""
     read = lambda group: {name: values[group] for name, values in conditions.items()}
-    return self._run(weights, given.prompts, read, given.of_prompts, psi, choices, on_batch)
+    return self._run(weights, latents.prompts, read, latents.of_prompts, psi, choices, on_batch)
 
   def _group(self, start, count):
-    """The prompts of a group; the last group is filled up with its last prompt: one shape, one compilation."""
+    """Positions of the prompts of a group.
+
+    The last group is filled with its last prompt, so that all have one shape.
+    """
     return np.minimum(np.arange(start, start + self.prompts_at_once, dtype=np.int32), count - 1)
 
   def _reader(self, weights, prompts):
@@ -180,12 +183,12 @@ class Sampler:
       total = count * latents * len(sweep)
       rows = np.arange(min(self.prompts_at_once, count - start) * latents * len(sweep), dtype=np.int32)
       for first in range(0, len(rows), self.batch_size):
-        # The last batch is filled up with other rows: with copies of one, statistics over the batch would be that one's.
+        # The last batch is filled with other rows. Copies of one row would change statistics over the batch.
         row = np.arange(first, first + self.batch_size, dtype=np.int32) % len(rows)
         which, value = row // len(sweep), sweep[row % len(sweep)]
         drawn_rows = {name: values[which] for name, values in flat.items()}
         running = self._sample_rows(weights, condition, *on_mesh((drawn_rows, which // latents, value)))
-        if waiting is not None:  # fetched only now that the next batch is under way
+        if waiting is not None:  # fetched while the devices compute the next batch
           done += _collect(*waiting, rows_done, choices)
           _report(on_batch, done, total)
         waiting = running, min(self.batch_size, len(rows) - first)
@@ -202,7 +205,7 @@ def _moves(psi):
 
 
 def _collect(sample, count, rows, choices):
-  """Keeps the first `count` rows of a batch; the others fill it up. Returns `count`."""
+  """Appends the first `count` rows of a batch; the others are padding. Returns `count`."""
   image = np.asarray(sample.image, np.float32)[:count]
   chosen = {name: np.asarray(values, np.int32)[:count] for name, values in sample.choices.items()} if choices else {}
   rows.append((image, chosen))
@@ -215,7 +218,15 @@ def _report(on_batch, done, total):
 
 
 def makers(system: base.System, samples: Samples) -> tuple[np.ndarray | None, int]:
-  """(int [P, L, (K)], how many there are): which generator made each image; (None, 0) for a system with a single one."""
+  """The generator that made each image, for systems with several.
+
+  Args:
+    system: the system.
+    samples: images with choices.
+
+  Returns:
+    (int [P, L, (K)], number of generators); (None, 0) for a system with one generator.
+  """
   for name, chosen in samples.choices.items():
     if chosen.ndim == samples.images.ndim - 3:
       return chosen, system.choice_count(name)
@@ -223,5 +234,5 @@ def makers(system: base.System, samples: Samples) -> tuple[np.ndarray | None, in
 
 
 def weights_of(system: base.System, state: base.TrainState, frozen: Any) -> Weights:
-  """What a training state is sampled from: the averages of the sampled networks."""
+  """The averaged weights of a training state's sampled networks."""
   return Weights({name: state.variables(name, ema=True) for name in system.sampled}, frozen)

@@ -1,4 +1,4 @@
-"""A trained generator out of a run's folder: averaged weights, the frozen networks it needs, and how to sample from it."""
+"""A trained generator from a run's folder: averaged weights, frozen networks and a sampler."""
 
 import dataclasses
 import pathlib
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
@@ -24,10 +25,10 @@ class TrainedGenerator:
 
   Attributes:
     folder: the run's folder.
-    system: of a run that grows, at the stage of the checkpoint.
-    step: of the checkpoint.
-    weights: averaged networks and frozen ones.
-    sampler: its compiled programs.
+    system: the system; for a run that grows, at the stage of the checkpoint.
+    step: step of the checkpoint.
+    weights: averaged and frozen networks.
+    sampler: compiled sampling programs.
   """
 
   folder: pathlib.Path
@@ -38,16 +39,16 @@ class TrainedGenerator:
 
   @property
   def experiment(self) -> Experiment:
-    """The configuration; of a run that grows, at the stage of the checkpoint."""
+    """The configuration; for a run that grows, at the stage of the checkpoint."""
     return self.system.experiment
 
   def sample(self, prompts: Sequence[str], **options: Any) -> sampling.Samples:
-    """Samples prompts; the options are those of `sampling.Sampler`."""
+    """Samples prompts. The options are those of `sampling.Sampler`."""
     return self.sampler(self.weights, list(prompts), **options)
 
-  def interpolate(self, prompts: Sequence[str], given: latents_lib.Latents, **options: Any):
-    """From prompt to prompt; the options are those of `interpolation.interpolate`. Returns images [L, S, R, R, 3]."""
-    return interpolation.interpolate(self.sampler, self.weights, list(prompts), given, **options)
+  def interpolate(self, prompts: Sequence[str], latents: latents_lib.Latents, **options: Any) -> np.ndarray:
+    """Interpolates between prompts: images [L, S, R, R, 3]. The options are those of `interpolation.interpolate`."""
+    return interpolation.interpolate(self.sampler, self.weights, list(prompts), latents, **options)
 
 
 def load(
@@ -64,23 +65,23 @@ def load(
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None takes the newest.
-    batch_size: images per call of the sampler; None takes what suits the system.
-    images: how many there will be in all, if known: a larger batch would be filled up with idle work.
+    step: step of the checkpoint; None takes the newest.
+    batch_size: images per call of the sampler; None takes the system's default.
+    images: number of images to be sampled in all, if known. It limits the batch size.
     prompts_at_once: as of `sampling.Sampler`.
-    clip: a CLIP folder in place of the one that the run's configuration names.
-    dtype: of the weights and the arithmetic: "float32", or "bfloat16" for half the memory; None: weights in float32,
-      arithmetic as in training.
+    clip: a CLIP folder in place of the one in the run's configuration.
+    dtype: type of the weights and the arithmetic: "float32", or "bfloat16" for half the memory. None: weights in
+      float32, arithmetic as in training.
 
   Raises:
-    UserError: no such run, no checkpoint, its CLIP folder is gone, or the CLIP is of another width.
+    UserError: no such run, no checkpoint, no CLIP folder, or a CLIP of another width.
   """
   folder = workdir_lib.RunFolder(workdir)
   if not folder.path.is_dir():
     raise UserError(f"run folder not found: {workdir}")
   experiment = stages.at_checkpoint(_adjusted(folder.experiment(), clip, dtype), folder.checkpoints, step)
   system = registry.system_class(experiment.system)(experiment, mesh_lib.single_device())
-  frozen = _load_frozen(system, clip)  # the small and doubtful things first: the weights may be gigabytes
+  frozen = _load_frozen(system, clip)  # first, because it is small and may be missing
   step, networks = _read_networks(system, folder.checkpoints, step, dtype)
   batch_size = batch_size or system.sampling_batch_size
   sampler = sampling.Sampler(system, batch_size if images is None else min(batch_size, images), prompts_at_once)
@@ -98,7 +99,7 @@ def _adjusted(experiment, clip, dtype):
 
 
 def _load_frozen(system, clip):
-  """The frozen networks; an error says that the run's configuration named them, and which flag names others."""
+  """The frozen networks. An error says that the path comes from the run's configuration, and which flag replaces it."""
   try:
     return system.load_sampling_frozen()
   except UserError as error:
@@ -125,7 +126,7 @@ def _read_networks(system, folder, step, dtype):
 
 
 def _cast(params, dtype):
-  """Another float type for all parameters, leaf by leaf: `params` is emptied, so no second copy exists."""
+  """Casts all parameters, leaf by leaf. `params` is emptied, so that no second copy exists."""
   leaves, structure = jax.tree.flatten(params)
   params.clear()
   for i, leaf in enumerate(leaves):

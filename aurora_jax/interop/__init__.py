@@ -1,1 +1,1 @@
-"""Other people's checkpoints: released Aurora (PyTorch), CLIP (Hugging Face)."""
+"""File formats and name maps of other programs' checkpoints: safetensors, PyTorch, CLIP, DINO, Inception."""

@@ -1,8 +1,8 @@
-"""Hugging Face CLIP folders: read (downloaded ones and our own) and written (so that `transformers` reads ours).
+"""Reads and writes Hugging Face CLIP folders. `train-clip` writes such folders too, and `transformers` reads them.
 
 A folder holds `config.json`, `model.safetensors` (or shards with an index, or `pytorch_model.bin`, or a variant of one
-precision such as `model.fp16.safetensors`), the tokenizer's files and `preprocessor_config.json`. The text tower alone, as
-Stable Diffusion has it, is enough for encoding prompts.
+precision such as `model.fp16.safetensors`), the tokenizer's files and `preprocessor_config.json`. The text tower alone,
+as in Stable Diffusion, is enough to encode prompts.
 """
 
 import dataclasses
@@ -19,12 +19,10 @@ import safetensors.numpy
 from aurora_jax import files
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
-from aurora_jax.interop import clip_names, tensor_files, weight_files
+from aurora_jax.interop import clip_names, name_map, tensor_files, weight_files
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, abstract_variables
 
-_NAMES_IN_AN_ERROR = 6
-
-# What Hugging Face means where a config.json is silent.
+# Hugging Face's values for fields that a config.json leaves out.
 _TEXT_DEFAULTS = {
   "vocab_size": 49408,
   "hidden_size": 512,
@@ -49,7 +47,7 @@ _IMAGE_DEFAULTS = {
 }
 _EMBEDDING_WIDTH_DEFAULT = 512
 _WHOLE, _TEXT_TOWER = "clip", "clip_text_model"  # model types
-# What a text tower alone may lack: both are for comparing it with images.
+# A text tower alone may lack these, which compare it with images.
 _OF_BOTH_TOWERS = ("text_projection.weight", "logit_scale")
 
 
@@ -58,10 +56,10 @@ class ClipBundle:
   """A CLIP, ready to use.
 
   Attributes:
-    config: its sizes.
-    variables: {"params": ...}, float32 numpy arrays on the host: `jax.device_put` them once, to where they are wanted.
-    tokenizer: list of str -> int32 [B, context_length].
-    projects: whether it has the text projection; a folder of a text tower need not. Without it `TextOutput.embedding` is
+    config: the sizes.
+    variables: {"params": ...}, float32 numpy arrays on the host. Callers put them on the devices once.
+    tokenizer: captions -> int32 [B, context_length].
+    projects: whether there is a text projection. The folder of a text tower may lack it; `TextOutput.embedding` is then
       NaN.
   """
 
@@ -70,7 +68,7 @@ class ClipBundle:
   tokenizer: Tokenizer
   projects: bool = True
 
-  def module(self, **options) -> Clip:
+  def module(self, **options: Any) -> Clip:
     """The Flax module; the options are those of `Clip` (dtype, remat)."""
     return Clip(self.config, **options)
 
@@ -82,19 +80,19 @@ class ClipBundle:
 def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
   """Reads a CLIP folder: one of `train-clip`, or a Hugging Face one (ViT-B/32, ViT-L/14, OpenCLIP exports, ...).
 
-  Weights of any float type become float32. They are read one tensor at a time: never a second copy of the model.
+  Weights of any float type become float32. They are read one tensor at a time, so no second copy is in memory.
 
   Args:
     folder: the folder.
-    text_only: leave out the image tower, three quarters of a ViT-L/14: enough for encoding prompts. A folder that has
-      only the text tower will do (`text_encoder` of Stable Diffusion, with the tokenizer in it or in `tokenizer` beside
-      it); then the config's image tower is one of the default sizes.
+    text_only: whether to leave out the image tower, three quarters of a ViT-L/14. The folder may then be that of a text
+      tower alone, such as `text_encoder` of Stable Diffusion, with the tokenizer in it or in `tokenizer` beside it. The
+      config's image tower then has default sizes.
 
   Returns:
-    ClipBundle.
+    `ClipBundle`.
 
   Raises:
-    UserError: no such folder, not a CLIP, or weights that do not fit its config (all named).
+    UserError: no such folder, not a CLIP, or weights that do not fit its config. All misfits are named.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -117,47 +115,43 @@ def _only_text(folder: pathlib.Path) -> UserError:
 
 
 def _fill(config: ClipConfig, weights: dict[str, Any], folder: pathlib.Path, text_only: bool) -> dict[str, Any]:
-  """Our parameter tree from named tensors; every misfit goes into one error. With `text_only` the text tower counts."""
-  abstract = abstract_variables(config)["params"]
+  """Our parameter tree from named tensors, with `text_only` that of the text tower. All misfits go into one error."""
+  # Shapes are found by tracing, layer by layer; the image tower's do not matter where it is left out.
+  traced = dataclasses.replace(config, image=dataclasses.replace(config.image, layers=1)) if text_only else config
+  abstract = abstract_variables(traced)["params"]
   entries = {entry.name: entry for entry in clip_names.entries(config)}
-  optional, ignored = (), ("position_ids",)  # old files carry the position numbers as a buffer
+  optional, ignored = (), ("position_ids",)  # old files store the position numbers as a buffer
   if text_only:
     abstract = {name: leaf for name, leaf in abstract.items() if not name.startswith("image")}
     entries = {name: entry for name, entry in entries.items() if entry.path.split("/")[0] in abstract}
     optional = _OF_BOTH_TOWERS
     weights = {name: value for name, value in weights.items() if not name.startswith(("vision_model.", "visual_"))}
-  missing = sorted(entries.keys() - weights.keys() - set(optional))
-  unknown = sorted(name for name in weights.keys() - entries.keys() if not name.endswith(ignored))
-  misshapen = []
+  found = name_map.shapes({name: value for name, value in weights.items() if not name.endswith(ignored)})
+  # A scalar may be stored as a tensor of one element, such as OpenCLIP's temperature.
+  scalars = {name for name, entry in entries.items() if entry.shape == () and found.get(name) == (1,)}
+  name_map.check(
+    f"the weights in {folder} do not fit its config.json",
+    found | dict.fromkeys(scalars, ()),
+    {name: entry.shape for name, entry in entries.items()},
+    optional=optional,
+  )
   params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
   for name, entry in entries.items():
-    if name not in weights:
-      entry.leaf(params)[entry.index] = np.nan
-      continue
-    array = weights[name]
-    if array.shape == entry.shape:
-      entry.leaf(params)[entry.index] = entry.layout.to_ours(array.read())
-    elif entry.shape == () and array.shape == (1,):  # of a one-element tensor, such as OpenCLIP's temperature
-      entry.leaf(params)[entry.index] = array.read()[0]
-    else:
-      misshapen.append(f"{name} {list(array.shape)} instead of {list(entry.shape)}")
-  problems = []
-  for what, names in (("missing", missing), ("left over", unknown), ("misshapen", misshapen)):
-    if names:
-      more = f" and {len(names) - _NAMES_IN_AN_ERROR} more" if len(names) > _NAMES_IN_AN_ERROR else ""
-      problems.append(f"{what}: {', '.join(names[:_NAMES_IN_AN_ERROR])}{more}")
-  if problems:
-    raise UserError(f"the weights in {folder} do not fit its config.json; {'; '.join(problems)}")
+    array = weights[name].read().reshape(entry.shape) if name in weights else None
+    entry.leaf(params)[entry.index] = np.nan if array is None else entry.layout.to_ours(array)
   return params
 
 
 def read_config(folder: pathlib.Path) -> ClipConfig:
-  """config.json (and preprocessor_config.json, for the colours) as a ClipConfig.
+  """Reads a `ClipConfig` from config.json and, for the colors, preprocessor_config.json.
 
-  A text tower's own config is taken too; the image tower is then of the default sizes.
+  From the config of a text tower alone, the image tower gets default sizes.
+
+  Args:
+    folder: the folder.
 
   Raises:
-    UserError: it is none of a CLIP.
+    UserError: no config.json, or that of another model.
   """
   path = folder / "config.json"
   values = weight_files.read_json(path)
@@ -173,12 +167,12 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
         raise UserError(f"{path}: {name} is {tower[name]!r}, where {default!r} would be usual")
   if image["num_channels"] != 3:
     raise UserError(f"{path}: images of {image['num_channels']} channels are not supported, only 3")
-  colours = {}
+  colors = {}
   if (folder / "preprocessor_config.json").is_file():
     processor = weight_files.read_json(folder / "preprocessor_config.json")
-    for theirs, ours in (("image_mean", "mean"), ("image_std", "deviation")):
+    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
       if theirs in processor:
-        colours[ours] = tuple(processor[theirs])
+        colors[ours] = tuple(processor[theirs])
   try:
     return ClipConfig(
       text=TextConfig(
@@ -187,7 +181,7 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
         context_length=text["max_position_embeddings"],
         eot_id=text["eos_token_id"],
       ),
-      image=ImageConfig(**_tower_values(image), size=image["image_size"], patch=image["patch_size"], **colours),
+      image=ImageConfig(**_tower_values(image), size=image["image_size"], patch=image["patch_size"], **colors),
       embedding_width=values.get("projection_dim") or _EMBEDDING_WIDTH_DEFAULT,
     )
   except (TypeError, ValueError) as error:
@@ -197,8 +191,8 @@ def read_config(folder: pathlib.Path) -> ClipConfig:
 def _tower_config(path: pathlib.Path, values: dict, tower: str) -> dict:
   """A tower's values, as `transformers` 5 reads them.
 
-  Old configs repeat a tower's values under "..._config_dict". Where that stands, its values win, and where it is silent
-  the defaults do, not the values of "..._config".
+  Old configs repeat a tower's values under "..._config_dict". If that exists, its values take precedence, and its
+  missing values are the defaults, not those of "..._config".
   """
   defaults = _TEXT_DEFAULTS if tower == "text" else _IMAGE_DEFAULTS
   given, repeated = values.get(f"{tower}_config"), values.get(f"{tower}_config_dict")
@@ -226,7 +220,7 @@ def _tower_values(values: dict) -> dict:
 
 
 def _open_weights(folder: pathlib.Path) -> dict[str, Any]:
-  """The arrays of a folder's weight files by name; they stay on the disk until they are read."""
+  """The arrays of a folder's weight files by name. They are not read yet."""
   weights = {}
   for path in weight_files.find(folder):
     weights |= {name: value for name, value in tensor_files.read(path).items() if tensor_files.is_array(value)}
@@ -243,20 +237,20 @@ def _open_weights(folder: pathlib.Path) -> dict[str, Any]:
 def save(
   folder: str | os.PathLike, bundle: ClipBundle, *, overwrite: bool = False, notes: dict[str, Any] | None = None
 ) -> None:
-  """Writes a folder that `load` and `transformers.CLIPModel.from_pretrained` read. All of it appears, or nothing.
+  """Writes a folder that `load` and `transformers.CLIPModel.from_pretrained` read, completely or not at all.
 
   Args:
-    folder: where; must not exist or be empty.
+    folder: the folder; it must not exist, or be empty.
     bundle: the CLIP.
-    overwrite: replace what stands there.
-    notes: JSON values about how the weights came about, written as `training.json`.
+    overwrite: replace the content of the folder.
+    notes: JSON values about the training, written as `training.json`.
 
   Raises:
-    UserError: the folder is in use, or cannot be written.
+    UserError: the folder is not empty, or cannot be written.
   """
   folder = pathlib.Path(folder)
   check_writable(folder, overwrite=overwrite)
-  with files.whole_folder(folder, lambda: check_writable(folder, overwrite=overwrite)) as work:
+  with files.atomic_folder(folder, lambda: check_writable(folder, overwrite=overwrite)) as work:
     _write_json(work / "config.json", _their_config(bundle))
     _write_json(work / "preprocessor_config.json", _their_processor(bundle.config.image))
     if notes is not None:
@@ -264,12 +258,12 @@ def save(
     bundle.tokenizer.save(work)
     try:  # transformers refuses a file that does not say "pt"
       safetensors.numpy.save_file(_state_dict(bundle), work / "model.safetensors", metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:  # what becomes of a full disk
+    except safetensors.SafetensorError as error:  # raised when the disk is full
       raise OSError(f"model.safetensors: {error}") from error
 
 
 def check_writable(folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-  """Raises UserError if `save` would refuse the folder (to be asked before hours of work)."""
+  """Raises `UserError` if `save` would refuse the folder. Callers check this before they train."""
   folder = pathlib.Path(folder)
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file, not a folder")
@@ -341,7 +335,7 @@ def _their_processor(image: ImageConfig) -> dict:
     "rescale_factor": 1 / 255,
     "do_normalize": True,
     "image_mean": list(image.mean),
-    "image_std": list(image.deviation),
+    "image_std": list(image.std),
     "do_convert_rgb": True,
   }
 

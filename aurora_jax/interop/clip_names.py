@@ -1,55 +1,15 @@
-"""Where each tensor of a Hugging Face CLIPModel stands in our tree, and in which layout: one table for both directions.
+"""The name map of a Hugging Face CLIPModel: one table for both directions.
 
-Our blocks of a tower are stacked on a leading axis, and query, key and value share one kernel; dense kernels are
-[in, out] instead of [out, in].
+The blocks of a tower are stacked on a leading axis. Query, key and value share one kernel. Dense kernels are [in, out]
+instead of [out, in].
 
-  W width of a tower, P side of a patch, C colours
+  W width of a tower, P side of a patch, C colors
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
-
+from aurora_jax.interop.name_map import CONV, DENSE, Entry
 from aurora_jax.models.clip import ClipConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """How one array looks here, given how it looks there, and back."""
-
-  to_ours: Callable[[np.ndarray], np.ndarray]
-  to_theirs: Callable[[np.ndarray], np.ndarray]
-
-
-_SAME = Layout(lambda x: x, lambda x: x)
-_DENSE = Layout(np.transpose, np.transpose)  # [out, in] <-> [in, out]
-_PATCHES = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # [W, C, P, P] <-> [P, P, C, W]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One tensor of the Hugging Face model and its place in our tree.
-
-  Attributes:
-    name: its name in the state dict.
-    shape: its shape there.
-    path: the keys of our leaf, joined by "/".
-    index: the part of that leaf which it fills; () is all of it.
-    layout: the change of layout.
-  """
-
-  name: str
-  shape: tuple[int, ...]
-  path: str
-  index: tuple = ()
-  layout: Layout = _SAME
-
-  def leaf(self, params) -> np.ndarray:
-    """Our leaf in a tree of nested dicts."""
-    for key in self.path.split("/"):
-      params = params[key]
-    return params
 
 
 def _norm_entries(theirs, ours, width, index=()) -> Iterator[Entry]:
@@ -58,7 +18,7 @@ def _norm_entries(theirs, ours, width, index=()) -> Iterator[Entry]:
 
 
 def _dense_entries(theirs, ours, shape, index) -> Iterator[Entry]:
-  yield Entry(f"{theirs}.weight", shape, f"{ours}/kernel", index, _DENSE)
+  yield Entry(f"{theirs}.weight", shape, f"{ours}/kernel", index, DENSE)
   yield Entry(f"{theirs}.bias", shape[:1], f"{ours}/bias", index)
 
 
@@ -85,17 +45,17 @@ def entries(config: ClipConfig) -> Iterator[Entry]:
   yield Entry(f"{theirs}.position_embedding.weight", (text.context_length, text.width), "text/position_embedding")
   yield from _block_entries(text, "text_model", "text")
   yield from _norm_entries("text_model.final_layer_norm", "text/final_norm", text.width)
-  yield Entry("text_projection.weight", (width, text.width), "text_projection/kernel", layout=_DENSE)
+  yield Entry("text_projection.weight", (width, text.width), "text_projection/kernel", layout=DENSE)
 
   theirs = "vision_model.embeddings"
   patches = (image.width, 3, image.patch, image.patch)
   positions = ((image.size // image.patch) ** 2 + 1, image.width)
   yield Entry(f"{theirs}.class_embedding", (image.width,), "image/class_embedding")
-  yield Entry(f"{theirs}.patch_embedding.weight", patches, "image/patch_embedding", layout=_PATCHES)
+  yield Entry(f"{theirs}.patch_embedding.weight", patches, "image/patch_embedding", layout=CONV)
   yield Entry(f"{theirs}.position_embedding.weight", positions, "image/position_embedding")
-  yield from _norm_entries("vision_model.pre_layrnorm", "image/pre_norm", image.width)  # spelt so, there
+  yield from _norm_entries("vision_model.pre_layrnorm", "image/pre_norm", image.width)  # their spelling
   yield from _block_entries(image, "vision_model", "image")
   yield from _norm_entries("vision_model.post_layernorm", "image/final_norm", image.width)
-  yield Entry("visual_projection.weight", (width, image.width), "image_projection/kernel", layout=_DENSE)
+  yield Entry("visual_projection.weight", (width, image.width), "image_projection/kernel", layout=DENSE)
 
   yield Entry("logit_scale", (), "log_scale")

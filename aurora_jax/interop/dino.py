@@ -1,7 +1,9 @@
 """DINO and DINOv2 checkpoints for `models/dino.py`: original, timm and Hugging Face names, folders or single files.
 
-Every name is first brought to the original ones (`blocks.0.attn.qkv.weight`), of which `entries` is the table: one table
-for reading and for writing. Hugging Face has query, key and value apart; they become one array.
+A CLIP folder can replace a DINO: its image tower has the same layout.
+
+Every name is first converted to the original one (`blocks.0.attn.qkv.weight`). `entries` is the table of the original
+names, for reading and writing. Hugging Face stores query, key and value separately; they become one array.
 
   W width, M width of the feed-forward, P side of a patch
 """
@@ -19,25 +21,25 @@ import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.interop import tensor_files
-from aurora_jax.interop.clip_names import Entry, Layout
+from aurora_jax.interop import clip_hf, name_map, tensor_files
+from aurora_jax.interop.name_map import CONV, DENSE, SAME, Entry, Layout
+from aurora_jax.models import dino as dino_lib
 from aurora_jax.models.dino import Dino, DinoConfig, abstract_variables, block_shapes
 
-_NAMES_IN_AN_ERROR = 6
-
-_SAME = Layout(lambda x: x, lambda x: x)
-_DENSE = Layout(np.transpose, np.transpose)  # [out, in] and [in, out]
-_PATCHES = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # [W, 3, P, P] and [P, P, 3, W]
 _VECTOR = Layout(lambda x: x[0, 0], lambda x: x[None, None])  # [1, 1, W]
 _TABLE = Layout(lambda x: x[0], lambda x: x[None])  # [1, T, W]
 
-# Whatever a file puts before the names of the network, and around them.
+# Prefixes of the names, and keys under which files store the network.
 _PREFIXES = ("module.", "backbone.", "dino.model.model.", "vit.", "dinov2.", "dinov2_with_registers.", "model.")
-_AROUND = ("teacher", "state_dict", "model")
-# Of training or of tasks on top; the network computes without.
-_UNUSED = re.compile(r"(mask_token|embeddings\.mask_token|head\..*|fc_norm\..*|pooler\..*|classifier\..*)$")
+_AROUND = ("teacher", "state_dict", "model", "D")
+# Arrays for training or for downstream tasks, which the network does not use.
+_UNUSED = re.compile(r"(mask_token|embeddings\.mask_token|heads?\..*|fc_norm\..*|pooler\..*|classifier\..*)$")
 
-# Other names, by the original ones. A name with a part is that part of an array that the original has in one.
+# The layers of a block, and its norms by their names in `models/clip.py`.
+_DENSE_LAYERS = ("qkv", "out", "up", "down")
+_BLOCK_NORMS = {"norm1": "attention_norm", "norm2": "mlp_norm"}
+
+# (pattern, original name, part). The part is the position within an array that the original names do not split.
 _RENAMED = (
   (r"embeddings\.cls_token", "cls_token", 0),
   (r"embeddings\.position_embeddings", "pos_embed", 0),
@@ -64,14 +66,14 @@ class DinoBundle:
   """A DINO, ready to use.
 
   Attributes:
-    config: its sizes.
+    config: the sizes.
     variables: {"params": ...}, float32 numpy arrays on the host.
   """
 
   config: DinoConfig
   variables: dict[str, Any]
 
-  def module(self, **options) -> Dino:
+  def module(self, **options: Any) -> Dino:
     """The Flax module; the options are those of `Dino` (dtype, remat)."""
     return Dino(self.config, **options)
 
@@ -79,34 +81,77 @@ class DinoBundle:
 def load(path: str | os.PathLike, *, heads: int = 0) -> DinoBundle:
   """Reads a DINO or DINOv2 from a folder (Hugging Face, timm) or a file (.safetensors, .pth).
 
-  Sizes come from a Hugging Face config.json where there is one, else from the shapes of the weights.
+  Sizes come from a Hugging Face config.json if there is one, otherwise from the shapes of the weights. From a CLIP
+  folder the image tower is read (`from_clip`).
 
   Args:
     path: folder or file.
-    heads: attention heads, for files without config.json; 0: one per 64 channels, as all published ones have.
+    heads: attention heads, for files without config.json; 0 is one per 64 channels, as in all published models.
 
   Returns:
-    DinoBundle; weights of any float type become float32.
+    `DinoBundle`. Weights of any float type become float32.
 
   Raises:
-    UserError: no such file, another model, or weights that do not fit (all named).
+    UserError: no such file, another model, or weights that do not fit. All misfits are named.
   """
   path = pathlib.Path(path)
   settings = {}
   if path.is_dir():
+    if is_clip(path):
+      return from_clip(clip_hf.load(path))
     settings, path = _folder(path)
   names = _original_names(_unwrapped(tensor_files.read(path)))
   config = _config(names, path, settings, heads)
   return DinoBundle(config, import_dino(names, config, str(path)))
 
 
+def from_clip(bundle: clip_hf.ClipBundle) -> DinoBundle:
+  """A CLIP's image tower as a `Dino`, without the projection.
+
+  The class token after the final norm is the tower's output. `Dino` expects ImageNet's color statistics, so the
+  difference to CLIP's is folded into the patch embedding.
+
+  Args:
+    bundle: the CLIP.
+  """
+  image, tower = bundle.config.image, bundle.variables["params"]["image"]
+  config = DinoConfig(
+    image_size=image.size,
+    patch=image.patch,
+    width=image.width,
+    depth=image.layers,
+    heads=image.heads,
+    mlp_width=image.mlp_width,
+    layer_norm_epsilon=image.layer_norm_epsilon,
+    activation=image.activation,
+    pre_norm=True,
+  )
+  array = lambda values: np.asarray(values, np.float64)
+  scale = array(dino_lib.STD) / array(image.std)
+  offset = (array(dino_lib.MEAN) - array(image.mean)) / array(image.std)
+  kernel, blocks = array(tower["patch_embedding"]), tower["transformer"]["blocks"]
+  params = {
+    "patch_kernel": kernel * scale[:, None],
+    "patch_bias": np.einsum("pqcw,c->w", kernel, offset),
+    "class_token": tower["class_embedding"],
+    "positions": tower["position_embedding"],
+    "norm_scale": tower["final_norm"]["scale"],
+    "norm_bias": tower["final_norm"]["bias"],
+    "pre_norm_scale": tower["pre_norm"]["scale"],
+    "pre_norm_bias": tower["pre_norm"]["bias"],
+    "blocks": {f"{name}_{part}": blocks[name][part] for name in _DENSE_LAYERS for part in ("kernel", "bias")}
+    | {f"{ours}_{part}": blocks[name][part] for ours, name in _BLOCK_NORMS.items() for part in ("scale", "bias")},
+  }
+  return DinoBundle(config, {"params": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)})
+
+
 def import_dino(state_dict: Mapping[str, Any], config: DinoConfig, where: str = "the state dict") -> dict[str, Any]:
-  """Weights under any of the known names as our variables.
+  """Converts weights under any of the known names to our variables.
 
   Args:
     state_dict: name -> array (anything that `np.asarray` takes).
-    config: sizes that fit it.
-    where: what to call it in an error.
+    config: the sizes.
+    where: name of the state dict for errors.
 
   Returns:
     {"params": ...}, numpy float32.
@@ -116,20 +161,11 @@ def import_dino(state_dict: Mapping[str, Any], config: DinoConfig, where: str = 
   """
   names = state_dict if isinstance(state_dict, _Names) else _original_names(state_dict)
   table = {entry.name: entry for entry in entries(config)}
-  missing = [name for name in table if name not in names]
-  left_over = [source for name in names.keys() - table.keys() for source in names.sources(name)]
-  misshapen = [
-    f"{name} is {list(names.shape(name))} instead of {list(entry.shape)}"
-    for name, entry in table.items()
-    if name in names and names.shape(name) != entry.shape
-  ]
-  problems = []
-  for what, items in (("missing", missing), ("left over", sorted(left_over)), ("misshapen", misshapen)):
-    if items:
-      more = f" and {len(items) - _NAMES_IN_AN_ERROR} more" if len(items) > _NAMES_IN_AN_ERROR else ""
-      problems.append(f"{what}: {', '.join(items[:_NAMES_IN_AN_ERROR])}{more}")
-  if problems:
-    raise UserError(f"the weights in {where} are not those of this DINO; {'; '.join(problems)}")
+  # What is left over is called by its name in the file.
+  found = {name: names.shape(name) for name in names.keys() & table.keys()}
+  found |= {source: () for name in names.keys() - table.keys() for source in names.sources(name)}
+  expected = {name: entry.shape for name, entry in table.items()}
+  name_map.check(f"the weights in {where} are not those of this DINO", found, expected)
   params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract_variables(config)["params"])
   for name, entry in table.items():
     entry.leaf(params)[entry.index] = entry.layout.to_ours(names.read(name))
@@ -137,7 +173,7 @@ def import_dino(state_dict: Mapping[str, Any], config: DinoConfig, where: str = 
 
 
 def export_dino(variables: Mapping[str, Any], config: DinoConfig) -> dict[str, np.ndarray]:
-  """Our variables under the original names, bit for bit; timm loads them too where it has the model.
+  """Our variables under the original names, exact to the bit. timm loads them too if it has the model.
 
   Args:
     variables: {"params": ...} of `Dino(config)`.
@@ -153,13 +189,13 @@ def export_dino(variables: Mapping[str, Any], config: DinoConfig) -> dict[str, n
 
 
 def entries(config: DinoConfig) -> Iterator[Entry]:
-  """Every tensor under its original name, with its place in `Dino`'s parameters."""
+  """Yields every tensor under its original name, with its place in `Dino`'s parameters."""
   width, patch = config.width, config.patch
   yield Entry("cls_token", (1, 1, width), "class_token", layout=_VECTOR)
   yield Entry("pos_embed", (1, 1 + config.grid**2, width), "positions", layout=_TABLE)
   if config.registers:
     yield Entry("register_tokens", (1, config.registers, width), "registers", layout=_TABLE)
-  yield Entry("patch_embed.proj.weight", (width, 3, patch, patch), "patch_kernel", layout=_PATCHES)
+  yield Entry("patch_embed.proj.weight", (width, 3, patch, patch), "patch_kernel", layout=CONV)
   yield Entry("patch_embed.proj.bias", (width,), "patch_bias")
   shapes = block_shapes(config)
   for layer in range(config.depth):
@@ -182,7 +218,10 @@ def entries(config: DinoConfig) -> Iterator[Entry]:
       if ours in shapes:
         dense = len(shapes[ours]) == 2
         shape = shapes[ours][::-1]
-        yield Entry(f"blocks.{layer}.{theirs}", shape, f"blocks/{ours}", (layer,), _DENSE if dense else _SAME)
+        yield Entry(f"blocks.{layer}.{theirs}", shape, f"blocks/{ours}", (layer,), DENSE if dense else SAME)
+  if config.pre_norm:
+    yield Entry("norm_pre.weight", (width,), "pre_norm_scale")  # timm's name
+    yield Entry("norm_pre.bias", (width,), "pre_norm_bias")
   yield Entry("norm.weight", (width,), "norm_scale")
   yield Entry("norm.bias", (width,), "norm_bias")
 
@@ -198,7 +237,7 @@ class _Names(dict):
     return [source for source, _ in self[name].values()]
 
   def shape(self, name):
-    """Of the parts, laid one after the other; () if they do not fit each other."""
+    """The shape of the concatenated parts; () if they do not fit each other."""
     shapes = [tuple(np.shape(array)) for _, array in self[name].values()]
     if len({shape[1:] for shape in shapes}) > 1 or not all(shapes):
       return shapes[0] if len(shapes) == 1 else ()
@@ -210,7 +249,7 @@ class _Names(dict):
 
 
 def _original_names(state_dict):
-  """The arrays of a state dict under the original names; what is not of the network's is left out."""
+  """The arrays of a state dict under the original names, without those that the network does not use."""
   names = _Names()
   for source, array in state_dict.items():
     name = source
@@ -230,7 +269,7 @@ def _original_names(state_dict):
 
 
 def _with_class_position(names):
-  """timm adds the class token's position to the token itself where there are registers; the table then lacks it."""
+  """Adds a zero position of the class token if timm has added that position to the token, as it does with registers."""
   if "reg_token" in names.get("register_tokens", {0: ("",)})[0][0] and "pos_embed" in names:
     source, table = names["pos_embed"][0]
     shape = np.shape(table)
@@ -241,7 +280,7 @@ def _with_class_position(names):
 
 
 def _unwrapped(content):
-  """The innermost mapping of names to arrays, of the teacher where a file of training has both networks."""
+  """The innermost mapping of names to arrays. From a training checkpoint of two networks it is that of the teacher."""
   while True:
     inner = next((content[key] for key in _AROUND if isinstance(content.get(key), Mapping)), None)
     if inner is None:
@@ -253,8 +292,16 @@ def _unwrapped(content):
 # Sizes
 
 
+def is_clip(path: str | os.PathLike) -> bool:
+  """Whether a folder holds a CLIP, by its config.json."""
+  try:
+    return json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type") == "clip"
+  except (OSError, ValueError, AttributeError):
+    return False
+
+
 def _folder(folder):
-  """(sizes that a Hugging Face config.json states, the file of weights)."""
+  """(sizes in a Hugging Face config.json, file of weights)."""
   path = next((folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()), None)
   if path is None:
     raise UserError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
@@ -299,6 +346,7 @@ def _config(names, path, settings, heads):
     "registers": registers,
     "qkv_bias": "blocks.0.attn.qkv.bias" in names,
     "layer_scale": "blocks.0.ls1.gamma" in names,
+    "pre_norm": "norm_pre.weight" in names,
     "swiglu": names.shape("blocks.0.mlp.fc1.weight")[0] == 2 * mlp_width,
     "position_resize": "bicubic_antialiased" if registers else "bicubic",
   }

@@ -1,29 +1,34 @@
-"""The weights file of pytorch-fid and torch-fidelity, `pt_inception-2015-12-05-6726825d.pth`, for `models/inception.py`.
+"""Reads the weights of pytorch-fid and torch-fidelity, `pt_inception-2015-12-05-6726825d.pth`.
 
-It is TensorFlow's graph of 2015-12-05 under torchvision's names: per convolution `NAME.conv.weight` [out, in, rows, columns]
-and `NAME.bn.*`, and the classifier `fc.*`, whose 1,008 classes tell it from torchvision's own Inception.
+The file holds TensorFlow's graph of 2015-12-05 under torchvision's names: per convolution `NAME.conv.weight` [out, in,
+rows, columns] and `NAME.bn.*`, and the classifier `fc.*`. Its 1,008 classes distinguish it from torchvision's own
+Inception.
 """
+
+import os
+from typing import Any
 
 import numpy as np
 
-from aurora_jax.errors import UserError
-from aurora_jax.interop import tensor_files
+from aurora_jax.interop import name_map, tensor_files
 from aurora_jax.models import inception
 
-_EPSILON = 1e-3  # of the batch normalisation
+_EPSILON = 1e-3  # of the batch normalization
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _CLASSIFIER = {"fc.weight": (1008, inception.WIDTH), "fc.bias": (1008,)}
-_NAMES_IN_AN_ERROR = 4
 
 
-def load(path):
-  """Reads the file, .pth or .safetensors with the same names, and folds the batch normalisation into the convolutions.
+def load(path: str | os.PathLike) -> dict[str, Any]:
+  """Reads the file and folds the batch normalization into the convolutions.
+
+  Args:
+    path: .pth, or .safetensors with the same names.
 
   Returns:
     Variables of `inception.Inception`, float32 numpy arrays on the host.
 
   Raises:
-    UserError: no such file, damaged, or of another model: what is missing, left over or misshapen.
+    UserError: no such file, a corrupt file, or another model. The error lists what is missing, left over or misshapen.
   """
   expected = {name: tuple(leaves["kernel"].shape) for name, leaves in inception.abstract_variables()["params"].items()}
   weights = tensor_files.read(path)
@@ -51,23 +56,8 @@ def _released_shapes(kernels):
 
 def _check(path, weights, shapes):
   """Raises UserError for the weights of another model; reads none of them."""
-  # What training counted, which some writers leave out.
+  # PyTorch counts the batches of training; some writers leave the count out.
   named = {name: value for name, value in weights.items() if not name.endswith(".num_batches_tracked")}
-  arrays = {name: tuple(value.shape) for name, value in named.items() if tensor_files.is_array(value)}
-  problems = {
-    "missing": [name for name in shapes if name not in arrays],
-    "left over": sorted(named.keys() - shapes.keys()),
-    "misshapen": [
-      f"{name} {list(arrays[name])} instead of {list(shape)}"
-      for name, shape in shapes.items()
-      if arrays.get(name, shape) != shape
-    ],
-  }
-  words = [
-    f"{what}: {', '.join(names[:_NAMES_IN_AN_ERROR])}"
-    + (f" and {len(names) - _NAMES_IN_AN_ERROR} more" if len(names) > _NAMES_IN_AN_ERROR else "")
-    for what, names in problems.items()
-    if names
-  ]
-  if words:
-    raise UserError(f"{path} holds no Inception of 2015-12-05; {'; '.join(words)}")
+  arrays = {name: value for name, value in named.items() if tensor_files.is_array(value)}
+  left_over = dict.fromkeys(named.keys() - shapes.keys(), ())
+  name_map.check(f"{path} holds no Inception of 2015-12-05", left_over | name_map.shapes(arrays), shapes)

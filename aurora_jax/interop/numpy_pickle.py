@@ -1,7 +1,7 @@
-"""Scalars and arrays of numpy in a pickle, rebuilt without numpy's own functions, which would run what a file says.
+"""Rebuilds numpy scalars and arrays in a pickle without numpy's own functions, which could run code from the file.
 
-Training scripts leave them beside the weights: the best score so far, the state of a random generator. Only numbers, truth
-values and text are rebuilt, from their bytes.
+Training scripts store such values beside the weights, for example the best score so far or the state of a random
+generator. Only numbers, booleans and text are rebuilt, from their bytes.
 """
 
 import re
@@ -14,7 +14,7 @@ _ORDERS = ("<", ">", "|", "=")
 
 
 class _Type:
-  """What stands in for a dtype; the pickle tells its byte order after it has made it."""
+  """A placeholder for a dtype. The pickle sets the byte order after construction."""
 
   __slots__ = ("_code", "_order")
 
@@ -39,7 +39,7 @@ class _Type:
 
 
 class _Array:
-  """What stands in for an array until the pickle has told its shape and bytes."""
+  """A placeholder for an array until the pickle sets its shape and bytes."""
 
   __slots__ = ("value",)
 
@@ -48,7 +48,7 @@ class _Array:
     self.value = _from_bytes(kind, data, tuple(int(side) for side in shape), "F" if fortran is True else "C")
 
 
-STAND_INS = (_Type, _Array)
+PLACEHOLDERS = (_Type, _Array)
 
 
 def _from_bytes(kind: _Type, data: bytes, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
@@ -69,7 +69,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def safe_globals() -> dict[tuple[str, str], Callable]:
-  """{(module, name) that a pickle may name: what it gets}, made anew for every file."""
+  """Replacements for the globals that a pickle may name, {(module, name): replacement}. They are new for every file."""
   made = {
     ("numpy", "dtype"): lambda code, *_: _Type(code),
     ("numpy", "ndarray"): lambda *_: _Array(),

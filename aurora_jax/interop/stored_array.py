@@ -1,4 +1,4 @@
-"""An array that lies in a file until it is read."""
+"""An array in a file that is read on demand."""
 
 import dataclasses
 import pathlib
@@ -10,15 +10,15 @@ from aurora_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-  """Where an array lies in a file. `np.asarray` and `read` read it, anew every time.
+  """The place of an array in a file. `np.asarray` and `read` read it, every time anew.
 
-  It is read into memory of its own rather than mapped: pages of a mapped file would count as the process's memory, and
-  a model would appear twice.
+  The file is not memory-mapped: pages of a mapped file would count as the process's memory, so that a model would count
+  twice.
 
   Attributes:
     path: the file.
-    offset: of its first element, bytes.
-    shape: of the array.
+    offset: offset of the first element, in bytes.
+    shape: shape of the array.
     dtype: numpy dtype, little-endian.
     strides: bytes per axis, none negative; None is C order.
   """
@@ -30,26 +30,27 @@ class StoredArray:
   strides: tuple[int, ...] | None = None
 
   @property
-  def ndim(self):
+  def ndim(self) -> int:
+    """Number of axes."""
     return len(self.shape)
 
   @property
-  def nbytes(self):
-    """Bytes that it takes in memory."""
+  def nbytes(self) -> int:
+    """Size in memory, in bytes."""
     return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
   @property
-  def span(self):
-    """Bytes in the file from its first element to behind its last."""
+  def span(self) -> int:
+    """Size in the file from the first to the last element, in bytes."""
     if self.strides is None or 0 in self.shape:
       return self.nbytes
     return sum((n - 1) * step for n, step in zip(self.shape, self.strides)) + self.dtype.itemsize
 
-  def read(self):
-    """The array, contiguous.
+  def read(self) -> np.ndarray:
+    """Reads the array, contiguous.
 
     Raises:
-      UserError: the file is shorter than it was, or gone.
+      UserError: the file has become shorter or is gone.
     """
     if 0 in self.shape:
       return np.zeros(self.shape, self.dtype)
@@ -60,9 +61,9 @@ class StoredArray:
     if data.size != self.span:
       raise UserError(f"{self.path} is cut off: {self.span} bytes at {self.offset} are not there")
     array = np.ndarray(self.shape, self.dtype, data, strides=self.strides)
-    return np.ascontiguousarray(array).reshape(self.shape)  # the former makes a scalar one-dimensional
+    return np.ascontiguousarray(array).reshape(self.shape)  # ascontiguousarray gives a scalar one axis
 
-  def __array__(self, dtype=None, copy=None):
-    del copy  # it is always a new one
+  def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+    del copy  # the array is always new
     array = self.read()
     return array if dtype is None else array.astype(dtype, copy=False)

@@ -1,13 +1,16 @@
-"""Files of named arrays: PyTorch's (.pth, .pt, .bin) and safetensors, read one array at a time and written likewise.
+"""Reads and writes files of named arrays, one array at a time: PyTorch's (.pth, .pt, .bin) and safetensors.
 
-Nothing in a file is ever run. PyTorch's zip files are read by `torch_zip`, its format before 1.6 by `torch_old`, with or
-without PyTorch: `torch.load(mmap=True)` would count the mapped file as memory beside the model.
+No code in a file is run. PyTorch's zip files are read by `torch_zip`, its format before 1.6 by `torch_old`, even if
+PyTorch is installed: `torch.load(mmap=True)` would count the mapped file as memory beside the model.
 """
 
 import json
+import os
 import pathlib
+import types
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -38,25 +41,25 @@ SUFFIXES = TORCH_SUFFIXES + (".safetensors",)
 
 
 class Content(dict):
-  """What a file holds, by name. `notes` are lines that the user should read about how it was taken."""
+  """Content of a file, by name. `notes` are lines for the user about how the names were changed."""
 
   notes: tuple[str, ...] = ()
 
 
-def read(path):
-  """What a file of arrays holds.
+def read(path: str | os.PathLike) -> Content:
+  """Reads the content of a file of arrays; the arrays themselves are read on demand.
 
-  Where all arrays of a mapping have names that begin with a wrapper's prefix (`module.` of PyTorch's DataParallel,
-  `_orig_mod.` of its compiler), it is taken off, and the notes say so.
+  If the names of all arrays of a mapping begin with the prefix of a wrapper (`module.` of PyTorch's DataParallel,
+  `_orig_mod.` of its compiler), the prefix is removed, and the notes say so.
 
   Args:
     path: .pth, .pt, .bin (PyTorch) or .safetensors.
 
   Returns:
-    `Content`, a mapping, possibly nested, whose arrays are `StoredArray`, besides whatever plain values the file has.
+    `Content`, a mapping, possibly nested, of `StoredArray`s and plain values.
 
   Raises:
-    UserError: no such file, of another kind, cut off, or with code in it: one line that names it.
+    UserError: no such file, a file of another kind, a truncated file, or one with code in it.
   """
   path = pathlib.Path(path)
   if path.suffix not in SUFFIXES:
@@ -75,7 +78,7 @@ def read(path):
 
 
 def _unwrapped(mapping, name, notes):
-  """A mapping without the prefixes of wrappers, those within it likewise."""
+  """Removes the prefixes of wrappers from a mapping and from those within it."""
   taken_off = ""
   arrays = [key for key, value in mapping.items() if is_array(value)]
   while prefix := _common_prefix(arrays):
@@ -97,13 +100,13 @@ def _common_prefix(names):
   return next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in names)), None)
 
 
-def is_array(value):
+def is_array(value: Any) -> bool:
   """Whether a value of `read`'s mapping is an array."""
   return isinstance(value, StoredArray)
 
 
 def _refuse_other_kinds(path):
-  """Says what a file is that holds no weights: missing, empty, a web page, a pointer to a large file, a cut-off zip."""
+  """Raises `UserError` for a file without weights: missing, empty, a web page, a pointer to a file, a cut-off zip."""
   try:
     with open(path, "rb") as stream:
       head = stream.read(64)
@@ -146,8 +149,8 @@ def _read_safetensors(path):
   }
 
 
-def check_target(path, overwrite=False):
-  """Raises UserError if a weight file must not be written to `path`: a folder, or a file without `overwrite`."""
+def check_target(path: str | os.PathLike, overwrite: bool = False) -> None:
+  """Raises `UserError` if `path` is a folder, or a file that exists without `overwrite`."""
   path = pathlib.Path(path)
   if path.is_dir():
     raise UserError(f"{path} is a folder, not a file")
@@ -155,13 +158,18 @@ def check_target(path, overwrite=False):
     raise UserError(f"{path} exists; choose another name or say --overwrite")
 
 
-def write_safetensors(path, shapes, arrays):
-  """Writes float32 arrays as they come, so that they need not be in memory together.
+def write_safetensors(
+  path: str | os.PathLike, shapes: Mapping[str, Sequence[int]], arrays: Iterable[tuple[str, np.ndarray]]
+) -> None:
+  """Writes float32 arrays one at a time, so that they need not be in memory together.
 
   Args:
     path: the file; overwritten.
-    shapes: {name: shape} of all of them.
-    arrays: iterable of (name, array), every name once, in any order.
+    shapes: {name: shape} of all arrays.
+    arrays: (name, array) for every name, in any order.
+
+  Raises:
+    ValueError: an array is missing or has another shape.
   """
   offset, header = 0, {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say "pt"
   for name, shape in shapes.items():
@@ -185,12 +193,12 @@ def write_safetensors(path, shapes, arrays):
     stream.truncate(8 + len(text) + offset)
 
 
-def write_torch(path, state_dicts):
-  """Writes {key: {name: float32 array}} as `torch.save` does. Names of the same array object share a storage.
+def write_torch(path: str | os.PathLike, state_dicts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+  """Writes {key: {name: float32 array}} with `torch.save`. Names of the same array object share a storage.
 
   Args:
     path: the file; overwritten.
-    state_dicts: mapping of mappings.
+    state_dicts: {key: {name: float32 array}}.
 
   Raises:
     UserError: PyTorch is not installed.
@@ -208,8 +216,8 @@ def write_torch(path, state_dicts):
   )
 
 
-def require_torch(path):
-  """PyTorch, or a UserError that says how to do without."""
+def require_torch(path: str | os.PathLike) -> types.ModuleType:
+  """Imports PyTorch. Raises a `UserError` that names the alternative if it is not installed."""
   try:
     import torch
   except ImportError as error:

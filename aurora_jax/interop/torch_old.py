@@ -1,11 +1,12 @@
-"""PyTorch's files before 1.6 without PyTorch and without running anything that they hold.
+"""Reads files of PyTorch before 1.6, without PyTorch and without running code in them.
 
-Such a file is pickles in a row: a magic number, a version, facts about the machine, the object, the keys of its storages.
-Then come the storages in the order of the keys, each the number of its elements (int64) and the elements.
+Such a file is a series of pickles: a magic number, a version, properties of the machine, the object, the keys of its
+storages. The storages follow in the order of the keys. Each is the number of its elements (int64) and the elements.
 """
 
 import os
 import struct
+from typing import Any
 
 from aurora_jax.errors import UserError
 from aurora_jax.interop import torch_zip
@@ -15,18 +16,18 @@ _VERSION = 1001
 _COUNT = struct.Struct("<q")
 
 
-def read(path):
-  """The object in a file, tensors as `StoredArray`.
+def read(path: str | os.PathLike) -> Any:
+  """Reads the object in a file; tensors become `StoredArray`.
 
   Args:
-    path: of a file written by `torch.save` before 1.6, or with `_use_new_zipfile_serialization=False`.
+    path: a file written by `torch.save` before 1.6, or with `_use_new_zipfile_serialization=False`.
 
   Returns:
     Nested dicts, lists and plain values.
 
   Raises:
-    torch_zip.Forbidden: a global that does not rebuild a tensor.
-    UserError: of another kind, cut off or damaged.
+    torch_zip.Forbidden: the pickle names a global that does not rebuild a tensor.
+    UserError: a file of another kind, truncated or corrupt.
   """
   try:
     with open(path, "rb") as stream:
@@ -35,7 +36,7 @@ def read(path):
     raise
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-  except Exception as error:  # a damaged pickle can raise anything
+  except Exception as error:  # a corrupt pickle can raise any exception
     raise UserError(f"{path} is cut off or damaged: {type(error).__name__}: {error}") from error
 
 
@@ -71,7 +72,7 @@ def _read(path, stream):
 
 
 class _Sizes(torch_zip.Scanner):
-  """Only looks at the storages that a pickle names. `found`: {key: (elements, bytes)}."""
+  """Collects the storages that a pickle names. `found`: {key: (elements, bytes)}."""
 
   def __init__(self, stream, path):
     super().__init__(stream, path, {})

@@ -1,11 +1,11 @@
-"""PyTorch's zip files (`torch.save` since 1.6) without PyTorch and without running anything that they hold.
+"""Reads PyTorch's zip files (`torch.save` since 1.6), without PyTorch and without running code in them.
 
-Such a file is a zip of a pickle, `NAME/data.pkl`, and of one stored (uncompressed) entry `NAME/data/KEY` per storage of
-tensors. The pickle is read by an unpickler that knows how to rebuild tensors and refuses every other global, so no code
-of the file is imported or called. Tensors stay on the disk until they are read.
+Such a file is a zip of a pickle, `NAME/data.pkl`, and one uncompressed entry `NAME/data/KEY` per storage of tensors.
+The unpickler can rebuild tensors and refuses every other global, so no code of the file is imported or called. Tensors
+are read on demand.
 
-No package on PyPI does this safely: tinygrad's reader replaces unknown classes by dummies without a word, the others
-call `pickle.load`.
+No package on PyPI does this safely: tinygrad's reader silently replaces unknown classes by dummies, the others call
+`pickle.load`.
 """
 
 import collections
@@ -14,6 +14,8 @@ import pathlib
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -54,18 +56,18 @@ _DTYPES = {
   "uint64": np.uint64,
   "bool": np.bool_,
 }
-# No writer of checkpoints puts these into a file: whoever did wants them to be loaded.
+# No program that writes checkpoints puts these into a file, so a file with them is an attack.
 _DANGEROUS = frozenset(
-  "_pickle builtins code commands ctypes functools importlib io multiprocessing nt operator os pickle posix pty runpy shutil "
-  "signal socket subprocess sys threading webbrowser __builtin__".split()
+  "_pickle builtins code commands ctypes functools importlib io multiprocessing nt operator os pickle posix pty runpy "
+  "shutil signal socket subprocess sys threading webbrowser __builtin__".split()
 )
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., bytes of the name, bytes of the extra field
 
 
 class Forbidden(UserError):
-  """The pickle names a global that does not rebuild a tensor. `name` is it, "os.system"."""
+  """The pickle names a global that does not rebuild a tensor. `name` is that global, such as "os.system"."""
 
-  def __init__(self, path, name):
+  def __init__(self, path: str | os.PathLike, name: str):
     message = f"{path} holds code or objects besides tensors ({name}); it was not loaded, nothing in it was run"
     if name.split(".")[0] not in _DANGEROUS:  # a class of the program that wrote it, such as argparse.Namespace
       message += (
@@ -77,18 +79,18 @@ class Forbidden(UserError):
     self.name = name
 
 
-def read(path):
-  """The object in a file, tensors as `StoredArray`.
+def read(path: str | os.PathLike) -> Any:
+  """Reads the object in a file; tensors become `StoredArray`.
 
   Args:
-    path: of a zip file written by `torch.save`.
+    path: a zip file written by `torch.save`.
 
   Returns:
     Nested dicts, lists, plain values and numpy arrays.
 
   Raises:
-    Forbidden: a global that does not rebuild a tensor or something of numpy's.
-    UserError: cut off, damaged or no such file.
+    Forbidden: the pickle names a global that does not rebuild a tensor or a numpy value.
+    UserError: no such file, or it is truncated or corrupt.
   """
   path = pathlib.Path(path)
   try:
@@ -116,12 +118,12 @@ def read(path):
     raise UserError(f"{path} is cut off or damaged: {error}") from error
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-  except Exception as error:  # a damaged pickle can raise anything
+  except Exception as error:  # a corrupt pickle can raise any exception
     raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def refuse_code(path):
-  """Raises `Forbidden` if a bare pickle (not in a zip) names a forbidden global; says nothing about the rest of it."""
+def refuse_code(path: str | os.PathLike) -> None:
+  """Raises `Forbidden` if a bare pickle (not in a zip) names a forbidden global. Other errors are ignored."""
   with open(path, "rb") as stream:
     try:
       while True:  # PyTorch's files before 1.6 are several pickles in a row
@@ -133,23 +135,29 @@ def refuse_code(path):
 
 
 class _Token(int):
-  """What a pickle gets to hold in place of a type, a storage or a tensor: a number into the unpickler's own list.
+  """Stands for a type, a storage or a tensor within the pickle: an index into a list of the unpickler.
 
-  A pickle may set attributes of any object that it holds; this one has none.
+  A pickle can set attributes of every object that it holds. This one has none.
   """
 
   __slots__ = ()
 
 
 class Unpickler(pickle.Unpickler):
-  """Rebuilds tensors and what numpy puts beside them, refuses all else."""
+  """Rebuilds tensors and numpy values, and refuses every other global."""
 
-  def __init__(self, stream, path, storages):
-    """Args: storages: {key: (offset in the file, bytes)}."""
+  def __init__(self, stream: IO[bytes], path: str | os.PathLike, storages: Mapping[str, tuple[int, int]]):
+    """Prepares to read a pickle.
+
+    Args:
+      stream: the pickle.
+      path: the file, for errors and for `StoredArray`.
+      storages: {key: (offset in the file, bytes)}.
+    """
     super().__init__(stream, encoding="utf-8")
     self._path, self._storages = path, storages
     self._things = []  # by token: a dtype, a storage as (offset, bytes, dtype), or a StoredArray
-    # Fresh for every file: a pickle can set attributes of these.
+    # New for every file, because a pickle can set attributes of these.
     self._globals = {
       ("collections", "OrderedDict"): type("OrderedDict", (collections.OrderedDict,), {}),
       ("torch", "Size"): lambda values=(): tuple(values),
@@ -166,10 +174,10 @@ class Unpickler(pickle.Unpickler):
       **numpy_pickle.safe_globals(),
     }
 
-  def load(self):
+  def load(self) -> Any:
     return self._resolved(super().load(), {})
 
-  def find_class(self, module, name):
+  def find_class(self, module: str, name: str) -> Any:
     if (module, name) in self._globals:
       return self._globals[module, name]
     if module == "torch" and name in _DTYPES:
@@ -178,8 +186,8 @@ class Unpickler(pickle.Unpickler):
       return self._token(np.dtype(np.uint8))
     raise Forbidden(self._path, f"{module}.{name}")
 
-  def persistent_load(self, pid):
-    """A token of a storage."""
+  def persistent_load(self, pid: Any) -> _Token:
+    """A token that stands for a storage."""
     kind, key, count, dtype = self.storage(pid)
     offset, available = self._storages.get(key, (0, None))
     if kind != "storage" or available is None:
@@ -189,10 +197,10 @@ class Unpickler(pickle.Unpickler):
       raise ValueError(f"the storage {key} has {available} bytes, {size} are wanted")
     return self._token((offset, size, dtype))
 
-  def storage(self, pid):
-    """("storage", its type, its key, where it was, number of elements): kind, key, elements, dtype.
+  def storage(self, pid: Any) -> tuple[str, str, int, np.dtype]:
+    """(kind, key, elements, dtype) of the persistent id ("storage", type, key, device, elements).
 
-    Before 1.6 there is a sixth, None unless the storage is a part of another one, which PyTorch 0.1 had.
+    Before 1.6 there is a sixth value. It is None unless the storage is a view of another one, as in PyTorch 0.1.
     """
     kind, dtype, key, _, count, *part = pid
     if part not in ([], [None]) or count < 0:
@@ -221,11 +229,11 @@ class Unpickler(pickle.Unpickler):
     return thing
 
   def _resolved(self, value, done):
-    """The unpickled value with arrays in place of tokens; `done` keeps what is shared (or cyclic) from growing."""
+    """The unpickled value with arrays in place of tokens. `done` holds results of shared or cyclic values."""
     if isinstance(value, _Token):
       thing = self._things[value]
       return thing if isinstance(thing, StoredArray) else str(thing)
-    if isinstance(value, numpy_pickle.STAND_INS):
+    if isinstance(value, numpy_pickle.PLACEHOLDERS):
       return value.value
     if not isinstance(value, (dict, list, tuple, set, frozenset)):
       return value
@@ -239,12 +247,12 @@ class Unpickler(pickle.Unpickler):
 
 
 class Scanner(Unpickler):
-  """Only looks at the globals that a pickle names."""
+  """Checks the globals that a pickle names, without rebuilding tensors."""
 
-  def load(self):
+  def load(self) -> Any:
     return pickle.Unpickler.load(self)
 
-  def persistent_load(self, pid):
+  def persistent_load(self, pid: Any) -> None:
     return None
 
   def _tensor(self, *args, **options):
@@ -252,7 +260,7 @@ class Scanner(Unpickler):
 
 
 def _data_offset(path, info):
-  """Where an entry's bytes begin: behind its own header, whose extra field differs from the directory's."""
+  """Offset of an entry's bytes. They follow its local header, whose extra field differs from that of the directory."""
   with open(path, "rb") as stream:
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER.size)

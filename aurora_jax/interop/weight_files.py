@@ -1,4 +1,4 @@
-"""Folders of a model in Hugging Face's layout: which files its weights are in."""
+"""Finds the weight files in the folder of a Hugging Face model."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ _PRECISION = {"fp32": 0, "bf16": 1, "fp16": 2}
 
 
 def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file of a model's folder; UserError if there is none."""
+  """Reads the object in a JSON file of a model's folder. Raises `UserError` if there is none."""
   try:
     value = json.loads(text.decode(path.read_bytes()))
   except FileNotFoundError as error:
@@ -30,10 +30,13 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def find(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a folder's weights: one, or shards.
+  """Finds the weights of a folder: one file, or shards.
 
-  `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index; where neither is there, a variant, such as
-  `model.fp16.safetensors` (of several the most precise).
+  The names are `model.safetensors` or `pytorch_model.bin`, or those of shards with an index. If there is neither, a
+  variant such as `model.fp16.safetensors` is taken, of several the most precise.
+
+  Args:
+    folder: the folder.
 
   Raises:
     UserError: no weights, or shards are missing.

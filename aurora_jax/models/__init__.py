@@ -1,1 +1,1 @@
-"""Flax modules: CLIP, generator, discriminator."""
+"""Flax modules that several systems share: layers, CLIP, DINO, Inception."""

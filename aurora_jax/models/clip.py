@@ -1,23 +1,24 @@
 """CLIP (Radford et al., arXiv 2103.00020): OpenAI's text and vision transformers, of any size.
 
-The text tower conditions the generator, the image tower gives the CLIP loss. Both are exactly the released
-architecture: a class token, pre-layer-norm blocks, a causal mask over the text, a final layer norm, bias-free
-projections into one space and a learned temperature. `interop/clip_hf.py` reads and writes Hugging Face folders.
+The text tower conditions the generator, the image tower serves the CLIP loss. Both have exactly the released
+architecture: a class token, pre-layer-norm blocks, a causal mask over the text, a final layer norm, projections without
+bias into one space and a learned temperature. `interop/clip_hf.py` reads and writes Hugging Face folders.
 
 Axis letters: B batch, N tokens, W width of a tower, H heads, K width of a head, M width of the feed-forward,
-D width of the shared space, P side of a patch, C colours, L layers (the leading axis of every block parameter).
+D width of the shared space, P side of a patch, C colors, L layers (the leading axis of every block parameter).
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The end-of-text id that old Hugging Face configs carry by mistake. It selects OpenAI's own rule: the end of the text
-# is where the largest id stands. Any other value: where that id stands first.
+# The end-of-text id that old Hugging Face configs have by mistake. It selects OpenAI's own rule: the text ends at the
+# largest id. With any other value it ends at the first occurrence of that id.
 LEGACY_EOT_ID = 2
 
 ACTIVATIONS = {
@@ -27,13 +28,13 @@ ACTIVATIONS = {
   "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
-# A short stack of blocks is unrolled (faster); a long one is a loop over the layers (a far smaller program).
+# A short stack of blocks is unrolled, which is faster. A long one is a loop over the layers, for a far smaller program.
 _UNROLLED_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """What the two transformers have in common."""
+  """Sizes of a transformer. `activation` is one of `ACTIVATIONS`. An impossible value raises ValueError."""
 
   width: int
   layers: int
@@ -54,6 +55,8 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(TowerConfig):
+  """Sizes of the text tower. `eot_id` is the id of the end-of-text token (see `LEGACY_EOT_ID`)."""
+
   vocabulary_size: int
   context_length: int = 77
   eot_id: int = LEGACY_EOT_ID
@@ -61,11 +64,12 @@ class TextConfig(TowerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig(TowerConfig):
+  """Sizes of the image tower, in pixels, and statistics of the colors in [0, 1], by default OpenAI's."""
+
   size: int
   patch: int
-  # Mean and standard deviation of the colours in [0, 1]; the defaults are OpenAI's.
   mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-  deviation: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+  std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
   def __post_init__(self):
     super().__post_init__()
@@ -75,6 +79,8 @@ class ImageConfig(TowerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipConfig:
+  """Sizes of both towers and D, the width of the shared space."""
+
   text: TextConfig
   image: ImageConfig
   embedding_width: int
@@ -109,12 +115,12 @@ def small(width: int, *, resolution: int = 32, patch: int = 8, layers: int = 2, 
 
 
 class TextOutput(NamedTuple):
-  """What the text tower says about B captions.
+  """Output of the text tower for B captions.
 
   Attributes:
     features: [B, N, W], one vector per token after the final layer norm; padding positions included.
     eot: int32 [B], the position of the end-of-text token.
-    embedding: [B, D], the projected feature at `eot`, not normalised.
+    embedding: [B, D], the projected feature at `eot`, not normalized.
   """
 
   features: jax.Array
@@ -122,12 +128,12 @@ class TextOutput(NamedTuple):
   embedding: jax.Array
 
 
-def eot_position(tokens, eot_id=LEGACY_EOT_ID):
-  """Where each caption ends: the first `eot_id`, or, by OpenAI's own rule (`LEGACY_EOT_ID`), the largest id.
+def eot_position(tokens: jax.Array, eot_id: int = LEGACY_EOT_ID) -> jax.Array:
+  """The position at which each caption ends: the first `eot_id`, or with `LEGACY_EOT_ID` the largest id.
 
   Args:
     tokens: int [B, N].
-    eot_id: the id of the end-of-text token.
+    eot_id: id of the end-of-text token.
 
   Returns:
     int32 [B].
@@ -139,25 +145,28 @@ def eot_position(tokens, eot_id=LEGACY_EOT_ID):
 class Dense(nn.Module):
   """A dense layer on the last axis.
 
-  All other axes are one in the matmul: on a CPU the gradient of a matmul over several axes takes 1.7 times as long.
+  The other axes are merged for the matmul: on a CPU the gradient of a matmul over several axes takes 1.7 times as long.
   """
 
   features: int
   dtype: jnp.dtype
-  deviation: float  # of the initial weights
+  std: float  # standard deviation of the initial weights
 
   @nn.compact
-  def __call__(self, x, columns=slice(None)):
-    """x [..., in] -> [..., features], or only those `columns` of it."""
-    kernel = self.param("kernel", nn.initializers.normal(self.deviation), (x.shape[-1], self.features))[:, columns]
+  def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+    """x [..., in] -> [..., features], or only the given `columns` of the output."""
+    kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))[:, columns]
     bias = self.param("bias", nn.initializers.zeros, (self.features,))[columns]
     flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     flat = flat @ kernel.astype(self.dtype) + bias.astype(self.dtype)
     return flat.reshape(*x.shape[:-1], -1)
 
 
+Pick = Callable[[jax.Array], jax.Array]  # [B, N, W] -> [B, Q, W]
+
+
 def _layer_norm(tower, name):
-  """A layer norm in float32, whatever the compute type of the tower."""
+  """A layer norm in float32 for every compute type of the tower."""
   return nn.LayerNorm(epsilon=tower.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
@@ -168,20 +177,20 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, mask=None, pick=None):
-    """One step up the tower.
+  def __call__(self, x: jax.Array, mask: jax.Array | np.ndarray | None = None, pick: Pick | None = None) -> jax.Array:
+    """Applies the block.
 
     Args:
       x: [B, N, W].
-      mask: bool that broadcasts to [B, H, Q, N] (True: row q sees token n); None: every row sees every token.
-      pick: function of x [B, N, W] that gives the rows [B, Q, W] to go on with; None: all of them.
+      mask: bool, broadcastable to [B, H, Q, N], True where row q sees token n; None: every row sees every token.
+      pick: selects the rows of x that are computed, [B, N, W] -> [B, Q, W]; None computes all of them.
 
     Returns:
       [B, Q, W].
     """
     tower, width = self.tower, self.tower.width
-    # OpenAI's initialisation of what is added to the residual stream: the deeper the tower, the less.
-    residual_deviation = (2 * tower.layers * width) ** -0.5
+    # OpenAI's initialization of the layers that add to the residual stream; it decreases with the depth.
+    residual_std = (2 * tower.layers * width) ** -0.5
     normed = _layer_norm(tower, "attention_norm")(x).astype(self.dtype)
     qkv = Dense(3 * width, self.dtype, width**-0.5, name="qkv")
     if pick is None:
@@ -190,10 +199,10 @@ class Block(nn.Module):
       query = qkv(pick(normed), slice(0, width))
       key, value = jnp.split(qkv(normed, slice(width, None)), 2, axis=-1)
       x = pick(x)
-    x = x + Dense(width, self.dtype, residual_deviation, name="out")(self._attend(query, key, value, mask))
+    x = x + Dense(width, self.dtype, residual_std, name="out")(self._attend(query, key, value, mask))
     normed = _layer_norm(tower, "mlp_norm")(x).astype(self.dtype)
     hidden = ACTIVATIONS[tower.activation](Dense(tower.mlp_width, self.dtype, (2 * width) ** -0.5, name="up")(normed))
-    return x + Dense(width, self.dtype, residual_deviation, name="down")(hidden)
+    return x + Dense(width, self.dtype, residual_std, name="down")(hidden)
 
   def _attend(self, query, key, value, mask):
     """query [B, Q, W], key and value [B, N, W] -> [B, Q, W]; the softmax in float32."""
@@ -211,7 +220,7 @@ class Transformer(nn.Module):
   """The stack of blocks; every parameter has a leading axis of length `layers`.
 
   Attributes:
-    remat: recompute each block in the backward pass instead of storing its insides.
+    remat: whether to recompute each block in the backward pass instead of storing its activations.
   """
 
   tower: TowerConfig
@@ -219,10 +228,16 @@ class Transformer(nn.Module):
   remat: bool
 
   @nn.compact
-  def __call__(self, x, mask=None, pick=None, picked_mask=None):
-    """x [B, N, W] -> [B, N, W], or only the rows that `pick` takes out of it (see `Block`).
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | np.ndarray | None = None,
+    pick: Pick | None = None,
+    picked_mask: jax.Array | np.ndarray | None = None,
+  ) -> jax.Array:
+    """x [B, N, W] -> [B, N, W], or only the rows that `pick` selects (see `Block`).
 
-    Whatever the last block does for other rows is for nothing, in a tower of two a good third of the work.
+    The last block then computes only these rows. With two blocks this saves a third of the work.
     """
     layers = self.tower.layers
     block = Block(self.tower, self.dtype, parent=None)
@@ -247,14 +262,14 @@ class Transformer(nn.Module):
 
 
 class TextTower(nn.Module):
-  """Tokens to one vector per token, after the final layer norm."""
+  """Converts tokens to one vector per token, after the final layer norm."""
 
   text: TextConfig
   dtype: jnp.dtype
   remat: bool
 
   @nn.compact
-  def __call__(self, tokens, only=None):
+  def __call__(self, tokens: jax.Array, only: jax.Array | None = None) -> jax.Array:
     """tokens int [B, N] -> [B, N, W], or, with the positions `only` int [B], -> [B, W]."""
     text, length = self.text, tokens.shape[1]
     if length > text.context_length:
@@ -273,20 +288,20 @@ class TextTower(nn.Module):
 
 
 class ImageTower(nn.Module):
-  """Images [B, size, size, 3], normalised, to the class token after the last layer norm [B, W]."""
+  """Converts normalized images [B, size, size, 3] to the class token after the last layer norm, [B, W]."""
 
   image: ImageConfig
   dtype: jnp.dtype
   remat: bool
 
   @nn.compact
-  def __call__(self, images):
+  def __call__(self, images: jax.Array) -> jax.Array:
     image, grid = self.image, self.image.size // self.image.patch
     initializer = nn.initializers.normal(image.width**-0.5)
     kernel = self.param("patch_embedding", initializer, (image.patch, image.patch, 3, image.width))
     class_token = self.param("class_embedding", initializer, (image.width,))
     position = self.param("position_embedding", initializer, (grid * grid + 1, image.width))
-    # Patches do not overlap, so that their convolution is one matmul.
+    # Patches do not overlap, so their convolution is one matmul.
     patches = images.reshape(-1, grid, image.patch, grid, image.patch, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(-1, image.patch * image.patch * 3).astype(self.dtype)
     x = patches @ kernel.reshape(-1, image.width).astype(self.dtype)
@@ -305,15 +320,15 @@ class Clip(nn.Module):
 
   Attributes:
     config: the sizes.
-    dtype: compute type of the blocks; parameters, layer norms, softmax and embeddings stay float32.
-    remat: recompute the blocks in the backward pass (for gradients through a large tower).
+    dtype: compute type of the blocks; parameters, layer norms, softmax and embeddings are float32.
+    remat: whether to recompute the blocks in the backward pass, for gradients through a large tower.
   """
 
   config: ClipConfig
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
 
-  def setup(self):
+  def setup(self) -> None:
     config = self.config
     self.text = TextTower(config.text, self.dtype, self.remat)
     self.image = ImageTower(config.image, self.dtype, self.remat)
@@ -325,58 +340,58 @@ class Clip(nn.Module):
     )
     self.log_scale = self.param("log_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)
 
-  def __call__(self, tokens, images):
-    """All of it (used to initialise): returns (TextOutput, image embeddings [B, D], the logit scale)."""
+  def __call__(self, tokens: jax.Array, images: jax.Array) -> tuple[TextOutput, jax.Array, jax.Array]:
+    """Both towers, for initialization: (TextOutput, image embeddings [B, D], logit scale)."""
     return self.encode_text(tokens), self.encode_image(images), self.logit_scale()
 
-  def encode_text(self, tokens) -> TextOutput:
+  def encode_text(self, tokens: jax.Array) -> TextOutput:
     """Encodes captions.
 
     Args:
       tokens: int [B, N], N at most the context length; begin of text, words, end of text, padding.
 
     Returns:
-      TextOutput, float32 whatever the compute type.
+      `TextOutput`, float32 for every compute type.
     """
     features = self.text(tokens).astype(jnp.float32)
     eot = eot_position(tokens, self.config.text.eot_id)
     pooled = jnp.take_along_axis(features, eot[:, None, None], axis=1)[:, 0]
     return TextOutput(features, eot, self.text_projection(pooled))
 
-  def embed_text(self, tokens):
-    """Only the `embedding` of `encode_text`, float32 [B, D], for less work."""
+  def embed_text(self, tokens: jax.Array) -> jax.Array:
+    """Only the `embedding` of `encode_text`, at a lower cost. int [B, N] -> float32 [B, D]."""
     eot = eot_position(tokens, self.config.text.eot_id)
     return self.text_projection(self.text(tokens, eot).astype(jnp.float32))
 
-  def encode_image(self, images):
-    """Embeds pictures.
+  def encode_image(self, images: jax.Array) -> jax.Array:
+    """Embeds images.
 
     Args:
       images: [B, R, R, 3] in [-1, 1] of any size R; resized (bicubic, antialiased) to the tower's size.
 
     Returns:
-      float32 [B, D], not normalised.
+      float32 [B, D], not normalized.
     """
     image, images = self.config.image, self.fit(images)
-    # (x + 1) / 2 is the colour in [0, 1]; the mean and the deviation are those of such colours.
-    mean, deviation = np.asarray(image.mean, np.float32), np.asarray(image.deviation, np.float32)
-    images = images * (0.5 / deviation) + (0.5 - mean) / deviation
+    # The mean and the standard deviation are those of colors in [0, 1], (x + 1) / 2.
+    mean, std = np.asarray(image.mean, np.float32), np.asarray(image.std, np.float32)
+    images = images * (0.5 / std) + (0.5 - mean) / std
     return self.image_projection(self.image(images).astype(jnp.float32))
 
-  def fit(self, images):
-    """Pictures in the tower's size: [B, R, R, 3] of any size R -> float32 [B, size, size, 3]."""
+  def fit(self, images: jax.Array) -> jax.Array:
+    """Resizes images to the tower's size (bicubic, antialiased). [B, R, R, 3] -> float32 [B, size, size, 3]."""
     size, images = self.config.image.size, images.astype(jnp.float32)
     if images.shape[1:3] == (size, size):
       return images
     return jax.image.resize(images, (images.shape[0], size, size, 3), "bicubic")
 
-  def logit_scale(self):
-    """The factor on cosines in the contrastive loss, float32 scalar (1 / temperature; 100 in released models)."""
+  def logit_scale(self) -> jax.Array:
+    """The factor on cosines in the contrastive loss, 1 / temperature: a float32 scalar, 100 in released models."""
     return jnp.exp(self.log_scale)
 
 
-def abstract_variables(config: ClipConfig):
-  """The tree of `Clip(config)`'s variables as jax.ShapeDtypeStruct; allocates nothing."""
+def abstract_variables(config: ClipConfig) -> dict[str, Any]:
+  """The variables of `Clip(config)` as a tree of `jax.ShapeDtypeStruct`. Nothing is allocated."""
   tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
   images = jax.ShapeDtypeStruct((1, config.image.size, config.image.size, 3), jnp.float32)
   return jax.eval_shape(Clip(config).init, jax.random.key(0), tokens, images)

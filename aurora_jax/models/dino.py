@@ -1,27 +1,29 @@
-"""Vision transformers of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193; registers: arXiv 2309.16588), evaluation only.
+"""Vision transformers of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193; registers: arXiv 2309.16588).
 
-The class token stands first, then registers, then the patches in row-major order. Critics read the output of chosen blocks
-("taps") before the final norm. `interop/dino.py` reads checkpoints; the weights stay frozen, gradients pass to the image.
+The tokens are the class token, the registers, and the patches in row-major order. Critics read the outputs of some
+blocks ("taps") before the final norm. `interop/dino.py` reads checkpoints. Evaluation only: the
+weights are frozen, and gradients pass to the image.
 
   B batch, N patches, T tokens (1 + registers + N), W width, H heads, K width of a head, M width of the feed-forward,
   P side of a patch, L blocks (the leading axis of every block parameter)
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from aurora_jax.config import require
+from aurora_jax.models.clip import ACTIVATIONS
 from aurora_jax.ops import resample
 
-# Mean and standard deviation of the colours in [0, 1] (ImageNet) that every published DINO expects.
+# Mean and standard deviation of the colors in [0, 1] (ImageNet) that every published DINO expects.
 MEAN = (0.485, 0.456, 0.406)
-STANDARD_DEVIATION = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 
-# How the table of positions is brought to another grid.
+# Methods that resize the position table to another grid.
 _RESIZES = {
   # PyTorch's "bilinear": timm's and StyleGAN-T's.
   "bilinear": lambda x, rows, columns: jax.image.resize(
@@ -41,13 +43,20 @@ class DinoConfig:
   """Sizes. The defaults are those of DINO's ViT-S/16: 21,665,664 parameters.
 
   Attributes:
-    image_size: side of the images whose grid of patches the table of positions has.
-    patch: side of a patch, pixels.
-    mlp_width: of the feed-forward; with `swiglu` the width of either half.
+    image_size: side of the images that have the grid of the position table, in pixels.
+    patch: side of a patch, in pixels.
+    width: W.
+    depth: number of blocks.
+    heads: attention heads per block.
+    mlp_width: width of the feed-forward; with `swiglu` the width of each half.
     registers: number of register tokens.
+    qkv_bias: whether query, key and value have a bias.
     layer_scale: whether each residual branch has a gain per channel (DINOv2).
-    swiglu: the feed-forward is silu(gate) * value (DINOv2's giant) in place of a GELU.
-    position_resize: "bilinear", "bicubic" or "bicubic_antialiased"; acts on images of another size only.
+    swiglu: whether the feed-forward is silu(gate) * value (DINOv2's giant).
+    activation: activation of the feed-forward without `swiglu`, one of `models.clip.ACTIVATIONS`.
+    pre_norm: whether there is a layer norm after the position embedding, as in CLIP's image towers.
+    layer_norm_epsilon: epsilon of all layer norms.
+    position_resize: "bilinear", "bicubic" or "bicubic_antialiased", for images of another size.
   """
 
   image_size: int = 224
@@ -60,6 +69,8 @@ class DinoConfig:
   qkv_bias: bool = True
   layer_scale: bool = False
   swiglu: bool = False
+  activation: str = "gelu"
+  pre_norm: bool = False
   layer_norm_epsilon: float = 1e-6
   position_resize: str = "bilinear"
 
@@ -73,23 +84,27 @@ class DinoConfig:
       f"dino.image_size {self.image_size} is not a multiple of dino.patch {self.patch}",
     )
     require(
+      self.activation in ACTIVATIONS,
+      f"dino.activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}",
+    )
+    require(
       self.position_resize in _RESIZES,
       f"dino.position_resize must be one of {', '.join(_RESIZES)}, got {self.position_resize!r}",
     )
 
   @property
   def grid(self) -> int:
-    """Side of the table of positions, in patches."""
+    """Side of the position table, in patches."""
     return self.image_size // self.patch
 
 
 def dino_vit_s16() -> DinoConfig:
-  """DINO's ViT-S/16 as StyleGAN-T's discriminator has it."""
+  """DINO's ViT-S/16."""
   return DinoConfig()
 
 
 def dinov2_vit_b14(registers: int = 0) -> DinoConfig:
-  """DINOv2's ViT-B/14, whose table of positions is that of 518 pixels; published with 0 or 4 registers."""
+  """DINOv2's ViT-B/14, with a position table for 518 pixels. Published with 0 or 4 registers."""
   return DinoConfig(
     image_size=518,
     patch=14,
@@ -106,9 +121,9 @@ class DinoOutput(NamedTuple):
   """Tokens [B, T, W], float32.
 
   Attributes:
-    embedded: after the position embedding (and with the registers, which have none).
-    taps: the outputs of the blocks asked for, in the order asked for.
-    final: the last block's output after the final norm; None if it was not asked for.
+    embedded: tokens after the position embedding and, with `pre_norm`, the first norm.
+    taps: the outputs of the requested blocks, in the requested order.
+    final: the last block's output after the final norm; None if it was not requested.
   """
 
   embedded: jax.Array
@@ -117,23 +132,23 @@ class DinoOutput(NamedTuple):
 
 
 def patch_tokens(tokens: jax.Array, cfg: DinoConfig) -> jax.Array:
-  """The patches' tokens without class token and registers. [B, T, W] -> [B, N, W]."""
+  """The tokens of the patches, without class token and registers. [B, T, W] -> [B, N, W]."""
   return tokens[:, 1 + cfg.registers :]
 
 
 def normalize_colors(images: jax.Array) -> jax.Array:
-  """Images [B, R, R, 3] in [-1, 1] as the published weights expect them."""
-  mean, deviation = jnp.asarray(MEAN, jnp.float32), jnp.asarray(STANDARD_DEVIATION, jnp.float32)
-  return ((images + 1) / 2 - mean) / deviation
+  """Normalizes images [B, R, R, 3] in [-1, 1] by ImageNet's statistics, as the published weights expect."""
+  mean, std = jnp.asarray(MEAN, jnp.float32), jnp.asarray(STD, jnp.float32)
+  return ((images + 1) / 2 - mean) / std
 
 
 class Dino(nn.Module):
   """The transformer.
 
   Attributes:
-    cfg: sizes.
-    dtype: of the matrix products; parameters, norms, softmax and the residual stream stay float32.
-    remat: recompute each block in the backward pass instead of storing its insides.
+    cfg: the sizes.
+    dtype: compute type of the matrix products; parameters, norms, softmax and the residual stream are float32.
+    remat: whether to recompute each block in the backward pass instead of storing its activations.
   """
 
   cfg: DinoConfig
@@ -142,18 +157,18 @@ class Dino(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, taps: tuple[int, ...] = (), final: bool = True) -> DinoOutput:
-    """Images to tokens.
+    """Converts images to tokens.
 
     Args:
-      images: [B, R, Q, 3] with normalised colours (`normalize_colors`), both sides multiples of the patch.
-      taps: which blocks' outputs to return, counted from 0.
+      images: [B, R, Q, 3] with normalized colors (`normalize_colors`), both sides multiples of the patch.
+      taps: numbers of the blocks whose outputs are returned, from 0.
       final: whether to return the last block's output after the final norm.
 
     Returns:
-      `DinoOutput`. Blocks above the last one needed are not computed.
+      `DinoOutput`. Blocks after the last requested one are not computed.
 
     Raises:
-      ValueError: the image is no multiple of the patch, or a tap does not exist.
+      ValueError: a side of the image is no multiple of the patch, or a tap does not exist.
     """
     cfg = self.cfg
     if any(not 0 <= tap < cfg.depth for tap in taps):
@@ -171,14 +186,14 @@ class Dino(nn.Module):
       x = run(x, block)
       return x, x if taps else None
 
-    with jax.default_matmul_precision("highest"):  # of float32 products; `dtype` is the way to faster ones
+    with jax.default_matmul_precision("highest"):  # for float32 products; `dtype` selects faster ones
       x, outputs = jax.lax.scan(step, embedded, jax.tree.map(lambda leaf: leaf[:count], blocks))
     normed = _layer_norm(x, scale, bias, cfg.layer_norm_epsilon) if final else None
     chosen = () if outputs is None else tuple(outputs[tap] for tap in taps)
     return DinoOutput(embedded, chosen, normed)
 
   def _embed(self, images):
-    """Images to tokens with positions, [B, T, W]."""
+    """Converts images to tokens with positions, [B, T, W]."""
     cfg, normal = self.cfg, nn.initializers.truncated_normal(0.02)
     batch, height, width, _ = images.shape
     if height % cfg.patch or width % cfg.patch:
@@ -188,7 +203,7 @@ class Dino(nn.Module):
     bias = self.param("patch_bias", nn.initializers.zeros, (cfg.width,))
     class_token = self.param("class_token", normal, (cfg.width,))
     positions = self.param("positions", normal, (1 + cfg.grid**2, cfg.width))
-    # Patches do not overlap, so that their convolution is one matrix product.
+    # Patches do not overlap, so their convolution is one matrix product.
     patches = images.reshape(batch, rows, cfg.patch, columns, cfg.patch, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(batch, rows * columns, -1)
     with jax.default_matmul_precision("highest"):
@@ -201,18 +216,23 @@ class Dino(nn.Module):
     if cfg.registers:
       registers = self.param("registers", normal, (cfg.registers, cfg.width))
       first = jnp.concatenate([first, registers])
-    return jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape)), x + table], axis=1)
+    x = jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape)), x + table], axis=1)
+    if not cfg.pre_norm:
+      return x
+    scale = self.param("pre_norm_scale", nn.initializers.ones, (cfg.width,))
+    bias = self.param("pre_norm_bias", nn.initializers.zeros, (cfg.width,))
+    return _layer_norm(x, scale, bias, cfg.layer_norm_epsilon)
 
 
 def _layer_norm(x, scale, bias, epsilon):
-  """Over the last axis, float32."""
-  centred = x - jnp.mean(x, axis=-1, keepdims=True)
-  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-  return centred * jax.lax.rsqrt(variance + epsilon) * scale + bias
+  """Layer norm over the last axis, float32."""
+  centered = x - jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+  return centered * jax.lax.rsqrt(variance + epsilon) * scale + bias
 
 
 def _dense(x, kernel, bias, dtype):
-  """[..., in] -> float32 [..., out], the product in `dtype`. All axes but the last are one: faster gradients on a CPU."""
+  """[..., in] -> float32 [..., out], the product in `dtype`. Merging the other axes makes gradients faster on a CPU."""
   flat = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel.astype(dtype)
   return (flat.astype(jnp.float32) + bias).reshape(*x.shape[:-1], -1)
 
@@ -238,7 +258,7 @@ def _run_block(cfg, dtype, x, block):
     gate, hidden = jnp.split(hidden, 2, axis=-1)
     hidden = jax.nn.silu(gate) * hidden
   else:
-    hidden = jax.nn.gelu(hidden, approximate=False)
+    hidden = ACTIVATIONS[cfg.activation](hidden)
   return x + gain(dense(hidden, "down"), "gain2")
 
 
@@ -275,7 +295,7 @@ def _init_blocks(key, cfg):
   return blocks
 
 
-def abstract_variables(cfg: DinoConfig):
-  """The tree of `Dino(cfg)`'s variables as jax.ShapeDtypeStruct; allocates nothing."""
+def abstract_variables(cfg: DinoConfig) -> dict[str, Any]:
+  """The variables of `Dino(cfg)` as a tree of `jax.ShapeDtypeStruct`. Nothing is allocated."""
   image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.float32)
   return jax.eval_shape(Dino(cfg).init, jax.random.key(0), image)

@@ -1,16 +1,17 @@
-"""Inception-v3 as Frechet distances (FID) take it: the TensorFlow graph of 2015-12-05, up to its pooled features.
+"""Inception-v3 for Frechet distances (FID): the TensorFlow graph of 2015-12-05, up to its pooled features.
 
-The architecture is that of arXiv 1512.00567. Three things set this graph apart from the usual ones, and numbers compare only
-with all of them (pytorch-fid and torch-fidelity have the same): average pools divide by the pixels within the picture, the
-last block pools by the maximum, and pictures are enlarged to 299 pixels as TensorFlow 1 did, pixel 0 upon pixel 0.
+The architecture is that of arXiv 1512.00567. This graph differs from the usual ones in three ways. FID values are
+comparable only with all three, as in pytorch-fid and torch-fidelity: average pools divide by the number of pixels
+within the image, the last block pools by the maximum, and images are enlarged to 299 pixels as in TensorFlow 1, without
+half-pixel centers.
 
-Only inference is here: batch normalisation is part of the convolutions (`interop/inception_torch.py` folds it).
+This is inference only: `interop/inception_torch.py` folds the batch normalization into the convolutions.
 
-  B batch, R pixels of a picture's side, S = 299, C colours
+  B batch, R pixels of an image's side, S = 299, C colors
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,7 @@ WIDTH = 2048  # of the features
 
 
 class Convolution(NamedTuple):
-  """A convolution with bias and ReLU; `name` is that of the weights file."""
+  """A convolution with bias and ReLU. `name` is its name in the weights file."""
 
   name: str
   width: int
@@ -33,7 +34,7 @@ class Convolution(NamedTuple):
 
 
 class Fork(NamedTuple):
-  """Chains of layers side by side, each on the same input; their channels are joined in this order."""
+  """Parallel chains of layers on the same input. Their channels are concatenated in this order."""
 
   chains: tuple
 
@@ -122,14 +123,17 @@ _LAYERS = (
 
 
 class Inception(nn.Module):
-  """Pictures to features. Parameters: {name in the weights file: {"kernel" [rows, columns, in, out], "bias" [out]}}."""
+  """Converts images to features.
+
+  The parameters are {name in the weights file: {"kernel" [rows, columns, in, out], "bias" [out]}}.
+  """
 
   @nn.compact
-  def __call__(self, images):
-    """The features of pictures, as if they had been saved and read again: rounded to bytes first, as every FID's are.
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Computes features. The images are rounded to bytes first, as if they had been saved and read.
 
     Args:
-      images: float32 [B, R, R, 3] in [-1, 1]; what lies outside is clipped.
+      images: float32 [B, R, R, 3] in [-1, 1]; values outside are clipped.
 
     Returns:
       float32 [B, WIDTH], not negative.
@@ -142,7 +146,7 @@ class Inception(nn.Module):
     for layer in layers:
       match layer:
         case Convolution(name, width, rows, columns, stride, padding):
-          # Accelerators would round the factors to bfloat16 or TF32.
+          # By default accelerators round the factors to bfloat16 or TF32.
           convolve = nn.Conv(
             width, (rows, columns), (stride, stride), padding, precision=jax.lax.Precision.HIGHEST, name=name
           )
@@ -154,18 +158,18 @@ class Inception(nn.Module):
     return x
 
 
-def abstract_variables():
-  """The tree of `Inception`'s variables as jax.ShapeDtypeStruct; allocates nothing."""
+def abstract_variables() -> dict[str, Any]:
+  """The variables of `Inception` as a tree of `jax.ShapeDtypeStruct`. Nothing is allocated."""
   images = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
   return jax.eval_shape(Inception().init, jax.random.key(0), images)
 
 
-def resize(images, side=SIDE):
-  """Bilinear as TensorFlow 1's `resize_images` (align_corners=False): no half pixels, nothing is smoothed when it shrinks.
+def resize(images: jax.Array, side: int = SIDE) -> jax.Array:
+  """Bilinear resize of TensorFlow 1's `resize_images` (align_corners=False): no half-pixel centers, no antialiasing.
 
   Args:
     images: float32 [B, R, R, C].
-    side: pixels of the result.
+    side: side of the result, in pixels.
 
   Returns:
     [B, side, side, C].
@@ -176,7 +180,7 @@ def resize(images, side=SIDE):
 
 
 def _interpolation(given, wanted):
-  """The weights [wanted, given] of pixels for pixels along one axis: place i lies at i * given / wanted, in float32."""
+  """Weights [wanted, given] of the pixels along one axis. Pixel i lies at i * given / wanted, computed in float32."""
   places = np.arange(wanted, dtype=np.float32) * np.float32(given / wanted)
   before = places.astype(np.int64)
   share = places - before

@@ -1,13 +1,15 @@
-"""Building blocks of generator and discriminator, all with an equalised learning rate (arXiv 1710.10196).
+"""Building blocks of generators and discriminators, with an equalized learning rate (arXiv 1710.10196).
 
-A stored weight is ~ N(0, 1) / lr_multiplier and is multiplied by lr_multiplier / sqrt(fan_in) at run time; a stored bias
-by lr_multiplier. That scaling is part of the parameterisation, so checkpoints move between systems unchanged. It is done
-to the activations: a scaled copy of every weight would cost more memory and time than the products of a single image.
+A stored weight is ~ N(0, 1) / lr_multiplier. At run time it is multiplied by lr_multiplier / sqrt(fan_in), and a stored
+bias by lr_multiplier. That scaling is part of the parameterization, so checkpoints move between systems unchanged. The
+factors are applied to the activations: a scaled copy of every weight would cost more than the products of a single
+image.
 
   B batch, H height, W width, N tokens, D channels, K kernels
 """
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -20,28 +22,33 @@ from aurora_jax.ops import modulated_conv as modulated
 EPSILON = 1e-8
 
 
-def leaky_relu(x):
+def leaky_relu(x: jax.Array) -> jax.Array:
   """Slope 0.2, gain sqrt(2) (StyleGAN2's bias_act)."""
   return jnp.where(x >= 0, x, 0.2 * x) * math.sqrt(2)
 
 
-def quick_gelu(x):
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(1.702 x), CLIP's approximation of the GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-def pixel_norm(x):
-  """Divides by the RMS over the last axis."""
+def pixel_norm(x: jax.Array) -> jax.Array:
+  """Divides by the root mean square over the last axis."""
   return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
 
-def scaled_normal(lr_multiplier=1.0, scale=1.0):
+def scaled_normal(lr_multiplier: float = 1.0, scale: float = 1.0) -> nn.initializers.Initializer:
+  """An initializer: normal with standard deviation scale / lr_multiplier."""
+
   def init(key, shape, dtype=jnp.float32):
     return jax.random.normal(key, shape, dtype) * jnp.asarray(scale / lr_multiplier, dtype)
 
   return init
 
 
-def constant(values, lr_multiplier=1.0):
+def constant(values: float | Sequence[float], lr_multiplier: float = 1.0) -> nn.initializers.Initializer:
+  """An initializer: values / lr_multiplier, broadcast to the shape."""
+
   def init(key, shape, dtype=jnp.float32):
     del key
     return jnp.broadcast_to(jnp.asarray(values, dtype) / jnp.asarray(lr_multiplier, dtype), shape)
@@ -49,14 +56,13 @@ def constant(values, lr_multiplier=1.0):
   return init
 
 
-def join(parts, batch):
-  """Lays arrays side by side for one pass through a network, sample by sample: all parts of sample 0, of sample 1, ...
+def join(parts: Sequence[jax.Array], batch: int) -> jax.Array:
+  """Joins batches for one pass through a network, sample by sample: all parts of sample 0, then of sample 1, and so on.
 
-  One part after the other would do as well on one device; but where the samples lie on different devices, this order
-  leaves every one where it is.
+  In this order a sharded batch stays on its devices.
 
   Args:
-    parts: list of [batch * k, ...], k of any part its own.
+    parts: arrays [batch * k, ...]; k may differ between parts.
     batch: number of samples.
 
   Returns:
@@ -67,14 +73,14 @@ def join(parts, batch):
   return joined.reshape(-1, *joined.shape[2:])
 
 
-def unjoin(x, count):
-  """The inverse of `join` of `count` parts of [batch, ...]. [batch * count, ...] -> list."""
+def unjoin(x: jax.Array, count: int) -> list[jax.Array]:
+  """The inverse of `join` for parts with k = 1. [batch * count, ...] -> `count` arrays [batch, ...]."""
   x = x.reshape(-1, count, *x.shape[1:])
   return [x[:, i] for i in range(count)]
 
 
 class Dense(nn.Module):
-  """Linear map over the last axis; on feature maps it is the 1x1 convolution. [..., I] -> [..., features]."""
+  """Linear map over the last axis, on feature maps a 1x1 convolution. [..., I] -> [..., features]."""
 
   features: int
   use_bias: bool = True
@@ -83,7 +89,7 @@ class Dense(nn.Module):
   lr_multiplier: float = 1.0
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     inputs = x.shape[-1]
     weight = self.param("weight", scaled_normal(self.lr_multiplier, self.weight_scale), (inputs, self.features))
     y = (x @ weight.astype(x.dtype)) * (self.lr_multiplier / math.sqrt(inputs))
@@ -100,7 +106,7 @@ class Conv(nn.Module):
   kernel_size: int = 3
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     size, inputs = self.kernel_size, x.shape[-1]
     weight = self.param("weight", scaled_normal(), (size, size, inputs, self.features))
     bias = self.param("bias", constant(0.0), (self.features,))
@@ -114,7 +120,7 @@ class LayerNorm(nn.Module):
   """Layer norm over the last axis in float32, epsilon 1e-5."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     normed = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(x.astype(jnp.float32))
     return normed.astype(x.dtype)
 
@@ -123,16 +129,16 @@ class GroupNorm(nn.Module):
   """Group norm with 32 groups in float32, epsilon 1e-5. x: [B, H, W, D]."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     norm = nn.GroupNorm(num_groups=32, epsilon=1e-5, use_fast_variance=False, name="norm")
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class ModulatedConv(nn.Module):
-  """Modulated convolution with adaptive kernels, bias and activation; optionally deformable (MTM, arXiv 2308.15472).
+  """Modulated convolution with adaptive kernels, bias and activation, optionally deformable (MTM, arXiv 2308.15472).
 
-  Released counterpart: `AdaptiveModulateConvLayer`. Call with x [B, H, W, I] and w [B, w_dim]; returns
-  [B, H, W, features], or twice the resolution with `upsample`.
+  The released counterpart is `AdaptiveModulateConvLayer`. Inputs are x [B, H, W, I] and w [B, w_dim]. The output is
+  [B, H, W, features], with `upsample` at twice the resolution.
   """
 
   features: int
@@ -144,7 +150,7 @@ class ModulatedConv(nn.Module):
   activate: bool = True
 
   @nn.compact
-  def __call__(self, x, w):
+  def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
     inputs, size = x.shape[-1], self.kernel_size
     weight = self.param("weight", scaled_normal(), (self.kernels, size, size, inputs, self.features))
     bias = self.param("bias", constant(0.0), (self.features,))
@@ -160,14 +166,14 @@ class ModulatedConv(nn.Module):
     return leaky_relu(y) if self.activate else y
 
   def _deformed(self, x, w, weight, style, mix):
-    """A second modulated convolution predicts 18 offsets and 9 masks; the taps are read there."""
+    """Reads the taps at positions that a second modulated convolution predicts: 18 offsets and 9 masks per pixel."""
     batch, height, width, inputs = x.shape
     outputs = 27
     mtm_weight = self.param("mtm_weight", scaled_normal(), (1, 3, 3, inputs, outputs))
     mtm_bias = self.param("mtm_bias", constant(0.0), (outputs,))
     mtm_scale = self.param("mtm_scale", constant(0.0), (outputs,))
     mtm_style = Dense(inputs, bias_init=1.0, name="mtm_style")(w) / math.sqrt(9 * inputs)
-    # The norm of the unscaled filter, as released (demodulation's epsilon aside the scale would cancel).
+    # Demodulated without the scale, as released: otherwise the scale would cancel.
     prediction = modulated.modulated_conv(x, mtm_weight, mtm_style)
     prediction = prediction.astype(jnp.float32) * mtm_scale + mtm_bias
     offsets = prediction[..., :18].reshape(batch, height, width, 9, 2)
@@ -178,13 +184,15 @@ class ModulatedConv(nn.Module):
 
 
 class TextBlock(nn.Module):
-  """Pre-LN transformer block of a text head; every residual sum is multiplied by `residual_gain`. [B, N, D] -> same.
+  """Pre-layer-norm transformer block of a text head, [B, N, D] -> [B, N, D].
+
+  Every residual sum is multiplied by `residual_gain`.
 
   `attention` is one of
-    "scaled": over the tokens of a text, logits q . k / sqrt(head width): what was meant;
-    "uniform": what the released code computes. It puts the token axis where its attention expects the batch and
-      multiplies the logits by False, so that each token position averages its values over the *samples of the batch*;
-    "independent": the same for a batch of one, as the released scripts run it: the values themselves.
+    "scaled": attention over the tokens of a text, with logits q . k / sqrt(head width);
+    "uniform": what the released code computes. Its attention takes the token axis for the batch axis and multiplies the
+      logits by False, so that each token position averages its values over the samples of the batch;
+    "independent": "uniform" for a batch of one, as in the released scripts: the values themselves.
   """
 
   heads: int
@@ -193,7 +201,7 @@ class TextBlock(nn.Module):
   residual_gain: float
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
 
     def dense(features, name):
@@ -214,10 +222,10 @@ class TextBlock(nn.Module):
 
 
 class TextHead(nn.Module):
-  """Trainable layers on top of frozen CLIP features (released: `TextHead`).
+  """Trainable layers on top of frozen CLIP features. The released counterpart is `TextHead`.
 
-  Call with text [B, N, F] and eot [B]; returns (global_text [B, D], the feature at EOT, local_text [B, N - 1, D], all
-  others in order, padding included).
+  Inputs are text [B, N, F] and the end-of-text position eot [B]. The output is (global_text, local_text): the feature
+  at that position [B, D], and all other features in order, including padding, [B, N - 1, D].
   """
 
   width: int
@@ -228,7 +236,7 @@ class TextHead(nn.Module):
   residual_gain: float = 1.0
 
   @nn.compact
-  def __call__(self, text, eot):
+  def __call__(self, text: jax.Array, eot: jax.Array) -> tuple[jax.Array, jax.Array]:
     if text.shape[-1] != self.width:
       text = Dense(self.width, bias_init=1.0, lr_multiplier=self.lr_multiplier, name="align")(text)
     for i in range(self.layers):

@@ -1,4 +1,4 @@
-"""Attention by Euclidean distance (Lipschitz attention, arXiv 2006.04710; GigaGAN section 3.1) and by dot product.
+"""Attention by Euclidean distance (Lipschitz attention, arXiv 2006.04710; GigaGAN, section 3.1) and by dot product.
 
 B batch, N queries, M keys, A heads, G = B * A, D head width
 """
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 
-def safe_sqrt(x):
+def safe_sqrt(x: jax.Array) -> jax.Array:
   """Square root whose gradient at zero is zero instead of infinite. x >= 0."""
   positive = x > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def _heads_first(x):
-  """[B, N, A, D] -> [B * A, N, D]: one batch axis, which XLA's CPU products want; with two they are four times slower."""
+  """[B, N, A, D] -> [B * A, N, D]. With two batch axes XLA's products on a CPU are four times slower."""
   return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
@@ -26,7 +26,7 @@ def _heads_last(x, heads):
 
 
 def _attend(logits, values):
-  """Softmax in float32, normalised after the product with the values: D numbers per query instead of M.
+  """Softmax in float32. It is normalized after the product with the values: D numbers per query instead of M.
 
   logits [G, N, M], values [G, M, D] -> [G, N, D].
   """
@@ -38,21 +38,27 @@ def _attend(logits, values):
 
 def _l2_attend(queries, keys, key_squares, values):
   """queries [G, N, D], keys [G, D, M], key_squares [G, 1, M], all float32, values [G, M, D] -> [G, N, D]."""
-  squared = jnp.sum(jnp.square(queries), axis=-1, keepdims=True) + key_squares - 2 * (queries @ keys)
+  # For a query close to a key the squares and the product cancel, so a rounded product would dominate the distance.
+  with jax.named_scope("l2_distance"):
+    product = jnp.matmul(queries, keys, precision=jax.lax.Precision.HIGHEST)
+  squared = jnp.sum(jnp.square(queries), axis=-1, keepdims=True) + key_squares - 2 * product
   distance = safe_sqrt(jnp.maximum(squared, 0.0))
   return _attend(-distance * queries.shape[-1] ** -0.5, values)
 
 
-def l2_attention(queries, keys, values, *, chunk=None):
+def l2_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, *, chunk: int | None = None) -> jax.Array:
   """Softmax attention with logits -|q - k|_2 / sqrt(D): the distance itself, not its square.
 
   Args:
     queries: [B, N, A, D].
     keys, values: [B, M, A, D].
-    chunk: at most this many queries at once, each chunk recomputed in the backward pass; None: all at once.
+    chunk: queries per chunk, each recomputed in the backward pass; None: all queries at once.
 
   Returns:
-    [B, N, A, D], the dtype of `values`. Distances and softmax are float32.
+    [B, N, A, D] in the dtype of `values`. Distances and softmax are float32.
+
+  Raises:
+    ValueError: the chunk does not divide the number of queries.
   """
   heads = queries.shape[2]
   queries, keys, values = (
@@ -63,7 +69,7 @@ def l2_attention(queries, keys, values, *, chunk=None):
   attend = functools.partial(_chunked_l2_attend, chunk=chunk)
   if chunk is None or queries.shape[1] <= chunk or len(queries) == heads:
     return _heads_last(attend(queries, keys, values), heads)
-  # A CPU takes one sample after the other, so that a chunk's logits stay in its cache.
+  # A CPU processes one sample at a time, so that a chunk's logits stay in its cache.
   by_sample = lambda *args: jax.lax.map(lambda one: attend(*one), [x.reshape(-1, heads, *x.shape[1:]) for x in args])
   out = jax.lax.platform_dependent(
     queries,
@@ -77,7 +83,7 @@ def l2_attention(queries, keys, values, *, chunk=None):
 
 def _chunked_l2_attend(queries, keys, values, chunk):
   """queries [G, N, D], keys [G, M, D], float32, values [G, M, D] -> [G, N, D]."""
-  # What every chunk needs of the keys is made once, in the layout that the product wants.
+  # The transposed keys and their squares are the same for every chunk.
   keys = keys.swapaxes(1, 2)
   attend = functools.partial(
     _l2_attend, keys=keys, key_squares=jnp.sum(jnp.square(keys), axis=1, keepdims=True), values=values
@@ -92,16 +98,16 @@ def _chunked_l2_attend(queries, keys, values, chunk):
   return out.swapaxes(0, 1).reshape(groups, count, values.shape[-1])
 
 
-def dot_attention(queries, keys, values, mask=None):
+def dot_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """Softmax attention with logits q . k / sqrt(D).
 
   Args:
     queries: [B, N, A, D].
     keys, values: [B, M, A, D].
-    mask: broadcastable to [B, A, N, M], True where a query may look; None: everywhere.
+    mask: bool, broadcastable to [B, A, N, M], True where a query sees a key; None: everywhere.
 
   Returns:
-    [B, N, A, D], the dtype of `values`.
+    [B, N, A, D] in the dtype of `values`.
   """
   batch, _, heads, width = queries.shape
   logits = (_heads_first(queries) @ _heads_first(keys).swapaxes(1, 2)) * width**-0.5  # [B * A, N, M]

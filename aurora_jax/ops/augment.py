@@ -1,6 +1,6 @@
-"""Augmentation of images on the device: what a small CLIP learns from, and what a frozen one is shown.
+"""Augmentation of images on the device, for training a small CLIP and for images that a frozen one encodes.
 
-Everything is differentiable, cheap and runs inside the compiled step.
+Everything is differentiable and runs inside the compiled step.
 
   B batch, R side of the images, H height, W width, C channels
 """
@@ -16,15 +16,15 @@ _NOISE_POOL = 65_536
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-  """How far a picture is changed, at most. Zeros change nothing.
+  """Largest change of an image. Zeros change nothing.
 
   Attributes:
-    shift: to either side, as a fraction of the picture.
-    scale: exp(-scale) to exp(scale) times the size.
-    rotate: degrees to either side.
-    coarsen: share of the pictures that are mixed with a copy of a half or a quarter of their resolution.
-    colour: change of each colour's gain, and offset on pictures in [-1, 1].
-    noise: standard deviation of the noise added, on pictures in [-1, 1].
+    shift: shift in each direction, as a fraction of the side.
+    scale: the size changes by factors from exp(-scale) to exp(scale).
+    rotate: rotation in each direction, in degrees.
+    coarsen: share of the images that are mixed with a copy at a half or a quarter of the resolution.
+    colour: change of the gain and offset of each color channel, on images in [-1, 1].
+    noise: standard deviation of the added noise, on images in [-1, 1].
   """
 
   shift: float = 0.1
@@ -35,31 +35,31 @@ class Augmentation:
   noise: float = 0.15
 
 
-def augment(key, images, augmentation: Augmentation):
-  """Changes every picture of a batch in its own way.
+def augment(key: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
+  """Changes every image of a batch by random numbers of its own.
 
   Args:
-    key: a PRNG key.
-    images: float32 [B, R, R, 3] in [-1, 1], on white.
-    augmentation: the ranges.
+    key: PRNG key.
+    images: float32 [B, R, R, 3] in [-1, 1], on a white background.
+    augmentation: ranges of the changes.
 
   Returns:
-    float32 [B, R, R, 3]; noise and colour may leave [-1, 1] a little.
+    float32 [B, R, R, 3]; noise and color may slightly exceed [-1, 1].
   """
   draw_key, noise_key = jax.random.split(key)
-  # All draws at once: each call of the generator costs a quarter of a second of compilation.
+  # One draw for all: each call of the generator takes a quarter of a second to compile.
   draws = jax.random.uniform(draw_key, (images.shape[0], 15), minval=-1.0, maxval=1.0)
   place, coarseness, gain, offset, noise = jnp.split(draws, (4, 7, 10, 13), axis=1)
-  # Cubed: mostly small, now and then the most. Evenly drawn moves cost twice the steps.
+  # Cubed draws are mostly small. Uniform ones need twice as many training steps.
   images = _warp(images, augmentation, place**3)
   images = _coarsen(images, augmentation.coarsen, (coarseness + 1) / 2)
   gain, offset = (augmentation.colour * x[:, None, None, :] for x in (gain, offset))
-  # The gain acts around white, the colour of the ground.
+  # The gain acts around white, the color of the background.
   return 1 + (images - 1) * (1 + gain) + offset + _noise(noise_key, images.shape, augmentation.noise, noise)
 
 
 def _warp(images, augmentation, draws):
-  """Scale, rotation and shift by draws [B, 4] in [-1, 1], bilinear; white comes in from outside."""
+  """Scale, rotation and shift by draws [B, 4] in [-1, 1], bilinear. Pixels from outside are white."""
   batch, side = images.shape[:2]
   scale, angle, down, right = (x[:, None, None] for x in draws.T)
   scale = jnp.exp(augmentation.scale * scale)
@@ -67,7 +67,7 @@ def _warp(images, augmentation, draws):
   cosine, sine = scale * jnp.cos(angle), scale * jnp.sin(angle)
   grid = jnp.arange(side, dtype=jnp.float32) - (side - 1) / 2
   rows, columns = grid[:, None], grid[None, :]
-  # Where each pixel of the result comes from, in pixels of a copy with a white frame of one pixel; [B, R, R].
+  # The source of each pixel of the result, in pixels of a copy with a white frame of one pixel; [B, R, R].
   to_pixels = (side - 1) / 2 + 1
   y = cosine * rows - sine * columns + augmentation.shift * side * down + to_pixels
   x = sine * rows + cosine * columns + augmentation.shift * side * right + to_pixels
@@ -87,7 +87,7 @@ def _warp(images, augmentation, draws):
 
 
 def _coarsen(images, share, draws):
-  """Mixes a share of the pictures with a copy of a half or a quarter of their resolution; draws [B, 3] in [0, 1]."""
+  """Mixes a share of the images with a copy at a half or a quarter of the resolution. draws [B, 3] in [0, 1]."""
   batch, side = images.shape[:2]
 
   def coarse(factor):
@@ -99,26 +99,26 @@ def _coarsen(images, share, draws):
   return images + amount * (jnp.where(which < 0.5, coarse(2), coarse(4)) - images)
 
 
-def _noise(key, shape, deviation, draws):
-  """White noise, of a strength of its own for each picture; draws [B, 2] in [-1, 1].
+def _noise(key, shape, std, draws):
+  """White noise, with another strength for each image. draws [B, 2] in [-1, 1].
 
-  Drawing a number per pixel would take longer than the warp; each picture gets a window, at a random place and with a
-  random factor, of one pool of numbers.
+  A draw per pixel would take longer than the warp. Each image therefore gets a window of one pool of numbers, at a
+  random place and with a random factor.
   """
   size = math.prod(shape[1:])
   pool = jax.random.normal(key, (_NOISE_POOL + size,))
   places = ((draws[:, 0] + 1) / 2 * _NOISE_POOL).astype(jnp.int32)
   windows = jax.vmap(lambda place: jax.lax.dynamic_slice(pool, (place,), (size,)))(places)
-  return (windows * (deviation * draws[:, 1:])).reshape(shape)
+  return (windows * (std * draws[:, 1:])).reshape(shape)
 
 
 # ---- before the image tower of a frozen CLIP ---------------------------------------------------------------------
 
 
 def roughen(key: jax.Array, images: jax.Array) -> jax.Array:
-  """Shifts, scales, recolours and roughens pictures a little before an image tower sees them.
+  """Slightly shifts, scales and recolors images and adds noise, before a frozen image tower encodes them.
 
-  The tower's gradient would otherwise find pixel patterns that please it and nobody else.
+  Without it, the tower's gradient leads to adversarial pixel patterns.
 
   Args:
     key: PRNG key.
@@ -139,25 +139,26 @@ def roughen(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _line_matrix(shift, scale, size):
-  """Linear interpolation along one axis, white outside handled by the caller. shift, scale [B] -> [B, out, in]."""
-  centre = (size - 1) / 2
-  line = jnp.arange(size, dtype=jnp.float32) - centre
-  source = line * scale[:, None] + shift[:, None] + centre  # [B, out]
+  """Matrices of linear interpolation along one axis, zero outside. shift, scale [B] -> [B, out, in]."""
+  center = (size - 1) / 2
+  line = jnp.arange(size, dtype=jnp.float32) - center
+  source = line * scale[:, None] + shift[:, None] + center  # [B, out]
   return jnp.maximum(0, 1 - jnp.abs(source[..., None] - jnp.arange(size, dtype=jnp.float32)))
 
 
 def shift_and_scale(images: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-  """Moves and resizes pictures about their centre, bilinear; white comes in from outside.
+  """Shifts and resizes images about their center, bilinear. Pixels from outside are white.
 
   Args:
     images: [B, H, W, C] in [-1, 1].
     shift: [B, 2] in pixels (rows, columns).
-    scale: [B], source pixels per result pixel.
+    scale: [B], source pixels per pixel of the result.
 
   Returns:
     [B, H, W, C].
   """
   rows = _line_matrix(shift[:, 0], scale, images.shape[1])
   columns = _line_matrix(shift[:, 1], scale, images.shape[2])
-  moved = jnp.einsum("bih,bhwc->biwc", rows, images - 1)
-  return 1 + jnp.einsum("bjw,biwc->bijc", columns, moved)
+  exact = jax.lax.Precision.HIGHEST  # images keep their 256 levels
+  moved = jnp.einsum("bih,bhwc->biwc", rows, images - 1, precision=exact)
+  return 1 + jnp.einsum("bjw,biwc->bijc", columns, moved, precision=exact)

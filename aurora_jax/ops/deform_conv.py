@@ -1,8 +1,8 @@
-"""Deformable sampling: the bilinear reads of a modulated deformable convolution (arXiv 1811.11168), as one matrix product.
+"""Bilinear reads of a modulated deformable convolution (arXiv 1811.11168), as one matrix product.
 
-A bilinear read with zeros outside is a product with an interpolation matrix whose entries are products of a row and a
-column weight. For the small maps where Aurora deforms (4 to 16 pixels) building that matrix and multiplying costs less
-than gathers, whose gradients are scatters, and it runs on matrix units.
+A bilinear read with zeros outside is a product with an interpolation matrix. Its entries are products of a row weight
+and a column weight. For small maps (4 to 16 pixels) this matrix product costs less than gathers, whose gradients are
+scatters, and it runs on matrix units.
 
   B batch, H height, W width, C channels, P = H * W output pixels, T taps (9 for 3x3)
 """
@@ -24,8 +24,8 @@ def _line_weights(position, size):
   return jnp.where(offset == 0, 1 - fraction[..., None], 0) + jnp.where(offset == 1, fraction[..., None], 0)
 
 
-def sample_taps(x, offsets, mask):
-  """Reads the 3x3 neighbourhood of every pixel at displaced positions.
+def sample_taps(x: jax.Array, offsets: jax.Array, mask: jax.Array) -> jax.Array:
+  """Reads the 3x3 neighborhood of every pixel at displaced positions.
 
   Args:
     x: [B, H, W, C].

@@ -1,7 +1,7 @@
-"""DiffAugment (arXiv 2006.10738): differentiable changes of what a critic sees, drawn anew for every image.
+"""DiffAugment (arXiv 2006.10738): differentiable changes of a critic's images, different for every image.
 
-`draw` makes the random numbers, `apply` is a pure function of numbers and images, `augment` does both. Every system's
-critic may use it. The result is not clipped to the range of the images.
+`draw` makes the random numbers, `apply` is a pure function of numbers and images, `augment` does both. The result is
+not clipped to the range of the images.
 
   B batch, H height, W width, C channels
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-# In the order of application. Each has a random stream of its own: leaving one out does not change the others.
+# In the order of application. Each has its own random stream, so leaving one out does not change the others.
 POLICY = ("brightness", "saturation", "contrast", "translation", "cutout")
 
 TRANSLATION = 0.125  # at most this fraction of the side
@@ -37,8 +37,8 @@ def draw(key: jax.Array, batch: int, height: int, width: int, policy: Sequence[s
     policy: names of `POLICY`.
 
   Returns:
-    {name: {"u": float32 [B] in [0, 1)}} for colours, {name: {"rows": int32 [B], "columns": int32 [B]}} for translation
-    (offsets) and cutout (centres).
+    {name: {"u": float32 [B] in [0, 1)}} for colors, {name: {"rows": int32 [B], "columns": int32 [B]}} for translation
+    (offsets) and cutout (centers).
   """
   check_policy(policy)
   draws = {}
@@ -66,11 +66,11 @@ def apply(draws: Draws, images: jax.Array) -> jax.Array:
   """Changes every image by its own numbers, in the order of `POLICY`; gradients pass to the images.
 
   Args:
-    draws: of `draw`; what is not in it is left out.
+    draws: numbers of `draw`; changes without numbers are left out.
     images: [B, H, W, C] in [-1, 1].
 
   Returns:
-    float32 [B, H, W, C]; pixels from outside and those cut out are 0, mid grey.
+    float32 [B, H, W, C]; pixels from outside and those cut out are 0, medium gray.
   """
   check_policy(tuple(draws))
   images = images.astype(jnp.float32)
@@ -122,11 +122,11 @@ def _translation(images, rows, columns):
 
 
 def _cutout(images, rows, columns):
-  """Clipped to the border: a square that lies beyond it still covers the border's line, as released."""
+  """The square is clipped to the image: beyond the border it still covers the outermost line, as released."""
 
-  def covered(side, centres):
+  def covered(side, centers):
     size = _square(side)
-    first = centres - size // 2
+    first = centers - size // 2
     begin, end = jnp.clip(first, 0, side - 1), jnp.clip(first + size - 1, 0, side - 1)
     line = jnp.arange(side)
     return (line >= begin[:, None]) & (line <= end[:, None]) & (size > 0)

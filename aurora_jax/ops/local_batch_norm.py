@@ -1,4 +1,4 @@
-"""Batch normalisation over small groups of neighbouring samples, the same in training and evaluation (StyleGAN-T's heads).
+"""Batch normalization over small groups of consecutive samples, the same in training and evaluation.
 
 B batch, N tokens or pixels, C channels
 """
@@ -10,7 +10,7 @@ EPSILON = 1e-5
 
 
 def group_count(batch: int, virtual_batch: int) -> int:
-  """Into how many groups of at most `virtual_batch` samples a batch is split.
+  """Number of groups of at most `virtual_batch` samples into which a batch is split.
 
   Raises:
     ValueError: the groups cannot be of one size.
@@ -25,11 +25,13 @@ def group_count(batch: int, virtual_batch: int) -> int:
 
 
 def normalize(x: jax.Array, virtual_batch: int = 8) -> jax.Array:
-  """Zero mean and unit variance (biased) per channel over each group's samples and tokens; no running statistics.
+  """Normalizes each channel to zero mean and unit variance (biased) over the samples and tokens of each group.
+
+  There are no running statistics.
 
   Args:
-    x: [B, N, C]. Groups are of B / ceil(B / virtual_batch) consecutive samples.
-    virtual_batch: at most so many samples share statistics.
+    x: [B, N, C]. A group has B / ceil(B / virtual_batch) consecutive samples.
+    virtual_batch: largest number of samples that share statistics.
 
   Returns:
     float32 [B, N, C].
@@ -39,6 +41,6 @@ def normalize(x: jax.Array, virtual_batch: int = 8) -> jax.Array:
   """
   groups = group_count(len(x), virtual_batch)
   grouped = x.astype(jnp.float32).reshape(groups, -1, x.shape[-1])  # [groups, B / groups * N, C]
-  centred = grouped - jnp.mean(grouped, axis=1, keepdims=True)
-  variance = jnp.mean(jnp.square(centred), axis=1, keepdims=True)
-  return (centred * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
+  centered = grouped - jnp.mean(grouped, axis=1, keepdims=True)
+  variance = jnp.mean(jnp.square(centered), axis=1, keepdims=True)
+  return (centered * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)

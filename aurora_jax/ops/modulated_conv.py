@@ -1,14 +1,16 @@
 """Modulated, demodulated convolution with sample-adaptive kernels (StyleGAN2; GigaGAN, arXiv 2303.05511, section 3.1).
 
 The filter of sample b is W_b = sum_k mix[b, k] W_k, its input channels scaled by the style, its output channels by the
-demodulation coefficient. Both scalings move to the activations, so without adaptive kernels all samples share a filter:
+demodulation coefficient. Both scalings are applied to the activations, so without adaptive kernels all samples share a
+filter:
 
   y = conv(x * style, W) * demodulation
 
-With K kernels there are two ways. On small maps the K scaled copies of the input go through one convolution, which costs
-K convolutions and no filter of a sample's own. On large maps the filters are mixed per sample, which costs one.
+With K kernels there are two methods. On small maps the K scaled copies of the input go through one convolution, which
+costs K convolutions but no filters per sample. On large maps the filters are mixed per sample, which costs one
+convolution.
 
-The released code also divides filters and style by their RMS before demodulating; demodulation cancels that.
+The released code also divides filters and style by their RMS before the demodulation, which cancels these factors.
 
   B batch, H height, W width, K kernels, I input channels, O output channels, P pixels, T taps
 """
@@ -20,14 +22,16 @@ from aurora_jax.ops import resample
 
 
 def _sum_over_taps(left, right):
-  """sum_hw left[..., h, w, i, o] * right[..., h, w, i, o], written out: as a reduction, XLA's CPU back end reads the filters
-  forty times slower."""
+  """sum_hw left[..., h, w, i, o] * right[..., h, w, i, o].
+
+  Written out, because XLA's CPU back end compiles the reduction to code that is forty times slower.
+  """
   height, width = left.shape[-4:-2]
   return sum(left[..., h, w, :, :] * right[..., h, w, :, :] for h in range(height) for w in range(width))
 
 
-def demodulation(weight, style, mix=None, eps=1e-8):
-  """The factor that gives every output channel of the modulated filter unit norm.
+def demodulation(weight: jax.Array, style: jax.Array, mix: jax.Array | None = None, eps: float = 1e-8) -> jax.Array:
+  """The factor that scales every output channel of the modulated filter to norm 1.
 
   Args:
     weight: [K, kh, kw, I, O].
@@ -43,8 +47,8 @@ def demodulation(weight, style, mix=None, eps=1e-8):
   if mix is None:
     squared = style_squared @ _sum_over_taps(weight[0], weight[0])
   else:
-    # |sum_k m_k W_k|^2 needs the filters' inner products only: a K x K tensor per (input, output) channel.
-    # Pair by pair, as elementwise sums: a batched product over (i, o) would be a matrix product of K x K matrices.
+    # |sum_k m_k W_k|^2 needs only the inner products of the filters, K x K numbers per pair of input and output
+    # channel. They are elementwise sums, pair by pair: a batched product over (i, o) would multiply many tiny matrices.
     kernels = weight.shape[0]
     squared = 0.0
     for k in range(kernels):
@@ -59,7 +63,7 @@ _MIXED_FILTERS_FROM = 256
 
 
 def _demodulation_of_mixed(kernels, style, eps=1e-8):
-  """The factor of `demodulation` from filters that are already mixed. kernels [B, kh, kw, I, O], style [B, I] -> [B, O]."""
+  """`demodulation` of filters that are already mixed. kernels [B, kh, kw, I, O], style [B, I] -> [B, O]."""
   kernels = kernels.astype(jnp.float32)
   squared = jnp.einsum("bi,bio->bo", jnp.square(style.astype(jnp.float32)), _sum_over_taps(kernels, kernels))
   return jax.lax.rsqrt(squared + eps)
@@ -73,8 +77,8 @@ def _mixed_filters(weight, mix):
 def _conv_per_sample(x, kernels):
   """Each sample with its own filter. x [B, H, W, I], kernels [B, kh, kw, I, O] -> [B, H, W, O].
 
-  A convolution in B groups would do on every machine, but on a CPU it is slow, and on GPUs XLA's partitioner gathers all
-  samples and all filters on every device for it (v5e: it does not).
+  A convolution in B groups would be correct everywhere. But it is slow on a CPU, and on GPUs XLA's partitioner gathers
+  all samples and filters on every device for it (on a TPU v5e it does not).
   """
   conv = lambda image, kernel: _conv(image[None], kernel, "SAME")[0]
   if len(x) == 1:
@@ -113,11 +117,11 @@ def _stacked_kernel(weight):
   return weight.transpose(1, 2, 0, 3, 4).reshape(height, width, kernels * inputs, outputs)
 
 
-def transposed_conv(x, kernel):
+def transposed_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Stride-2 transposed convolution with a 3x3 kernel: one matrix product for all taps, then overlapping sums.
 
-  Output row n is sum_m x[m] kernel[n - 2m]: even rows see taps 0 and 2, odd rows tap 1. No dilated convolution, and no
-  small-kernel convolution whose weight gradient XLA's CPU back end would turn into a reversed-window one (35 times slower).
+  Output row n is sum_m x[m] kernel[n - 2m]: even rows use taps 0 and 2, odd rows tap 1. There is no dilated
+  convolution, and no small-kernel convolution, whose weight gradient is 35 times slower in XLA's CPU back end.
 
   Args:
     x: [B, H, W, I].
@@ -141,16 +145,24 @@ def transposed_conv(x, kernel):
   return spread(rows[:, :, :, 0], rows[:, :, :, 1], rows[:, :, :, 2], 2)
 
 
-def modulated_conv(x, weight, style, mix=None, *, demodulate=True, upsample=False):
-  """Modulated convolution, "same" padding, or doubling the resolution.
+def modulated_conv(
+  x: jax.Array,
+  weight: jax.Array,
+  style: jax.Array,
+  mix: jax.Array | None = None,
+  *,
+  demodulate: bool = True,
+  upsample: bool = False,
+) -> jax.Array:
+  """Modulated convolution with "same" padding, or with doubled resolution.
 
   Args:
     x: [B, H, W, I].
     weight: [K, kh, kw, I, O].
-    style: [B, I], with the equalised learning rate's factor applied.
-    mix: [B, K] weights of the kernels (a softmax), or None for K = 1.
-    demodulate: whether output channels are scaled to unit filter norm.
-    upsample: stride-2 transposed convolution and FIR filter; 3x3 kernels only.
+    style: [B, I], including the factor of the equalized learning rate.
+    mix: [B, K], weights of the kernels (a softmax), or None for K = 1.
+    demodulate: whether output channels are scaled to filters of norm 1.
+    upsample: whether to apply a stride-2 transposed convolution and the FIR filter; for 3x3 kernels only.
 
   Returns:
     [B, H, W, O], or [B, 2H, 2W, O] with `upsample`; the dtype of x.
@@ -184,8 +196,8 @@ def modulated_conv(x, weight, style, mix=None, *, demodulate=True, upsample=Fals
   return y
 
 
-def modulated_taps(taps, weight, style, mix=None):
-  """The demodulated contraction of a convolution whose input pixels were already gathered tap by tap.
+def modulated_taps(taps: jax.Array, weight: jax.Array, style: jax.Array, mix: jax.Array | None = None) -> jax.Array:
+  """The demodulated convolution of input pixels that are already gathered per tap.
 
   Args:
     taps: [B, P, T, I], T = kh * kw in row-major order.

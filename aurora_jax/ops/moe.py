@@ -1,31 +1,33 @@
-"""Sparse mixture of experts: which expert a token goes to, and the experts' GEGLU feed-forward.
+"""Sparse mixture of experts: the experts' GEGLU feed-forward on each expert's tokens, and the router's losses.
 
-Three backends behind `expert_ffn`, all exact, none ever drops a token:
+`expert_ffn` has three backends. All are exact; none drops a token.
 
-  dense    every expert on every token, masked: the oracle, E times the work;
-  bucket   one bucket of C slots per expert, one batched product; C comes from a ladder by the fullest expert of the
-           step, and the last rung takes any load. Best on accelerators with balanced experts;
-  grouped  tokens in tiles of one expert each, the expert's weights repeated per tile. Costs the same however unbalanced
-           the experts are; best for the small widths of a CPU run, where repeating weights is cheap.
+  dense    every expert on every token, masked: the oracle, with E times the work;
+  bucket   one bucket of C slots per expert and one batched product. C is the smallest of several capacities that holds
+           the fullest expert of the step; beyond the largest one, the dense backend runs. Best on accelerators with
+           balanced experts;
+  grouped  tiles of tokens of one expert each, with the expert's weights repeated per tile. The cost does not depend on
+           the balance of the experts. Best for the small widths of a CPU run, where repeating weights is cheap.
 
   G images (groups), N tokens of an image, T = G * N tokens, D width, F hidden width, E experts, C capacity
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Rungs of the ladder as multiples of the mean load T / E.
+# Capacities of the bucket backend as multiples of the mean load T / E.
 CAPACITY_FACTORS = (1.25, 2.0)
 
 BACKENDS = ("dense", "bucket", "grouped")
 
 
 class ExpertParams(NamedTuple):
-  """The experts' weights as they are stored, stacked; `geglu_ffn` applies the equalised learning rate's factors."""
+  """The experts' stored weights, stacked. `geglu_ffn` applies the factors of the equalized learning rate."""
 
   in_weight: jax.Array  # [E, D, 2 F]: value and gate
   in_bias: jax.Array  # [E, 2 F]
@@ -33,26 +35,26 @@ class ExpertParams(NamedTuple):
   out_bias: jax.Array  # [E, D]
 
 
-def geglu_ffn(x, params):
-  """The feed-forward of one expert (arXiv 2002.05202), or of all, each on its own bucket.
+def geglu_ffn(x: jax.Array, params: ExpertParams) -> jax.Array:
+  """The feed-forward of one expert (GEGLU, arXiv 2002.05202), or of all experts on one bucket each.
 
   Args:
     x: [..., C, D].
-    params: ExpertParams with the same leading axes as x, if any.
+    params: weights with the same leading axes as x.
 
   Returns:
     [..., C, D].
   """
   dtype, width, inner = x.dtype, x.shape[-1], params.out_weight.shape[-2]
-  # The factors 1 / sqrt(fan in) go onto the activations, which are the smaller ones.
+  # The factors 1 / sqrt(fan in) are applied to the activations, which are smaller than the weights.
   hidden = (x @ params.in_weight.astype(dtype)) / math.sqrt(width) + params.in_bias[..., None, :].astype(dtype)
   value, gate = jnp.split(hidden, 2, axis=-1)
   hidden = value * jax.nn.gelu(gate, approximate=False)
   return (hidden @ params.out_weight.astype(dtype)) / math.sqrt(inner) + params.out_bias[..., None, :].astype(dtype)
 
 
-def dense_ffn(x, expert, params):
-  """Every expert on every token, one expert after the other, masked. x: [T, D], expert: [T] -> [T, D]."""
+def dense_ffn(x: jax.Array, expert: jax.Array, params: ExpertParams) -> jax.Array:
+  """Every expert on every token, one expert at a time, masked. x [T, D], expert int [T] -> [T, D]."""
 
   def add(total, item):
     index, one = item
@@ -66,8 +68,11 @@ def dense_ffn(x, expert, params):
 
 @jax.custom_vjp
 def _take_rows(x, index, inverse):
-  """Rows of x by index, zeros where the index is out of range. `inverse` is where each row of x went (or out of range):
-  the gradient of a permutation is the inverse gather, much cheaper than the scatter that autodiff would write."""
+  """Rows of x by index; zeros if the index is out of range.
+
+  `inverse` is the new place of each row of x, or out of range. The gradient of a permutation is the inverse gather,
+  which is much cheaper than the scatter of automatic differentiation.
+  """
   del inverse
   return x.at[index].get(mode="fill", fill_value=0)
 
@@ -84,8 +89,8 @@ def _take_rows_backward(residuals, cotangent):
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-def position_in_expert(expert, experts):
-  """Each token's place in its expert's queue, and the queues' lengths.
+def position_in_expert(expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+  """Each token's position among the tokens of its expert, and the number of tokens per expert.
 
   Args:
     expert: [T] int32.
@@ -100,10 +105,19 @@ def position_in_expert(expert, experts):
   return position, queue[-1]
 
 
-def through_slots(x, slot, slots, feed_forward):
-  """Moves each token to its slot, applies `feed_forward` [slots, D] -> [slots, D] and moves the results back.
+def through_slots(
+  x: jax.Array, slot: jax.Array, slots: int, feed_forward: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """Moves each token to its slot, applies a function to the slots and moves the results back.
 
-  A slot number beyond `slots` means no slot: zeros. Empty slots hold zeros.
+  Args:
+    x: [T, D].
+    slot: int [T], the slot of each token, all different. A token whose number is `slots` or more has no slot.
+    slots: number of slots.
+    feed_forward: [slots, D] -> [slots, D]. Empty slots hold zeros.
+
+  Returns:
+    [T, D]; zeros for tokens without a slot.
   """
   tokens = x.shape[0]
   token_of_slot = jnp.full(slots, tokens, jnp.int32)
@@ -112,17 +126,17 @@ def through_slots(x, slot, slots, feed_forward):
   return _take_rows(out, slot, token_of_slot)
 
 
-def bucket_ffn(x, expert, position, params, capacity):
-  """Each token through its own expert, in buckets of `capacity` slots; tokens beyond it would give zeros.
+def bucket_ffn(x: jax.Array, expert: jax.Array, position: jax.Array, params: ExpertParams, capacity: int) -> jax.Array:
+  """Each token through its expert, in buckets of `capacity` slots.
 
   Args:
     x: [T, D].
-    expert, position: [T] int32, position < capacity.
-    params: ExpertParams.
+    expert, position: int32 [T], as of `position_in_expert`.
+    params: the experts' weights.
     capacity: C.
 
   Returns:
-    [T, D].
+    [T, D]; zeros for tokens whose position is C or more.
   """
   experts = params.in_weight.shape[0]
   slots = experts * capacity
@@ -132,41 +146,43 @@ def bucket_ffn(x, expert, position, params, capacity):
   )
 
 
-# Tiles whose weights, all together, are larger than this go one after the other.
+# If the repeated weights of all tiles are larger than this, the tiles are computed one at a time.
 _REPEATED_BYTES = 1 << 27
 
 
 def _tile_size(tokens, experts):
-  """Slots of a tile: about half an expert's mean load, a power of two from 64 to 256."""
+  """Slots per tile: about half the mean load of an expert, a power of two from 64 to 256."""
   half = max(1, tokens // (2 * experts))
   return min(256, max(64, 1 << (half.bit_length() - 1)))
 
 
-def grouped_ffn(x, expert, position, load, params):
-  """Each token through its own expert, in tiles of slots that belong to one expert each.
+def grouped_ffn(
+  x: jax.Array, expert: jax.Array, position: jax.Array, load: jax.Array, params: ExpertParams
+) -> jax.Array:
+  """Each token through its expert, in tiles of slots that belong to one expert each.
 
-  Small experts: the weights are repeated per tile and all tiles go through one batched product. Large ones: one tile
-  after the other, and those that hold no token are passed over.
+  The weights of small experts are repeated per tile, for one batched product over all tiles. Tiles of large experts are
+  computed one at a time; those without tokens are skipped.
 
   Args:
     x: [T, D].
-    expert, position: [T] int32.
-    load: [E] int32, tokens per expert.
-    params: ExpertParams.
+    expert, position: int32 [T], as of `position_in_expert`.
+    load: int32 [E], tokens per expert.
+    params: the experts' weights.
 
   Returns:
     [T, D].
   """
   tokens, experts = x.shape[0], params.in_weight.shape[0]
   tile = _tile_size(tokens, experts)
-  tiles = -(-tokens // tile) + experts - 1  # the most that any load needs
+  tiles = -(-tokens // tile) + experts - 1  # enough for every load
   ends = jnp.cumsum(-(-load // tile))  # [E], in tiles
   starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
   slot = starts[expert] * tile + position
   owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), experts - 1)  # [tiles]
 
   def all_at_once(slots):
-    # A product with a one-hot matrix: its gradient is a product too, where a gather's would be a scatter of matrices.
+    # A product with a one-hot matrix, because the gradient of a gather would be a scatter of matrices.
     selector = jax.nn.one_hot(owner, experts, dtype=params.in_weight.dtype)
     repeated = jax.tree.map(lambda p: jnp.tensordot(selector, p, 1), params)
     return geglu_ffn(slots.reshape(tiles, tile, -1), repeated)
@@ -184,18 +200,27 @@ def grouped_ffn(x, expert, position, load, params):
   return through_slots(x, slot, tiles * tile, lambda slots: apply(slots).reshape(tiles * tile, -1))
 
 
-def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FACTORS):
-  """The chosen expert's output for every token.
+def expert_ffn(
+  x: jax.Array,
+  expert: jax.Array,
+  params: ExpertParams,
+  backend: str = "bucket",
+  capacity_factors: Sequence[float] = CAPACITY_FACTORS,
+) -> jax.Array:
+  """The output of its expert for every token.
 
   Args:
     x: [T, D].
-    expert: [T] int32.
-    params: ExpertParams.
+    expert: int32 [T].
+    params: the experts' weights.
     backend: one of `BACKENDS`.
-    capacity_factors: of "bucket": ascending multiples of T / E to try before the rung that takes any load.
+    capacity_factors: capacities of "bucket" as multiples of T / E. If none holds the fullest expert, "dense" runs.
 
   Returns:
     [T, D]. All backends agree; no token is dropped.
+
+  Raises:
+    ValueError: an unknown backend.
   """
   if backend == "dense":
     return dense_ffn(x, expert, params)
@@ -217,15 +242,15 @@ def expert_ffn(x, expert, params, backend="bucket", capacity_factors=CAPACITY_FA
   return jax.lax.switch(rung, branches, x, expert, position, params)
 
 
-def router_losses(logits, expert):
-  """Router z-loss (ST-MoE, arXiv 2202.08906) and load balance per image (Switch, arXiv 2101.03961, eq. 4-6).
+def router_losses(logits: jax.Array, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Router z-loss (ST-MoE, arXiv 2202.08906) and load-balance loss per image (Switch, arXiv 2101.03961, eq. 4-6).
 
   Args:
-    logits: [G, N, E] float32.
-    expert: [G, N] int32, the chosen expert.
+    logits: float32 [G, N, E].
+    expert: int32 [G, N], the chosen experts.
 
   Returns:
-    (z_loss, balance_loss), float32 scalars: means over images.
+    (z_loss, balance_loss), float32 scalars, means over images.
   """
   experts = logits.shape[-1]
   z_loss = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))

@@ -1,8 +1,8 @@
-"""Multi-scale structural similarity of image batches (Wang et al. 2003), as MEGAN measures diversity (arXiv 1805.02481).
+"""Multi-scale structural similarity of image batches (Wang et al. 2003), a measure of diversity (arXiv 1805.02481).
 
-The variant of the released `msssim.py`, which is TensorFlow's: the means over batch, space and channels are taken at every
-level before the powers, so that a pair of batches has one number. All in float64 on the host: variances are differences
-of large squares.
+This is the variant of TensorFlow's `msssim.py`: at every level, means over batch, space and channels are taken before
+the powers, so a pair of batches has one value. Everything is float64 on the host, because variances are differences of
+large squares.
 
   B batch, H height, W width, C channels
 """
@@ -13,14 +13,14 @@ import numpy as np
 
 from aurora_jax.errors import UserError
 
-LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the paper; they do not sum to 1
+LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # from the paper; they do not sum to 1
 _WINDOW, _SIGMA = 11, 1.5
 _RANGE = 255.0
 _C1, _C2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
 
 
 def _gaussian(size: int) -> np.ndarray:
-  """The window along one axis; a smaller one has a smaller sigma. [size], of sum 1."""
+  """The window along one axis, [size], of sum 1. A smaller window has a smaller sigma."""
   offsets = np.arange(size) - (size - 1) / 2
   window = np.exp(-0.5 * np.square(offsets / (_SIGMA * size / _WINDOW)))
   return window / window.sum()
@@ -56,7 +56,7 @@ def _similarity(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def level_similarities(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-  """What `ms_ssim` multiplies: per level the mean SSIM and the mean of its contrast and structure term. float64 [5, 2].
+  """The terms of `ms_ssim`: per level the mean SSIM and the mean of its contrast and structure term. float64 [5, 2].
 
   Raises:
     UserError: the batches are not two of the same shape [B, H, W, C], or empty.
@@ -75,13 +75,13 @@ def level_similarities(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def ms_ssim(one: np.ndarray, other: np.ndarray) -> float:
-  """MS-SSIM of two batches, image by image: 1 for the same batch, lower the more they differ.
+  """MS-SSIM of two batches, image by image: 1 for equal batches, less for different ones.
 
   Args:
     one, other: [B, H, W, C] in [0, 255], uint8 or any float type.
 
   Returns:
-    float; NaN if a mean term is negative, for then its power does not exist.
+    float; NaN if a mean term is negative, because its power does not exist.
 
   Raises:
     UserError: as `level_similarities`.
@@ -94,15 +94,15 @@ def ms_ssim(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def mean_ms_ssim(images: np.ndarray, batch_size: int = 100) -> float:
-  """How alike the images of a set are: the mean MS-SSIM over all pairs of its batches. Lower is more diverse.
+  """Similarity of the images of a set: the mean MS-SSIM over all pairs of its batches. Less is more diverse.
 
   Args:
-    images: [N, H, W, C] in [0, 255]; what does not fill a batch at the end is left out. The released protocol has 200
-      generated images in batches of 100, hence one pair.
+    images: [N, H, W, C] in [0, 255]. Images that do not fill a batch are left out. The released protocol has one pair:
+      200 generated images in batches of 100.
     batch_size: images per batch.
 
   Returns:
-    float, the mean over those pairs that are not NaN; NaN if there are none.
+    float, the mean over the pairs that are not NaN; NaN if all are.
 
   Raises:
     UserError: fewer than two whole batches.
@@ -112,7 +112,7 @@ def mean_ms_ssim(images: np.ndarray, batch_size: int = 100) -> float:
   batches: Sequence[np.ndarray] = [
     images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)
   ]
-  # It is symmetric: every pair once.
+  # MS-SSIM is symmetric, so every pair is computed once.
   values = [ms_ssim(one, other) for i, one in enumerate(batches) for other in batches[:i]]
   values = [value for value in values if not np.isnan(value)]
   return float(np.mean(values)) if values else float("nan")

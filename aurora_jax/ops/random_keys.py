@@ -1,4 +1,4 @@
-"""Random keys by purpose: every use of randomness folds its own name into the run's key, so that no two uses share numbers."""
+"""Random keys by purpose: each use of randomness has a name, so no two uses share numbers."""
 
 import zlib
 
@@ -9,9 +9,9 @@ def fold(key: jax.Array, purpose: str, *numbers: int | jax.Array) -> jax.Array:
   """A key for one purpose.
 
   Args:
-    key: a PRNG key.
-    purpose: what it is for, such as "init/generator". Distinct purposes give independent keys.
-    numbers: further integers, such as the step; traced ones will do.
+    key: PRNG key.
+    purpose: name of the purpose, such as "init/generator". Distinct purposes give independent keys.
+    numbers: additional integers, such as the step; they may be traced.
 
   Returns:
     A PRNG key.

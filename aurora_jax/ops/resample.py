@@ -1,8 +1,8 @@
 """Resampling by two with the FIR filter [1, 3, 3, 1] (StyleGAN2, arXiv 1912.04958, appendix B).
 
-Written as sums of shifted slices, one polyphase component per output parity: the same arithmetic as zero insertion
-followed by a depthwise convolution, at a quarter of the work, and free of dilated or depthwise convolutions, which are
-slow on CPU.
+The filters are sums of shifted slices, one polyphase component per output parity. The arithmetic is that of zero
+insertion followed by a depthwise convolution, at a quarter of the work. Dilated and depthwise convolutions are slow on
+a CPU.
 
   B batch, H height, W width, C channels
 """
@@ -24,7 +24,7 @@ def _slice(x, axis, start, size, stride=1):
   return jax.lax.slice_in_dim(x, start, start + (size - 1) * stride + 1, stride, axis)
 
 
-def interleave(even, odd, axis):
+def interleave(even: jax.Array, odd: jax.Array, axis: int) -> jax.Array:
   """Merges two arrays of equal shape along `axis`: even[0], odd[0], even[1], ..."""
   stacked = jnp.stack([even, odd], axis + 1)
   shape = list(even.shape)
@@ -32,8 +32,8 @@ def interleave(even, odd, axis):
   return stacked.reshape(shape)
 
 
-def upsample(x):
-  """Doubles height and width. x: [B, H, W, C] -> [B, 2H, 2W, C], zeros beyond the border."""
+def upsample(x: jax.Array) -> jax.Array:
+  """Doubles height and width, with zeros beyond the border. [B, H, W, C] -> [B, 2H, 2W, C]."""
   for axis in (1, 2):
     size = x.shape[axis]
     padded = _pad(x, axis, 1, 1)
@@ -42,8 +42,8 @@ def upsample(x):
   return x
 
 
-def downsample(x):
-  """Halves height and width. x: [B, 2H, 2W, C] -> [B, H, W, C]; the border's pixels are repeated beyond it."""
+def downsample(x: jax.Array) -> jax.Array:
+  """Halves height and width, with the border repeated beyond it. [B, 2H, 2W, C] -> [B, H, W, C]."""
   for axis in (1, 2):
     size = x.shape[axis] // 2
     first, last = _slice(x, axis, 0, 1), _slice(x, axis, x.shape[axis] - 1, 1)
@@ -53,7 +53,7 @@ def downsample(x):
   return x
 
 
-def smooth_transposed(x):
+def smooth_transposed(x: jax.Array) -> jax.Array:
   """The FIR filter, gain 4, on the output of a stride-2 transposed convolution.
 
   Args:
@@ -77,9 +77,9 @@ def smooth_transposed(x):
 def area_matrix(given: int, wanted: int) -> np.ndarray:
   """Weights of adaptive average pooling along one axis, to a smaller or a larger size.
 
-  Output i is the mean of inputs floor(i * given / wanted) up to, not including, ceil((i + 1) * given / wanted). A larger size
-  thus repeats pixels and averages two where a window straddles them (PyTorch: `adaptive_avg_pool2d`, `interpolate` with
-  mode "area").
+  Output i is the mean of the inputs from floor(i * given / wanted) to ceil((i + 1) * given / wanted) - 1. A larger size
+  repeats pixels, and averages two if a window straddles them. PyTorch has it as `adaptive_avg_pool2d` and as
+  `interpolate` with mode "area".
 
   Args:
     given: size of the input.
@@ -96,7 +96,7 @@ def area_matrix(given: int, wanted: int) -> np.ndarray:
 
 
 def bicubic_matrix(given: int, wanted: int) -> np.ndarray:
-  """Weights of cubic interpolation along one axis: half-pixel centres, A = -0.75, repeated borders, no antialiasing.
+  """Weights of cubic interpolation along one axis: half-pixel centers, A = -0.75, repeated borders, no antialiasing.
 
   This is PyTorch's `interpolate` with mode "bicubic". `jax.image.resize` has A = -0.5.
 
@@ -120,7 +120,7 @@ def bicubic_matrix(given: int, wanted: int) -> np.ndarray:
 
 
 def resize_by_matrices(x: jax.Array, rows: jax.Array | np.ndarray, columns: jax.Array | np.ndarray) -> jax.Array:
-  """Applies one matrix to the rows and one to the columns, in float32 on every machine.
+  """Applies one matrix to the rows and one to the columns, in full float32 precision.
 
   Args:
     x: [B, H, W, C].
@@ -142,14 +142,17 @@ def resize_area(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def resize_bicubic(x: jax.Array, height: int, width: int) -> jax.Array:
-  """PyTorch's bicubic resize without antialiasing (see `bicubic_matrix`). [B, H, W, C] -> float32 [B, height, width, C]."""
+  """PyTorch's bicubic resize without antialiasing (see `bicubic_matrix`).
+
+  [B, H, W, C] -> float32 [B, height, width, C].
+  """
   if x.shape[1:3] == (height, width):
     return x.astype(jnp.float32)
   return resize_by_matrices(x, bicubic_matrix(x.shape[1], height), bicubic_matrix(x.shape[2], width))
 
 
 def image_pyramid(image: jax.Array, resolutions: Sequence[int]) -> dict[int, jax.Array]:
-  """Shrinks images by two with the FIR filter, level by level. image [B, R, R, 3] -> {r: [B, r, r, 3]}."""
+  """Halves images with the FIR filter, level by level. image [B, R, R, 3] -> {r: [B, r, r, 3]}."""
   pyramid, r = {}, image.shape[1]
   while r >= min(resolutions):
     if r in resolutions:

@@ -1,7 +1,7 @@
-"""Spectral normalisation (arXiv 1802.05957) as PyTorch's classic one computes it, on weights as matrices [O, K].
+"""Spectral normalization (arXiv 1802.05957) of weights as matrices [O, K], as in PyTorch's `spectral_norm`.
 
-The largest singular value is estimated from two vectors that one step of power iteration per training forward keeps up to
-date. They are state, never trained: gradients flow through the weight and through sigma with both vectors constant.
+Two vectors estimate the largest singular value. One step of power iteration per training forward updates them. They are
+state, not parameters: gradients flow through the weight and through sigma, with both vectors constant.
 
   O output channels, K inputs to one of them
 """
@@ -13,12 +13,12 @@ EPSILON = 1e-12
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """x [N] over its length, which counts as at least `EPSILON`."""
+  """x [N] divided by its length, or by `EPSILON` if that is larger."""
   return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x))), EPSILON)
 
 
 def power_iteration(matrix: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """One step, without gradient.
+  """One step of power iteration, without gradient.
 
   Args:
     matrix: float32 [O, K].
@@ -34,9 +34,9 @@ def power_iteration(matrix: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def sigma(matrix: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
-  """The estimate u . (matrix v) of the largest singular value; gradients reach the matrix only.
+  """The estimate u . (matrix v) of the largest singular value. Only the matrix has a gradient.
 
-  It is as good as u and v are: before the first power iteration it may be tiny or negative.
+  Before the first power iteration the estimate may be tiny or negative.
 
   Args:
     matrix: float32 [O, K].

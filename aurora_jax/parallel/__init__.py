@@ -1,1 +1,1 @@
-"""Mesh and sharding rules, expert exchange, hosts, ahead-of-time compile."""
+"""Mesh and sharding rules, expert exchange, multi-host jobs."""

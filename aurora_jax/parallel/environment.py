@@ -1,6 +1,6 @@
-"""Which processes a job has and which of them this one is, as its environment says: one rule per kind of environment.
+"""Finds the processes of a job, and this one's number among them, from flags or environment variables.
 
-Decided in this order, the first that speaks up:
+The sources are tried in this order. The first one that applies is used:
 
   flags        --coordinator HOST:PORT --processes N --process I
   Cloud TPU    GKE's TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, else the metadata server of a TPU VM; several slices by
@@ -9,8 +9,8 @@ Decided in this order, the first that speaks up:
   Kubernetes   JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES of the manifest, JOB_COMPLETION_INDEX of an indexed Job;
                the same variables with JAX_PROCESS_ID anywhere else
 
-JAX can find most of this by itself, but not say what it found, nor who is missing; it gives every SLURM task one GPU
-only, and wants the Kubernetes API for the rest. Nothing here imports JAX.
+JAX can detect most of this itself. But it does not report what it found or which process is missing, it gives every
+SLURM task only one GPU, and on Kubernetes it needs access to the API. Nothing here imports JAX.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ import itertools
 import os
 import pathlib
 import re
-import urllib.error
-import urllib.request
+from collections.abc import Callable, Mapping
 
 from aurora_jax.errors import UserError
 
 TPU_PORT = 8476
-# Google's network cards and disks have the same vendor; the numbers are those that JAX knows (jax/_src/hardware_utils.py).
+# Google's network cards and disks have the same vendor, so the device counts too. JAX has the same list of devices
+# (jax/_src/hardware_utils.py).
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 _TPU_PCI_DEVICES = frozenset({"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"})
 _METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
@@ -36,12 +36,12 @@ class Job:
   """The processes of a job.
 
   Attributes:
-    source: what said so, in words.
-    coordinator: HOST:PORT of process 0; "" where there is one process.
-    processes: their number.
-    process: the number of this one.
-    hosts: names of the hosts by process, as far as they are known; () if not.
-    local_devices: numbers of the GPUs that are this process's; None: all that it sees.
+    source: where this was found, for messages.
+    coordinator: HOST:PORT of process 0; "" for a single process.
+    processes: number of processes.
+    process: number of this process, from 0.
+    hosts: host name of each process; () if unknown.
+    local_devices: numbers of the GPUs that this process uses; None: all visible ones.
   """
 
   source: str = "nothing says otherwise"
@@ -51,24 +51,34 @@ class Job:
   hosts: tuple[str, ...] = ()
   local_devices: tuple[int, ...] | None = None
 
-  def name(self, process):
-    """ "process 3 (host node004)", or "process 3" where the host is not known."""
+  def name(self, process: int) -> str:
+    """ "process 3 (host node004)", or "process 3" if the host is unknown."""
     return f"process {process}" + (f" (host {self.hosts[process]})" if process < len(self.hosts) else "")
 
 
-def find(coordinator=None, processes=None, process=None, *, environ=None, metadata=None):
+def find(
+  coordinator: str | None = None,
+  processes: int | None = None,
+  process: int | None = None,
+  *,
+  environ: Mapping[str, str] | None = None,
+  metadata: Callable[[str], str | None] | None = None,
+) -> Job:
   """The job that this process belongs to.
 
   Args:
-    coordinator, processes, process: values of the flags, None where not given.
-    environ: mapping; None takes the process's.
-    metadata: attribute -> text or None, of a Cloud TPU VM; None asks the metadata server where there are TPU chips.
+    coordinator: value of --coordinator; None if it was not given.
+    processes: value of --processes; None if it was not given.
+    process: value of --process; None if it was not given.
+    environ: environment variables; None: those of this process.
+    metadata: attribute of a Cloud TPU VM -> its text, or None. None: the metadata server is asked if this machine has
+      TPU chips.
 
   Returns:
-    `Job`.
+    `Job`. A single process if nothing says otherwise.
 
   Raises:
-    UserError: flags or variables that do not fit together.
+    UserError: flags or variables are missing or contradict each other.
   """
   environ = os.environ if environ is None else environ
   job = _by_flags(coordinator, processes, process)
@@ -82,12 +92,12 @@ def find(coordinator=None, processes=None, process=None, *, environ=None, metada
 
 
 def _by_flags(coordinator, processes, process):
-  given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == len(given):
+  flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+  missing = [name for name, value in flags.items() if value is None]
+  if len(missing) == len(flags):
     return None
   if missing:
-    present = [name for name in given if name not in missing]
+    present = [name for name in flags if name not in missing]
     raise UserError(
       f"{' and '.join(present)} without {' and '.join(missing)}: several processes "
       "need all of --coordinator HOST:PORT --processes N --process I"
@@ -96,7 +106,7 @@ def _by_flags(coordinator, processes, process):
 
 
 def _cloud_tpu(environ, metadata):
-  """GKE sets the workers' names in the environment, a TPU VM's metadata server knows them."""
+  """GKE sets the workers' names in the environment. On a TPU VM the metadata server has them."""
   workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
   if workers is not None:
     source, worker, slices = "Cloud TPU (GKE)", _integer(environ, "TPU_WORKER_ID", 0), environ
@@ -109,16 +119,16 @@ def _cloud_tpu(environ, metadata):
     if number is None:
       return None
     source, worker = "Cloud TPU (VM)", int(number)
-    # Names, or in the older form NAME:ID:IP.
+    # Each entry is a name, or in the older form NAME:ID:IP.
     hosts = tuple(entry.split(":")[-1] for entry in (ask("worker-network-endpoints") or "").split(","))
     slices = dict(re.findall(r"^(\w+)\s*:\s*'?([^'\n]*)'?$", ask("tpu-env") or "", re.MULTILINE)) | dict(environ)
   count = _integer(slices, "MEGASCALE_NUM_SLICES", 1)
   index = _integer(slices, "MEGASCALE_SLICE_ID", 0)
-  first = slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
+  coordinator = slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
   port = _integer(environ, "JAX_COORDINATOR_PORT", TPU_PORT)
   return Job(
     source + (f", slice {index} of {count}" if count > 1 else ""),
-    f"{first.split(':')[0]}:{port}",
+    f"{coordinator.split(':')[0]}:{port}",
     len(hosts) * count,
     worker + index * len(hosts),
     hosts if count == 1 else (),
@@ -126,7 +136,10 @@ def _cloud_tpu(environ, metadata):
 
 
 def _ask_metadata(environ, name):
-  """An attribute of this VM, None where it has no such one or there is no metadata server."""
+  """An attribute of this VM; None if the VM has no such attribute. UserError if the metadata server does not answer."""
+  import urllib.error
+  import urllib.request  # of dozens of modules, which --help does not need
+
   server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
   request = urllib.request.Request(_METADATA.format(server, name), headers={"Metadata-Flavor": "Google"})
   for last in (False, False, True):
@@ -147,8 +160,8 @@ def _ask_metadata(environ, name):
       )
 
 
-def tpu_chips():
-  """Number of TPU chips in this machine."""
+def tpu_chips() -> int:
+  """Number of TPU chips in this machine, by its PCI devices."""
   found = 0
   for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
     try:
@@ -162,7 +175,7 @@ def tpu_chips():
 
 
 def _slurm(environ):
-  """A step of a SLURM job. A batch script outside of srun is one process, whatever the job has."""
+  """A step of a SLURM job. A batch script that runs outside srun is a single process, whatever the job has."""
   if not all(name in environ for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")):
     return None
   processes = _integer(environ, "SLURM_STEP_NUM_TASKS", None) or _integer(environ, "SLURM_NTASKS", 1)
@@ -172,7 +185,7 @@ def _slurm(environ):
   )
   blocks = tuple(node for node, count in zip(nodes, tasks) for _ in range(count))
   in_blocks = len(blocks) == processes and not environ.get("SLURM_DISTRIBUTION", "").startswith("cyclic")
-  # The same for all tasks of the job and, most likely, of no other job.
+  # All tasks of the job compute the same port. Another job most likely gets another one.
   port = _integer(environ, "JAX_COORDINATOR_PORT", 61440 + int(re.sub(r"\D", "", environ["SLURM_JOB_ID"]) or 0) % 4096)
   local = None
   if max(tasks) > 1 and len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) > 1:
@@ -187,14 +200,14 @@ def _slurm(environ):
   )
 
 
-def expand_nodes(words):
-  """SLURM's short form of node names: "n[01-03,7],login" is n01, n02, n03, n7, login.
+def expand_nodes(node_list: str) -> tuple[str, ...]:
+  """Expands SLURM's compact node list: "n[01-03,7],login" is n01, n02, n03, n7, login.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the list is empty or cannot be parsed.
   """
   nodes = []
-  for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", words):
+  for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):
     parts = []
     for text, ranges in re.findall(r"([^\[]*)(?:\[([^\]]*)\])?", entry):
       choices = []
@@ -206,20 +219,20 @@ def expand_nodes(words):
       parts.append([text + choice for choice in choices])
     nodes += ["".join(chosen) for chosen in itertools.product(*parts)]
   if not nodes or not all(nodes):
-    raise UserError(f"SLURM_STEP_NODELIST {words!r} names no nodes")
+    raise UserError(f"SLURM_STEP_NODELIST {node_list!r} names no nodes")
   return tuple(nodes)
 
 
-def _tasks_per_node(words, nodes):
+def _tasks_per_node(compact, nodes):
   """ "2(x3),1" is 2, 2, 2, 1."""
   counts = []
-  for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", words):
+  for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", compact):
     counts += [int(count)] * int(times or 1)
   return counts if len(counts) == nodes else [max(counts, default=1)] * nodes
 
 
 def _by_variables(environ):
-  """An indexed Job or JobSet of Kubernetes, or whoever sets the same variables."""
+  """An indexed Job or JobSet of Kubernetes, or any launcher that sets the same variables."""
   kubernetes = "KUBERNETES_SERVICE_HOST" in environ
   address, index = environ.get("JAX_COORDINATOR_ADDRESS"), environ.get("JOB_COMPLETION_INDEX")
   if address is None:
@@ -239,9 +252,9 @@ def _by_variables(environ):
   host, _, port = address.rpartition(":")
   if not port.isdigit():
     host, port = address, str(TPU_PORT)
-  # A pod of an indexed Job is NAME-INDEX.SUBDOMAIN.
-  first = re.fullmatch(r"([^.]*)-0(\..*)?", host)
-  hosts = tuple(f"{first[1]}-{i}{first[2] or ''}" for i in range(processes)) if first and kubernetes else ()
+  # A pod of an indexed Job is called NAME-INDEX.SUBDOMAIN.
+  pod = re.fullmatch(r"([^.]*)-0(\..*)?", host)
+  hosts = tuple(f"{pod[1]}-{i}{pod[2] or ''}" for i in range(processes)) if pod and kubernetes else ()
   return Job("Kubernetes" if kubernetes else "JAX_COORDINATOR_ADDRESS", f"{host}:{port}", processes, process, hosts)
 
 
@@ -250,14 +263,17 @@ def _integer(environ, name, default):
   if value in (None, ""):
     return default
   if not value.strip().isdigit():
-    raise UserError(f"{name}={value} is no number")
+    raise UserError(f"{name}={value} is not a number")
   return int(value)
 
 
-def expected_accelerator(environ=None):
-  """What this machine has, or was asked for, that a CPU is not: words such as "NVIDIA GPUs (/dev/nvidia0)", or None.
+def expected_accelerator(environ: Mapping[str, str] | None = None) -> str | None:
+  """The accelerator that this machine has or that the job asked for, such as "NVIDIA GPUs (/dev/nvidia0)", or None.
 
-  Somebody who sets JAX_PLATFORMS=cpu expects none.
+  None also if JAX_PLATFORMS=cpu says that the CPU is meant.
+
+  Args:
+    environ: environment variables; None: those of this process.
   """
   environ = os.environ if environ is None else environ
   if environ.get("JAX_PLATFORMS", "").strip() == "cpu":

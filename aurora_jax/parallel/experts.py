@@ -1,17 +1,18 @@
-"""Expert parallelism: tokens travel to their experts, or experts to the tokens.
+"""Expert parallelism: tokens are sent to their experts, or the experts' weights to the tokens.
 
-Every device holds some images' tokens and, of each layer, the experts of its place along the layer's run of mesh axes
-(see mesh.py). Devices along that run, a group, have all experts between them. Two ways, both exact, both through
-`jax.shard_map` with the local work done by the backends of ops/moe.py:
+Every device holds the tokens of some images. Of each layer it holds the experts of its position along the layer's run
+of mesh axes (see mesh.py). The devices along that run are a group: together they have all experts. There are two modes.
+Both are exact, and both use `jax.shard_map` with the backends of ops/moe.py for the local work:
 
-  tokens   all-to-all: each token goes to the device of its expert and its result comes back. A device sends at most C
-           tokens to each other one. If any pair of devices anywhere needs more, all devices take the way of `weights`
-           in that layer and step instead: the predicate is a maximum over the whole mesh, the same everywhere;
-  weights  each device gathers the experts of its group and works on its own tokens. Cheaper with many tokens a device.
+  tokens   all-to-all: each token goes to the device of its expert, and its result comes back. A device sends at most C
+           tokens to each other device. If any pair of devices in the mesh needs more, all devices use `weights` for
+           that layer in that step. The decision is a maximum over the whole mesh, so all devices make the same one.
+  weights  each device gathers the experts of its group and processes its own tokens. This moves fewer bytes if a device
+           has many tokens.
 
 No token is ever dropped.
 
-  T tokens of a device, D width, F hidden width, E experts, P devices of a group, C slots per pair of devices
+  T tokens of a device, D width, F hidden width, E experts, P devices of a group, C capacity: slots per pair of devices
 """
 
 import dataclasses
@@ -27,14 +28,15 @@ from aurora_jax.parallel import mesh as mesh_lib
 
 
 class Plan(NamedTuple):
-  """How one layer's tokens meet its experts, and why.
+  """The exchange of one layer, and the bytes that decided it.
 
   Attributes:
     mode: "local" (every device has all experts), "tokens" or "weights".
     axes: mesh axes of the group.
     group: P.
     capacity: C.
-    token_bytes, weight_bytes: what a device receives from others in a step (both passes) in the one way and the other.
+    token_bytes: bytes that a device receives in a step, forward and backward, with mode "tokens".
+    weight_bytes: the same with mode "weights".
   """
 
   mode: str
@@ -47,12 +49,12 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-  """The sharded stand-in for `moe.expert_ffn`; same arguments, same result.
+  """The sharded version of `moe.expert_ffn`: same arguments, same result.
 
   Attributes:
     layout: the mesh.
-    mode: "tokens", "weights", or "auto" for the one that moves fewer bytes, layer by layer.
-    rematerialised: whether the forward pass runs again for the backward pass, and its exchange with it.
+    mode: "tokens", "weights", or "auto": in each layer the one that moves fewer bytes.
+    rematerialised: whether the backward pass runs the forward pass, and its exchange, again.
     capacity_factor: C as a multiple of the mean, T / P.
   """
 
@@ -61,13 +63,15 @@ class Exchange:
   rematerialised: bool = False
   capacity_factor: float = 2.0
 
-  def plan(self, tokens, width, hidden, experts, itemsize):
+  def plan(self, tokens: int, width: int, hidden: int, experts: int, itemsize: int) -> Plan:
     """The plan of a layer.
 
     Args:
       tokens: T.
-      width, hidden, experts: D, F, E.
-      itemsize: bytes of a number as computed with.
+      width: D.
+      hidden: F.
+      experts: E.
+      itemsize: bytes per number of the compute type.
 
     Returns:
       `Plan`.
@@ -85,36 +89,39 @@ class Exchange:
       mode = "tokens" if token_bytes < weight_bytes else "weights"
     return Plan(mode if group > 1 else "local", axes, group, capacity, token_bytes, weight_bytes)
 
-  def __call__(self, x, expert, params, backend="bucket"):
-    """The chosen expert's output for every token of the whole mesh.
+  def __call__(self, x: jax.Array, expert: jax.Array, params: moe.ExpertParams, backend: str = "bucket") -> jax.Array:
+    """The output of the chosen expert for every token of the whole mesh.
 
     Args:
-      x: [devices * T, D], along the batch axes.
+      x: [devices * T, D], sharded along the batch axes.
       expert: [devices * T] int32.
-      params: ExpertParams, along the layer's expert axes.
+      params: sharded along the layer's expert axes.
       backend: one of `moe.BACKENDS`, for the local work.
 
     Returns:
       [devices * T, D].
+
+    Raises:
+      ValueError: the devices do not divide the tokens.
     """
     tokens, devices = x.shape[0], self.layout.devices
     if tokens % devices:
       raise ValueError(f"{tokens} tokens cannot be spread over {devices} devices")
     experts, hidden, width = params.out_weight.shape
     plan = self.plan(tokens // devices, width, hidden, experts, x.dtype.itemsize)
-    ways = {
-      "local": lambda *args: moe.expert_ffn(*args, backend),
-      "tokens": lambda *args: self._by_tokens(plan, backend, *args),
-      "weights": lambda *args: _by_weights(plan, backend, *args),
+    modes = {
+      "local": lambda x, expert, params: moe.expert_ffn(x, expert, params, backend),
+      "tokens": lambda x, expert, params: self._by_tokens(plan, backend, x, expert, params),
+      "weights": lambda x, expert, params: _by_weights(plan, backend, x, expert, params),
     }
-    # The gradients of repeated weights are summed where these become each device's own. That must be here and not within
-    # a backend, whose branches differ from device to device: some would wait for ever for the others to join the sum.
+    # `pcast` sums the gradients of replicated weights over devices. It must be here and not within a backend: devices
+    # may take different branches there, and some would wait forever for the others to join the sum.
     repeated = tuple(axis for axis in self.layout.rules.batch if axis not in plan.axes)
 
     def run_locally(x, expert, params):
       if repeated:
         params = jax.tree.map(lambda p: jax.lax.pcast(p, repeated, to="varying"), params)
-      return ways[plan.mode](x, expert, params)
+      return modes[plan.mode](x, expert, params)
 
     batch = PartitionSpec(self.layout.rules.batch)
     stacked = PartitionSpec(plan.axes) if plan.axes else PartitionSpec()
@@ -122,16 +129,16 @@ class Exchange:
     return run(x, expert, params)
 
   def _by_tokens(self, plan, backend, x, expert, params):
-    peer = expert // params.in_weight.shape[0]  # [T], which device of the group has the token's expert
+    peer = expert // params.in_weight.shape[0]  # [T], the device of the group that has the token's expert
     position, load = moe.position_in_expert(peer, plan.group)
 
     def bounded(x, expert, params):
       return _through_peers(plan, backend, x, expert, peer, position, params)
 
     def unbounded(x, expert, params):
-      # Recomputed in the backward pass: `cond` would otherwise keep room for the gathered experts in either case. All
-      # experts on all tokens: with an expert per device, some device's fullest one is beyond twice its mean and so beyond
-      # every bucket, the others wait for it, and a ladder of buckets would be half of what there is to compile.
+      # Recomputed in the backward pass: otherwise `cond` reserves memory for the gathered experts in either branch.
+      # "dense", not "bucket": when this branch runs, the fullest expert of some device exceeds every bucket, and all
+      # others wait for that device. The ladder of buckets would only double what there is to compile.
       return jax.checkpoint(lambda *args: _by_weights(plan, "dense", *args))(x, expert, params)
 
     if plan.capacity >= x.shape[0]:
@@ -141,18 +148,21 @@ class Exchange:
 
 
 def _by_weights(plan, backend, x, expert, params):
-  """Gathers the group's experts, in the type they are used in. x: [T, D], params: the device's own experts."""
+  """Gathers the group's experts in the compute type. x: [T, D], params: the device's own experts -> [T, D]."""
   gather = lambda p: jax.lax.all_gather(p.astype(x.dtype), plan.axes, axis=0, tiled=True)
   return moe.expert_ffn(x, expert, jax.tree.map(gather, params), backend)
 
 
 def _through_peers(plan, backend, x, expert, peer, position, params):
-  """Sends each token to the device of its expert, works there and sends the results back.
+  """Sends each token to the device of its expert, applies the expert and sends the result back.
 
   Args:
+    plan: of the layer.
+    backend: one of `moe.BACKENDS`.
     x: [T, D].
-    expert, peer, position: [T], the token's expert, its device in the group and its place among those sent there,
-      which must be less than C.
+    expert: [T], the token's expert.
+    peer: [T], the device of the group that has it.
+    position: [T], the token's position among those sent to that device, less than C.
     params: the device's own experts.
 
   Returns:
@@ -161,7 +171,7 @@ def _through_peers(plan, backend, x, expert, peer, position, params):
   group, capacity, own = plan.group, plan.capacity, params.in_weight.shape[0]
   slots = group * capacity
   slot = peer * capacity + position
-  # Empty slots are dealt to the experts in turn, which leaves these as balanced as they were.
+  # Empty slots are assigned to the experts in turn, so that they do not unbalance the load.
   wanted = (jnp.arange(slots, dtype=jnp.int32) % own).at[slot].set(expert % own, mode="drop")
   exchange = lambda t: jax.lax.all_to_all(t, plan.axes, 0, 0, tiled=True)
 

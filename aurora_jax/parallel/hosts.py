@@ -1,76 +1,59 @@
-"""Several processes as one job: joining it, what they decide together, and what the first one tells the person.
+"""Multi-process jobs: joining, agreeing on decisions, and the messages of the primary process (process 0).
 
-`join` comes before anything that wakes a backend of JAX. Every process then sees the devices of all, and every program
-runs on all of them at once: what one process does, all must do, in the same order. So whatever depends on one machine
-(a signal, a clock, a file) is agreed on before it decides anything: `together`, `Vote`, `from_first`.
+Call `join` before anything that initializes a JAX backend. Afterwards every process sees the devices of all processes,
+and every program runs on all of them. So all processes must run the same programs in the same order. Anything that
+depends on one machine (a signal, the time, a file) must therefore be agreed on before it affects a decision.
+`together`, `Vote` and `from_primary` do that.
 """
 
+import argparse
 import contextlib
 import functools
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Generator
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax import xla_flags
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import environment, rendezvous
 
-JOIN_SECONDS = 300.0
-_LONGEST_WORDS = 1000  # bytes of an error that travel
+_MESSAGE_BYTES = 1000  # of an error message that is sent to the other processes
+_AGREED = "is_agreed"  # attribute of an error that all processes know of
 
 
-def add_arguments(parser):
-  """The flags of a command that can run on several hosts."""
-  group = parser.add_argument_group(
-    "several hosts", "found by themselves on Cloud TPU, in a SLURM step and in an indexed Job of Kubernetes; see README"
-  )
-  group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
-  group.add_argument("--processes", type=int, metavar="N", help="number of processes, one per host as a rule")
-  group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
-  group.add_argument(
-    "--join-seconds",
-    type=float,
-    default=JOIN_SECONDS,
-    metavar="S",
-    help="how long to wait for the other processes (default: %(default)g)",
-  )
-  group.add_argument(
-    "--require",
-    choices=("accelerator", "tpu", "gpu"),
-    help="stop with an error where JAX finds no such thing and would fall back to the CPU",
-  )
-
-
-def join(args, fingerprint=""):
-  """Joins the job that the flags or the environment tell of; does nothing where there is one process.
+def join(args: argparse.Namespace, fingerprint: str = "") -> environment.Job:
+  """Joins the job that the flags or the environment describe. Does nothing if there is a single process.
 
   Args:
-    args: parsed flags of `add_arguments`.
-    fingerprint: of what is to be done, the same in all processes.
+    args: parsed flags of `cli/host_flags.py`.
+    fingerprint: of the experiment; must be the same in all processes.
 
   Returns:
     `environment.Job`.
 
   Raises:
-    UserError: the environment makes no sense, or a process is missing.
+    UserError: the flags or the environment contradict themselves, a process is missing, or the fingerprints differ.
   """
   job = environment.find(args.coordinator, args.processes, args.process)
   if args.join_seconds <= 0:
     raise UserError(f"--join-seconds must be positive, got {args.join_seconds:g}")
   if job.processes > 1 or _has_many_cpu_devices():
-    _one_program_after_the_other(job.processes)
+    _run_programs_in_order(job.processes)
   if job.processes > 1:
     if job.process == 0:
       print(
         f"{job.processes} processes (found by {job.source}); this is process 0, waiting at {job.coordinator}",
         flush=True,
       )
-    rendezvous.answer(job, args.join_seconds, fingerprint)
-    # Nothing is left for JAX to detect: on SLURM it would take one GPU per process.
+    rendezvous.wait_for_all(job, args.join_seconds, fingerprint)
+    # JAX's own detection is turned off: on SLURM it would use one GPU per process.
     jax.distributed.initialize(
       job.coordinator,
       job.processes,
@@ -82,47 +65,47 @@ def join(args, fingerprint=""):
   return job
 
 
-def is_alone():
-  """Whether this is the only process; unlike `jax.process_count` it wakes no backend."""
+def is_alone() -> bool:
+  """Whether this is the only process. Unlike `jax.process_count` this initializes no backend."""
   return not jax.distributed.is_initialized()
 
 
-def _one_program_after_the_other(processes):
-  """Settings without which several CPU devices abort now and then; to be made before a backend wakes.
+def _run_programs_in_order(processes):
+  """Settings without which several CPU devices abort now and then. Must run before a backend is initialized.
 
-  Two programs that are on their way at once on several CPU devices, as those of a step are, wait for each other's
-  collectives until a time-out ends the process. Several processes ("Received data size doesn't match"): gloo pairs the
-  messages of all by their order, which is not kept either, measured with jaxlib 0.10.2, within a program that comes from
-  the compilation cache.
+  If two programs run at once on several CPU devices, as those of a step may, their collectives wait for each other
+  until a time-out ends the process. With several processes gloo matches messages by their order. That order is not kept
+  either within a program from the compilation cache ("Received data size doesn't match", seen with jaxlib 0.10.2).
   """
   jax.config.update("jax_cpu_enable_async_dispatch", False)  # for the CPU backend only
-  xla_flags.run_in_order()  # of a program's collectives too
-  if processes > 1 and jax.config.jax_platforms == "cpu":
+  xla_flags.run_in_order()  # also within a program, for its collectives
+  if processes > 1 and jax.config.jax_platforms == "cpu":  # pyrefly: ignore [missing-attribute]  (absent from the stubs)
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _has_many_cpu_devices():
-  """Whether one CPU is to pass for several devices, as far as it can be known before a backend wakes."""
-  return jax.config.jax_num_cpu_devices > 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  """Whether the CPU acts as several devices, as far as this is known before a backend is initialized."""
+  devices = jax.config.jax_num_cpu_devices  # pyrefly: ignore [missing-attribute]  (absent from the stubs)
+  return devices > 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 
 
-def is_first():
-  """Whether this process is the one that talks and writes."""
+def is_primary() -> bool:
+  """Whether this is the process that prints and writes files: process 0."""
   return is_alone() or jax.process_index() == 0
 
 
-def banner(job, required=None):
-  """What the run runs on, in words. Wakes the backend.
+def banner(job: environment.Job, required: str | None = None) -> tuple[str, str | None]:
+  """Describes the devices of the run. Initializes the backend.
 
   Args:
     job: `environment.Job`.
-    required: "accelerator", "tpu" or "gpu": what must be there; None: anything.
+    required: device that must be present: "accelerator", "tpu" or "gpu"; None: any.
 
   Returns:
-    (line for everybody, warning or None).
+    (description of one line, warning or None).
 
   Raises:
-    UserError: `required` is not there.
+    UserError: JAX finds no devices, or none of the required kind.
   """
   try:
     backend, devices = jax.default_backend(), jax.devices()
@@ -143,46 +126,54 @@ def banner(job, required=None):
   return line, warning
 
 
-def announce(job, line, warning):
-  """Prints what `banner` returned: the line once, a warning in every process that it concerns."""
-  if is_first():
+def announce(job: environment.Job, line: str, warning: str | None) -> None:
+  """Prints the result of `banner`: the description in the primary process, a warning in every process that has one."""
+  if is_primary():
     print(line, flush=True)
   if warning:
     name = f"{job.name(job.process)}: " if job.processes > 1 else ""
     print(f"{'!' * 100}\n{name}{warning}\n{'!' * 100}", file=sys.stderr, flush=True)
 
 
-def replicate(sharding, tree):
-  """Puts arrays, the same in every process, onto every device. Unlike `device_put` it does not compare them first.
+def replicate(sharding: NamedSharding, tree: Any) -> Any:
+  """Copies arrays that are equal in all processes to every device. Unlike `device_put` this does not compare them
+  first.
 
   Args:
-    sharding: a replicated sharding.
-    tree: of arrays of numpy, or that this process can see the whole of.
+    sharding: a fully replicated sharding.
+    tree: pytree of numpy arrays, or of JAX arrays that are fully addressable by this process.
+
+  Returns:
+    The same pytree of JAX arrays.
   """
   put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
   return jax.tree.map(put, tree)
 
 
-def own_rows(sharding, rows):
-  """Which rows of an array that is cut along its first axis are this process's, int64, ascending.
+def local_rows(sharding: jax.sharding.Sharding, rows: int) -> np.ndarray:
+  """Indices of the rows on this process's devices, of an array of `rows` rows that is sharded along its first axis.
 
-  The devices of a mesh lie as suits their wiring, so that those of a process need not be neighbours.
+  They need not be contiguous: a mesh orders devices by their wiring, not by process.
+
+  Returns:
+    int64, ascending.
   """
   pieces = sharding.addressable_devices_indices_map((rows,)).values()
   return np.unique(np.concatenate([np.arange(rows, dtype=np.int64)[index] for index in pieces]))
 
 
 @contextlib.contextmanager
-def together(doing):
-  """What is done inside fails in all processes or in none.
+def together(description: str) -> Generator[None, None, None]:
+  """A context whose body fails in all processes or in none.
 
-  It must not hold a computation over several processes: the others would wait in it for one that has left.
+  The body must not run a computation across processes: if one process failed before it, the others would wait forever.
 
   Args:
-    doing: words for it, for a message.
+    description: of the body, for the error message.
 
   Raises:
-    UserError: it was raised here, or in another process, which the message then names.
+    Exception: of the body, in this process.
+    UserError: the body failed in another process only; the message names that process.
   """
   if is_alone():
     yield
@@ -192,9 +183,9 @@ def together(doing):
     yield
   except Exception as raised:
     error = raised
-  words = "" if error is None else f"({socket.gethostname()}), {doing}: {error or type(error).__name__}"
-  padded = np.zeros(_LONGEST_WORDS, np.uint8)
-  encoded = np.frombuffer(words.encode(errors="replace")[:_LONGEST_WORDS], np.uint8)
+  message = "" if error is None else f"({socket.gethostname()}), {description}: {error or type(error).__name__}"
+  padded = np.zeros(_MESSAGE_BYTES, np.uint8)
+  encoded = np.frombuffer(message.encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
   padded[: len(encoded)] = encoded
   from jax.experimental import multihost_utils
 
@@ -202,34 +193,35 @@ def together(doing):
     if row[0] and error is None:
       error = UserError(f"process {process} {bytes(row[row > 0]).decode(errors='replace')}")
   if error is not None:
-    error.is_agreed = True
+    setattr(error, _AGREED, True)
     raise error
 
 
 @contextlib.contextmanager
-def leaving_at_once(command):
-  """Inside, an error that the others know nothing of ends this process at once.
+def exiting_on_local_errors(command: str) -> Generator[None, None, None]:
+  """A context in which an error of this process alone ends the process at once, with status 2 (bad input) or 1.
 
-  They will wait for it in some computation, and JAX, when a process ends, for all others to end. So the process goes
-  without a good-bye: a scheduler that looks after the job ends it, else JAX does within two minutes.
+  The other processes will wait for this one in some computation, and a normal exit waits for them: JAX's shutdown is a
+  barrier. So the process exits without it. A scheduler then ends the job, or else JAX does within two minutes. An error
+  that all processes know of (see `together`), or that of a single process, is raised as usual.
 
   Args:
-    command: its name, for the message.
+    command: name of the command, for the message.
   """
   try:
     yield
   except Exception as error:
-    if is_alone() or getattr(error, "is_agreed", False):
+    if is_alone() or getattr(error, _AGREED, False):
       raise
     known = isinstance(error, UserError)
-    words = f"aurora_jax {command}: {' '.join(str(error).split())}" if known else traceback.format_exc()
-    print(words, file=sys.stderr, flush=True)
+    message = f"aurora_jax {command}: {' '.join(str(error).split())}" if known else traceback.format_exc()
+    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2 if known else 1)
 
 
-def from_first(number):
-  """An integer as the first process has it."""
+def from_primary(number: int) -> int:
+  """The primary process's value of an int32, in every process."""
   if is_alone():
     return number
   from jax.experimental import multihost_utils
@@ -238,29 +230,29 @@ def from_first(number):
 
 
 def check_same(digest: int, message: str) -> None:
-  """Makes sure that all processes have read the same.
+  """Checks that all processes have read the same data.
 
   Args:
-    digest: an int32 of what was read.
-    message: what is wrong otherwise; " than in process 0" is added.
+    digest: int32 digest of the data.
+    message: of the error; " than in process 0" is appended.
 
   Raises:
-    UserError: in all processes, if one differs from the first.
+    UserError: in all processes, if the digest of one differs from that of process 0.
   """
-  first = from_first(digest)
+  expected = from_primary(digest)
   with together("comparing what was read"):
-    if first != digest:
+    if expected != digest:
       raise UserError(f"{message} than in process 0")
 
 
-def from_all(text):
-  """A text of each process, in all of them.
+def from_all(text: str) -> list[str]:
+  """The texts of all processes, in every process.
 
   Args:
-    text: str, of any length.
+    text: of this process, of any length.
 
   Returns:
-    list of str, by process.
+    One text per process, in the order of the processes.
   """
   if is_alone():
     return [text]
@@ -268,16 +260,16 @@ def from_all(text):
   lengths = _rows_of_all(np.array([len(encoded)], np.int32))[:, 0]
   if not lengths.any():
     return [""] * len(lengths)
-  # A power of two: few different programs are compiled.
+  # Padded to a power of two, so that few different programs are compiled.
   padded = np.zeros(1 << max(12, int(lengths.max() - 1).bit_length()), np.uint8)
   padded[: len(encoded)] = encoded
   return [bytes(row[:length]).decode() for row, length in zip(_rows_of_all(padded), lengths)]
 
 
 def _rows_of_all(row):
-  """[processes, n]: the row [n] of each process. All devices of this process are done with it afterwards."""
+  """[processes, n]: the row [n] of each process. Waits until the exchange is complete."""
   devices = jax.devices()
-  sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), "all"), jax.sharding.PartitionSpec("all"))
+  sharding = NamedSharding(jax.sharding.Mesh(np.array(devices), "all"), PartitionSpec("all"))
   rows = jax.make_array_from_process_local_data(sharding, np.tile(row, (jax.local_device_count(), 1)))
   rows = jax.block_until_ready(_replicator(sharding.mesh)(rows))
   owners = [device.process_index for device in devices]
@@ -286,48 +278,55 @@ def _rows_of_all(row):
 
 @functools.lru_cache(maxsize=1)
 def _replicator(mesh):
-  return jax.jit(lambda rows: rows, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  return jax.jit(lambda rows: rows, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def float_from_first(number):
-  """A float as the first process has it, bit by bit."""
+def float_from_primary(number: float) -> float:
+  """The primary process's value of a float64, bit by bit, in every process."""
   if is_alone():
     return number
-  return float(
-    np.array([from_first(int(part)) for part in np.array([number]).view(np.int32)], np.int32).view(np.float64)[0]
-  )
+  parts = [from_primary(int(part)) for part in np.array([number], np.float64).view(np.int32)]
+  return float(np.array(parts, np.int32).view(np.float64)[0])
 
 
 class Vote:
-  """The largest of all processes' numbers, the same in all of them, at no waiting: known one call later.
+  """The maximum of a number over all processes, without waiting: each call returns the result of the call before.
 
-  A call sends a small program after those that are on their way, and reads the result of the call before.
+  A call enqueues a small program after those that are running, and reads the result of the previous one.
   """
 
-  def __init__(self, sharding):
+  def __init__(self, sharding: NamedSharding):
     """Args: sharding: of a batch, over all devices."""
     self._sharding = sharding
     self._largest = jax.jit(
       lambda numbers: numbers.max(),
-      out_shardings=jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()),
+      out_shardings=NamedSharding(sharding.mesh, PartitionSpec()),
     )
     self._local = len(sharding.addressable_devices)
-    self._asked = None
+    self._previous: jax.Array | None = None
 
-  def __call__(self, number):
-    """Casts this process's number. Returns the largest of the last round, 0 in the first one."""
+  def __call__(self, number: int) -> int:
+    """Contributes this process's number. Returns the maximum of the previous call, 0 in the first call."""
     numbers = jax.make_array_from_process_local_data(self._sharding, np.full(self._local, number, np.int32))
-    asked, self._asked = self._asked, self._largest(numbers)
-    return 0 if asked is None else int(jax.device_get(asked))
+    previous, self._previous = self._previous, self._largest(numbers)
+    return 0 if previous is None else int(jax.device_get(previous))
 
 
 class Alone:
-  """The twin of `Vote` for one process, where nobody else is to be asked."""
+  """`Vote` for a single process: returns its own number at once."""
 
-  def __call__(self, number):
+  def __call__(self, number: int) -> int:
     return number
 
 
-def vote(sharding):
-  """`Vote` among several processes, `Alone` in one."""
-  return Alone() if is_alone() else Vote(sharding)
+def vote(sharding: NamedSharding | None) -> Vote | Alone:
+  """`Vote` in a job of several processes, `Alone` in a single one, which needs no sharding.
+
+  Raises:
+    ValueError: there are several processes and no sharding.
+  """
+  if is_alone():
+    return Alone()
+  if sharding is None:
+    raise ValueError("a vote of several processes needs the sharding of a batch")
+  return Vote(sharding)

@@ -1,13 +1,14 @@
-"""The device mesh, and which axis of which array lies along which mesh axis.
+"""The device mesh, and the rules that shard arrays over it.
 
-Mesh axes: `data`, and `expert`, which is built of sub-axes, so that layers with different numbers of experts each use
-what divides them: an expert axis of 16 for layers of 4, 8 and 16 experts is (expert0, expert1, expert2) = (4, 2, 2),
-and a layer of 8 experts lies along (expert0, expert1), repeated along expert2.
+The mesh axes are `data` and `expert`. The expert axis is built of sub-axes, so that layers with different numbers of
+experts can each use the part that divides their number. For layers of 4, 8 and 16 experts an expert axis of 16 is
+(expert0, expert1, expert2) = (4, 2, 2). A layer of 8 experts is sharded along (expert0, expert1) and replicated along
+expert2.
 
-The batch lies along all axes, so no device idles outside the layers with experts. Experts lie along their run of
-sub-axes, with their optimizer state and EMA. All other parameters ("dense") are on every device, or with `fsdp` sharded
-where they are stored, over as many devices as divide them (of all, or of those along `expert`), and gathered where they
-are used. Which parameters are stacked experts is said by their labels.
+The batch is sharded along all axes, so that no device idles outside the layers with experts. Experts are sharded along
+their run of sub-axes, with their optimizer state and EMA. All other parameters ("dense") are replicated. With `fsdp`
+they are stored sharded, over as many devices as divide them (of all devices, or of those along `expert`), and unsharded
+where they are used. Labels say which parameters are stacked experts.
 """
 
 import dataclasses
@@ -26,23 +27,23 @@ from aurora_jax.errors import UserError
 DATA = "data"
 EXPERT = "expert"
 
-# Under fsdp, arrays of fewer values than this stay whole: sharding them saves less than the exchange costs.
+# With fsdp, arrays with fewer values than this are replicated: sharding them saves less than the exchange costs.
 SMALL = 4096
 
 KeyPath = tuple[Any, ...]
 
 
 class ParamLabel(NamedTuple):
-  """What the generic code needs to know of a parameter. Systems say it; nothing else parses names.
+  """The properties of a parameter that the generic code needs. Systems define them; no other code parses names.
 
   Attributes:
     stage: the smallest resolution of progressive growing, in pixels, at which the parameter is used; 0: always.
-    decay: whether the optimizer's decoupled weight decay acts on it.
-    experts: whether its leading axis is a stack of experts, which may lie along the mesh's expert axis.
-    matrix: whether it is a weight: a matrix from inputs to outputs, or a stack of such, which Muon may orthogonalise.
-    bias: whether it is a bias, which may have a learning rate of its own.
-    module: the module that a person would look for.
-    group: its group in the logs, the same for like modules.
+    decay: whether the optimizer's decoupled weight decay applies to it.
+    experts: whether its leading axis is a stack of experts, which may be sharded along the mesh's expert axis.
+    matrix: whether it is a matrix from inputs to outputs, or a stack of such, which Muon may orthogonalize.
+    bias: whether it is a bias, which may have its own learning rate.
+    module: name of its module, for messages.
+    group: its group in the logs, the same for similar modules.
   """
 
   stage: int = 0
@@ -58,7 +59,7 @@ Label = Callable[[KeyPath], ParamLabel]
 
 
 def parameter_path(path: KeyPath) -> KeyPath:
-  """The path of a parameter from that of its entry in an optimizer state: the dictionary keys at the end."""
+  """The path of a parameter, from the path of its entry in an optimizer state: the dictionary keys at the end."""
   first = len(path)
   while first and isinstance(path[first - 1], jax.tree_util.DictKey):
     first -= 1
@@ -66,7 +67,7 @@ def parameter_path(path: KeyPath) -> KeyPath:
 
 
 def names_of(path: KeyPath) -> tuple[str, ...]:
-  """The names along a key path, whatever the kinds of its keys."""
+  """The names along a key path, for all kinds of keys."""
   return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
@@ -77,7 +78,7 @@ class Rules:
   Attributes:
     batch: samples, and the tokens of samples in their order.
     experts: the leading axis of stacked experts.
-    dense: of an array without experts, the axis that most of these devices divide; () leaves such arrays whole.
+    dense: the sharded axis of an array without experts, under fsdp; () replicates such arrays.
   """
 
   batch: tuple[str, ...] = (DATA, EXPERT)
@@ -106,7 +107,9 @@ class Rules:
 
 
 def sub_axes(size: int, counts: Iterable[int]) -> tuple[int, ...]:
-  """Cuts an expert axis into sub-axes, so that as much of it as can divides each count. (16, {4, 8, 16}) -> (4, 2, 2).
+  """Splits an expert axis into sub-axes, so that each count is divided by as much of the axis as possible.
+
+  For example (16, {4, 8, 16}) -> (4, 2, 2).
 
   Args:
     size: devices along the expert axis.
@@ -126,7 +129,7 @@ def sub_axes(size: int, counts: Iterable[int]) -> tuple[int, ...]:
 
 
 def longest_run(sizes: Sequence[int], count: int) -> tuple[int, int]:
-  """The run of neighbouring sub-axes with the largest product that divides `count`. Returns (first, after the last)."""
+  """The run of adjacent sub-axes whose product is the largest that divides `count`. Returns (first, last + 1)."""
   runs = [(first, last) for first in range(len(sizes)) for last in range(first, len(sizes) + 1)]
   return max(
     (run for run in runs if count % math.prod(sizes[slice(*run)]) == 0),
@@ -135,7 +138,7 @@ def longest_run(sizes: Sequence[int], count: int) -> tuple[int, int]:
 
 
 def _problem(data, expert, devices, batch_size, experts):
-  """What is wrong with a mesh, in words, or None."""
+  """An error message about a mesh, or None."""
   if data * expert != devices:
     return f"mesh.data={data} x mesh.expert={expert} makes {data * expert} devices, there are {devices}"
   if batch_size % devices:
@@ -161,7 +164,7 @@ def _problem(data, expert, devices, batch_size, experts):
 
 
 def _table(devices, batch_size, experts):
-  """What divides what, in one line."""
+  """One line with the devices, the batch, the experts and the meshes that fit."""
   fitting = [
     f"{devices // expert}x{expert}"
     for expert in range(1, devices + 1)
@@ -176,11 +179,11 @@ def _table(devices, batch_size, experts):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh and what lies where on it.
+  """A mesh and the shardings of arrays on it.
 
   Attributes:
-    mesh: axes `data` and the sub-axes of `expert`; an AbstractMesh where nothing is to be placed.
-    rules: Rules.
+    mesh: axes `data` and the sub-axes of `expert`; an AbstractMesh if no arrays are to be placed.
+    rules: logical to mesh axes.
   """
 
   mesh: DeviceMesh | AbstractMesh
@@ -192,27 +195,27 @@ class Layout:
     return self.mesh.size
 
   def size(self, axes: Iterable[str]) -> int:
-    """Devices along some mesh axes."""
+    """Number of devices along these mesh axes."""
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
   @property
   def replicated(self) -> NamedSharding:
-    """The sharding of what every device has whole."""
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   @property
   def batch(self) -> NamedSharding:
-    """The sharding of whatever has samples along its first axis."""
+    """The sharding of an array with samples along its first axis."""
     return NamedSharding(self.mesh, self.rules.spec("batch"))
 
   def expert_axes(self, count: int) -> tuple[str, ...]:
-    """The mesh axes along which a layer of `count` experts lies; () where every device has all of them."""
+    """The mesh axes that shard a layer of `count` experts; () if every device has all experts."""
     axes = self.rules.experts
     first, last = longest_run([self.mesh.shape[axis] for axis in axes], count)
     return tuple(axis for axis in axes[first:last] if self.mesh.shape[axis] > 1)
 
   def parameter(self, label: ParamLabel, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter, or its entry in an optimizer state or an average, is stored."""
+    """The stored sharding of a parameter, and of its entries in optimizer state and EMA."""
     if label.experts and (axes := self.expert_axes(shape[0])):
       return NamedSharding(self.mesh, dataclasses.replace(self.rules, experts=axes).spec("experts"))
     axes = () if math.prod(shape) < SMALL else self._dense_axes(shape)
@@ -222,35 +225,37 @@ class Layout:
     return NamedSharding(self.mesh, dataclasses.replace(self.rules, dense=axes).spec(*[None] * axis, "dense"))
 
   def shardings(self, tree: Any, label: Label) -> Any:
-    """The sharding of every leaf of a network's parameters, average or optimizer state."""
+    """The stored sharding of every leaf of a network's parameters, EMA or optimizer state (a pytree like `tree`)."""
 
     def one(path, leaf):
       name = parameter_path(path)
-      # What an optimizer keeps beside the parameters (a count) belongs to none of them.
+      # A leaf of the optimizer state without such a path (a step count) belongs to no parameter.
       return self.parameter(label(name), leaf.shape) if name and leaf.shape else self.replicated
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
-  def gather(self, parameters: Any, label: Label) -> Any:
-    """Parameters as a network uses them: dense ones whole on every device, experts where they are stored.
+  def unshard(self, parameters: Any, label: Label) -> Any:
+    """Parameters as a network uses them: dense ones are gathered to every device, experts stay sharded.
 
-    Gradients come back sharded as the parameters are stored, so the optimizer updates each device's shard alone.
+    Gradients get the stored sharding, so that the optimizer on each device updates only its own shard.
     """
 
     def whole(path, leaf):
       stored = self.parameter(label(path), leaf.shape)
       if stored.is_fully_replicated or (label(path).experts and self.expert_axes(leaf.shape[0])):
         return leaf
-      return _gathered(leaf, self._stages(stored), self.replicated)
+      return _unsharded(leaf, self._stages(stored), self.replicated)
 
     return jax.tree_util.tree_map_with_path(whole, parameters)
 
   def _stages(self, stored):
-    """The shardings that the gradient of a gathered parameter passes through, up to that of the parameter.
+    """The shardings that the gradient of an unsharded parameter takes in turn; the last one is the stored sharding.
 
-    A TPU's compiler makes a reduce-scatter of a sum over some of the devices that is then cut, but an all-reduce of one
-    over all of them (seen for 16, benchmarks/README.md). So where the cut is over all, it is along the first axis before
-    it is along the others: two sums, over a part of the devices each, whose pieces together are no more than one's.
+    XLA for TPU turns a sum that is then sharded into a reduce-scatter if the sum is over some of the devices, but into
+    an all-reduce if it is over all of them (seen with 16, benchmarks/README.md). A parameter that is sharded over all
+    devices
+    therefore takes two steps: along the first mesh axis, then along the others. Each is a sum over part of the devices,
+    and together they move no more than one reduce-scatter.
     """
     axis = next(i for i, axes in enumerate(stored.spec) if axes)
     axes = [name for name in jax.tree.leaves(stored.spec[axis]) if self.mesh.shape[name] > 1]
@@ -259,7 +264,7 @@ class Layout:
     return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, axes[0])), stored
 
   def _dense_axes(self, shape):
-    """The mesh axes along which an array without experts is cut: the most, `data` first, that divide one of its axes."""
+    """The mesh axes that shard an array without experts: as many as divide one of its axes, `data` first."""
     axes = self.rules.dense
     fitting = [
       axes[:last]
@@ -270,27 +275,27 @@ class Layout:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x, stages, used):
+def _unsharded(x, stages, used):
   del stages
   return jax.lax.with_sharding_constraint(x, used)
 
 
-def _gathered_forward(x, stages, used):
-  return _gathered(x, stages, used), None
+def _unsharded_forward(x, stages, used):
+  return _unsharded(x, stages, used), None
 
 
-def _gathered_backward(stages, used, _, cotangent):
+def _unsharded_backward(stages, used, _, cotangent):
   del used
   for sharding in stages:
     cotangent = jax.lax.with_sharding_constraint(cotangent, sharding)
   return (cotangent,)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_unsharded.defvjp(_unsharded_forward, _unsharded_backward)
 
 
 def _shape(mesh, batch_size, experts, devices):
-  """((mesh axis, size), ...) on so many devices; UserError says what does not divide what."""
+  """((mesh axis, size), ...) for a number of devices. UserError if the mesh does not fit."""
   data = mesh.data or max(devices // mesh.expert, 1)
   problem = _problem(data, mesh.expert, devices, batch_size, experts)
   if problem:
@@ -301,7 +306,7 @@ def _shape(mesh, batch_size, experts, devices):
 
 
 def single_device() -> Layout:
-  """The layout on the default device, for what runs without a mesh."""
+  """The layout on one local device, for code that runs without a mesh."""
   mesh = jax.make_mesh((1, 1), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
   return Layout(mesh, Rules(batch=(DATA, EXPERT), experts=(EXPERT,)))
 
@@ -312,12 +317,12 @@ def build(cfg: Mesh, batch_size: int, experts: Mapping[str, int], devices: Any =
   Args:
     cfg: the configuration of the mesh.
     batch_size: images per step.
-    experts: {place, in words: number of experts} of the layers that have several.
-    devices: a list of devices, such as those of a topology that is not there; None: all that there are. Or their number:
-      then the mesh is abstract, for looking at.
+    experts: {description of a place: number of experts}, of the layers that have several.
+    devices: list of devices, such as those of an ahead-of-time topology; None: all devices. If an integer, their
+      number: the mesh is then abstract, for inspection.
 
   Raises:
-    UserError: the mesh does not divide the devices, the batch or the experts; the line says what would.
+    UserError: the mesh does not divide the devices, the batch or the experts; the message lists meshes that do.
   """
   abstract = isinstance(devices, int)
   devices = jax.devices() if devices is None else devices

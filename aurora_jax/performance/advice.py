@@ -1,4 +1,6 @@
-"""What to change in an experiment that does not fit on a machine's devices, and what each change saves."""
+"""Advice for an experiment that does not fit on a topology: which config fields to change, and what each change
+saves.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,15 +16,12 @@ from aurora_jax.training import step as step_lib
 
 
 def lines(experiment: Experiment, topology: topology_lib.Topology, report: Mapping[str, Any]) -> list[str]:
-  """Advice, the surest and largest saving first. What concerns the state is exact; the rest says what it is a part of.
+  """Lines of advice, the surest and largest savings first. Savings of state are exact, savings of temporaries are not.
 
   Args:
     experiment: the configuration.
     topology: the machine.
-    report: of `compile.report`.
-
-  Returns:
-    list of lines; a single one if all is well.
+    report: of `compile_report.report`.
   """
   sizes = report["bytes_per_device"]
   over = sizes["total"] - sizes["limit"]
@@ -63,7 +62,7 @@ def _when_it_fits(experiment, report):
 
 
 def _state_savings(experiment, topology):
-  """(bytes per device, the change) of everything that stores less of the state on a device; on abstract meshes."""
+  """(bytes per device, change) of every change of the mesh that stores less state per device, by abstract meshes."""
   devices = len(topology.devices)
 
   def state(mesh):

@@ -1,4 +1,4 @@
-"""The project's own measurements: ratios taken side by side in one run, medians after warm-up, the floor beside them."""
+"""The project's own benchmarks: ratios measured side by side in one run, medians after warm-up."""
 
 import dataclasses
 import resource
@@ -20,15 +20,15 @@ from aurora_jax.training import guard, setup
 
 
 class SampleSpeed(NamedTuple):
-  """What one image of a generator costs at one batch size.
+  """The speed of a generator at one batch size.
 
   Attributes:
     batch: images per call.
-    first_seconds: the first call, compilation included (short if the compilation cache held it).
-    seconds: median of a call, after warm-up.
-    flops: useful floating-point operations per image, `useful_flops`.
-    floor_seconds: of a call, if all of it ran at the speed of a plain matrix product.
-    peak_bytes: the process's largest memory so far.
+    first_seconds: of the first call, compilation included (short if the compilation cache has the program).
+    seconds: of a call after warm-up, median.
+    flops: useful floating-point operations per image, see `useful_flops`.
+    floor_seconds: of a call, if all its useful operations ran at the speed of a plain matrix product.
+    peak_bytes: the largest memory of the process so far.
   """
 
   batch: int
@@ -39,8 +39,14 @@ class SampleSpeed(NamedTuple):
   peak_bytes: int
 
 
-def median_seconds(function: Callable, repeats: int, warm_up: int = 1) -> float:
-  """Median seconds of a call whose result is waited for."""
+def median_seconds(function: Callable[[], Any], repeats: int, warm_up: int = 1) -> float:
+  """Median seconds of a call, until its result is ready.
+
+  Args:
+    function: to call; returns a pytree of arrays.
+    repeats: calls that count.
+    warm_up: calls before them.
+  """
   seconds = []
   for i in range(warm_up + repeats):
     begin = time.perf_counter()
@@ -51,7 +57,7 @@ def median_seconds(function: Callable, repeats: int, warm_up: int = 1) -> float:
 
 
 def matmul_flops_per_second(repeats: int = 15) -> float:
-  """What a float32 matrix product of 4096 x 512 x 4096 reaches here: the floor of everything else."""
+  """The speed of a float32 matrix product of 4096 x 512 x 4096 on this machine."""
   left = jax.random.normal(jax.random.key(0), (4096, 512))
   right = jax.random.normal(jax.random.key(1), (512, 4096))
   multiply = jax.jit(jnp.matmul)
@@ -59,7 +65,7 @@ def matmul_flops_per_second(repeats: int = 15) -> float:
 
 
 class _Sampling(NamedTuple):
-  """What one call of `System.sample` takes, as shapes."""
+  """The arguments of one call of `System.sample`, as shapes."""
 
   networks: Mapping[str, Any]
   condition: Any
@@ -76,14 +82,16 @@ def _sampling_shapes(system: base.System, batch: int) -> _Sampling:
 
 
 def useful_flops(experiment: Experiment) -> int:
-  """Products and convolutions of one image that no implementation can do without."""
+  """Floating-point operations of one image, in the products and convolutions that every implementation needs."""
   system = registry.system_class(experiment.system)(experiment).with_least_work()
   shapes = _sampling_shapes(system, 1)
   return flop_count.count(lambda *arguments: system.sample(arguments[0], {}, *arguments[1:]).image, *shapes)
 
 
 def random_values(shapes: Any, seed: int = 0) -> Any:
-  """Standard normal arrays of these shapes, weights that start at zero too, so that nothing is skipped."""
+  """Standard normal arrays of these shapes, on the device. Also for weights that start at zero, so that all work is
+  done.
+  """
   rng = np.random.default_rng(seed)
   draw = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype))
   return jax.tree.map(draw, shapes)
@@ -94,8 +102,11 @@ def sample_speed(experiment: Experiment, batches: Sequence[int], repeats: int = 
 
   Args:
     experiment: the configuration.
-    batches: images per call, several.
-    repeats: calls whose median counts, after one for warming up.
+    batches: images per call, of each measurement.
+    repeats: calls after warm-up, of which the median is taken.
+
+  Yields:
+    `SampleSpeed` of each batch size.
   """
   system, flops = registry.system_class(experiment.system)(experiment), useful_flops(experiment)
   networks = random_values(_sampling_shapes(system, 1).networks)
@@ -112,26 +123,29 @@ def sample_speed(experiment: Experiment, batches: Sequence[int], repeats: int = 
 
 
 def parameter_bytes(experiment: Experiment) -> int:
-  """Bytes of the sampled networks' float32 variables."""
+  """Bytes of the float32 variables of the networks that `System.sample` needs."""
   system = registry.system_class(experiment.system)(experiment)
   return sum(4 * leaf.size for leaf in jax.tree.leaves(_sampling_shapes(system, 1).networks))
 
 
 def peak_bytes() -> int:
-  """The largest resident memory of this process so far."""
+  """The largest resident memory of this process so far, in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
 
 
 class GuardCost(NamedTuple):
-  """Training with and without the numerical guard, steps taken in turn.
+  """The cost of the numerical guard: training with and without it, in alternating steps.
 
   Attributes:
-    on, off: median seconds of a step.
-    low, high: the middle half of (off / on) over pairs of neighbouring steps: how noisy the machine is.
-    work_on, work_off: the same in seconds of processor time that this process spent, all threads together. What other
-      processes do to the machine hardly shows in them.
-    pairs: how many.
+    on: seconds of a step with the guard, median.
+    off: seconds of a step without it, median.
+    low: first quartile of off / on over pairs of adjacent steps.
+    high: third quartile. The distance to `low` shows how noisy the machine is.
+    work_on: processor seconds of a step with the guard, all threads of this process, median. Other processes on the
+      machine hardly affect it.
+    work_off: processor seconds of a step without it, median.
+    pairs: number of pairs.
   """
 
   on: float
@@ -143,26 +157,26 @@ class GuardCost(NamedTuple):
   pairs: int
 
   @property
-  def share(self):
-    """Steps per second with the guard, relative to without."""
+  def share(self) -> float:
+    """Steps per second with the guard, relative to those without."""
     return self.off / self.on
 
   @property
-  def work_share(self):
-    """The same by processor time."""
+  def work_share(self) -> float:
+    """The same ratio by processor time."""
     return self.work_off / self.work_on
 
 
 def guard_cost(experiment: Experiment, pairs: int = 100, warm_up: int = 3) -> GuardCost:
-  """Trains twice at once, one run with `train.guard` and one without, on the same batches.
+  """Trains two runs in turn on the same batches, one with `train.guard` and one without.
 
-  A step's time is what the loop waits for: the step (R1 where it is due) and its metrics on the host, judged and
-  averaged. Which of the two goes first alternates.
+  The time of a step is what the training loop waits for: the step, including R1 when it is due, and its metrics on the
+  host. The two runs alternate in going first.
 
   Args:
     experiment: with data and CLIP.
     pairs: pairs of steps that count.
-    warm_up: pairs before, after those that compile.
+    warm_up: pairs before them, in addition to the one that compiles.
   """
   arms = {}
   for on in (True, False):
@@ -170,7 +184,7 @@ def guard_cost(experiment: Experiment, pairs: int = 100, warm_up: int = 3) -> Gu
     prepared = setup.prepare(dataclasses.replace(experiment, train=train))
     state = checkpoint_manager.place(prepared.init(), prepared.abstract_state)
     arms[on] = _Arm(prepared, state, guard.Skips(pairs, prepared.log_names), metrics.Window())
-  warm_up += 1  # the step that compiles
+  warm_up += 1  # the pair that compiles
   batches = iter(arms[True].prepared.batches(0))
   seconds, work = {True: [], False: []}, {True: [], False: []}
   try:

@@ -1,10 +1,13 @@
-"""The collectives of a compiled program, read from its HLO text: kind, bytes, how often, along which mesh axes.
+"""Reads the collectives of a compiled program from its HLO text: kind, bytes, count and mesh axes.
 
-Loop bodies count as often as the loop turns. Of a conditional the usual branch counts: the one that has an all-to-all if
-another has none (the exchange of tokens, beside its fall-back), otherwise the one that moves most; the other branches'
-are kept apart as `fallback`. A TPU's compiler writes a collective that runs beside other work once in each of the
-computations that it runs beside, all with one `chain_id`: it counts once. A sum of which each device keeps a piece is, on
-a TPU, a fusion of its own (`all-reduce-scatter`) with the sum and the cut written within: a reduce-scatter.
+- The body of a loop counts once per trip.
+- Of a conditional the usual branch counts. That is the only one with an all-to-all, if there is just one (the exchange
+  of tokens; the other branch is its fall-back). Otherwise it is the branch that moves most. Collectives of the other
+  branches are marked `fallback`.
+- XLA for TPU repeats an asynchronous collective in every computation that it overlaps with. All copies have the same
+  `chain_id` and count once.
+- XLA for TPU writes a reduce-scatter as a fusion named `all-reduce-scatter`, with an all-reduce and a slice inside. It
+  is reported as a reduce-scatter.
 """
 
 import dataclasses
@@ -38,10 +41,10 @@ class Collective:
 
   Attributes:
     kind: one of `KINDS`.
-    axes: mesh axes along which devices meet.
-    size: bytes of the whole that is gathered, summed, exchanged or sent, per device.
-    groups: tuples of the devices that meet (positions in the mesh); for permutes the pairs.
-    fallback: whether it stands in a branch that is not the usual one.
+    axes: mesh axes along which the devices of a group differ.
+    size: bytes of the full array that is gathered, summed, exchanged or sent, per device.
+    groups: the groups of devices that communicate (positions in the mesh); for permutes (source, target) pairs.
+    fallback: whether it is in a branch that is not the usual one.
   """
 
   kind: str
@@ -51,26 +54,27 @@ class Collective:
   fallback: bool = False
 
   @property
-  def received(self):
-    """Bytes that a device receives from others, by the best algorithm (a ring): no machine can do with fewer."""
+  def received(self) -> int:
+    """Bytes that a device receives from others, by the best algorithm (a ring): a lower bound on every machine."""
     group = max(map(len, self.groups), default=1)
     if self.kind in ("collective-permute", "collective-broadcast"):
       return self.size
     return math.ceil(self.size * (group - 1) / group) * (2 if self.kind == "all-reduce" else 1)
 
 
-def of_program(text: str, mesh: Mapping[str, int]):
+def of_program(text: str, mesh: Mapping[str, int]) -> tuple[dict[Collective, int], int]:
   """All collectives of a program.
 
   Args:
     text: of the compiled module (`compiled.as_text()`).
-    mesh: {axis: size} in the mesh's order.
+    mesh: {axis: size} in the order of the mesh.
 
   Returns:
-    ({Collective: times per run}, number of loops with collectives whose trips the text does not tell; counted once).
+    ({Collective: executions per run}, number of loops with collectives and an unknown number of trips). Such a loop
+    counts as one trip.
 
   Raises:
-    ValueError: no entry computation, or groups of devices in a form that is not known.
+    ValueError: the text has no entry computation, or groups of devices in an unknown form.
   """
   computations, entry = _computations(text)
   if entry is None:
@@ -151,7 +155,7 @@ def _branches(line):
 
 
 def _trips(line, computations):
-  """Turns of a loop: what the compiler noted, or the bound of its counter (JAX's loops count up from 0), or None."""
+  """Trips of a loop: the compiler's own note, or else the bound of its counter (JAX counts up from 0), or None."""
   if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
     return int(match[1])
   condition = computations.get(_name(line, "condition"), ())
@@ -159,7 +163,7 @@ def _trips(line, computations):
   root = next((text for text in condition if text.lstrip().startswith("ROOT")), "")
   if match := re.search(r"compare\(\S+, %?([\w.\-]+)\), direction=LT", root):
     return int(constants[match[1]]) if match[1] in constants else None
-  # The comparison sits in a fusion: a condition that knows a single number compares with that.
+  # The comparison is inside a fusion. If the condition has a single constant, it is the bound.
   return int(next(iter(constants.values()))) if len(constants) == 1 and "fusion(" in root else None
 
 
@@ -173,9 +177,9 @@ def _read(line, match, mesh):
     groups = _groups(line, devices)
   group = max(map(len, groups), default=1)
   total = _type_bytes(result)
-  if start and kind in ("all-gather", "reduce-scatter"):  # operands and results, of which one is 1/group of the other
+  if start and kind in ("all-gather", "reduce-scatter"):  # operand and result; one is 1/group of the other
     size = total * group / (group + 1)
-  elif start and kind == "collective-permute":  # operand, result, and on TPU two words of bookkeeping
+  elif start and kind == "collective-permute":  # operand, result, and on TPU two u32 of context
     size = (total - 4 * len(re.findall(r"\bu32\[\]", result))) / 2
   elif start and kind != "all-reduce":
     size = total / 2
@@ -185,7 +189,7 @@ def _read(line, match, mesh):
 
 
 def _type_bytes(text):
-  """Bytes of a type, of all elements of a tuple."""
+  """Bytes of a type; of a tuple, the sum over its elements."""
   return sum(
     math.prod(int(size) for size in sizes.split(",") if size) * _element_bytes(dtype)
     for dtype, sizes in _ARRAY.findall(text)
@@ -208,7 +212,7 @@ def _listed(text):
 
 
 def _groups(line, devices):
-  """The groups of devices of an operation, in any of the ways in which HLO writes them."""
+  """The groups of devices of an operation, in any of the forms of HLO text."""
   if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
     return _listed(match[1])
   if "replica_groups={}" in line or "replica_groups=" not in line:
@@ -224,33 +228,34 @@ def _groups(line, devices):
 
 
 def _transposed(sizes, order):
-  """Numbers 0, 1, ... in the shape `sizes`, transposed, flat."""
+  """0, 1, 2, ... reshaped to `sizes`, transposed by `order`, flattened."""
   strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
   ranges = [range(sizes[i]) for i in order]
   return [sum(index * strides[i] for index, i in zip(place, order)) for place in itertools.product(*ranges)]
 
 
 def _mesh_groups(axes, order, grouped):
-  """Groups along axes of a mesh of HLO's own.
+  """Groups in HLO's mesh notation.
 
   Args:
-    axes: `'a'=2,'b'=4`.
-    order: the devices' numbers in the mesh, as a list or as numbers reshaped and transposed (`[4,2]T(1,0)`); or None.
-    grouped: `'b'`, or a part of an axis: `'b':(2)2` is 2 of it after 2 pieces.
+    axes: names and sizes, `'a'=2,'b'=4`.
+    order: device numbers of the mesh, as a list or reshaped and transposed (`[4,2]T(1,0)`); or None.
+    grouped: axes of a group, `'b'`. A part of an axis is written `'b':(2)2`: the sub-axis of size 2 whose major part
+      has size 2.
   """
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
   wanted = {
     name: (int(before or 1), int(size or sizes[name]))
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)
   }
-  parts = []  # (size, whether devices along it meet); an axis of which a part meets is in pieces
+  parts = []  # (size, whether the devices along it form a group); an axis that is grouped in part is split
   for name, size in sizes.items():
     if name in wanted:
       before, piece = wanted[name]
       parts += [(before, False), (piece, True), (size // (before * piece), False)]
     else:
       parts.append((size, False))
-  places = sorted(range(len(parts)), key=lambda i: parts[i][1])  # those along which devices meet last
+  places = sorted(range(len(parts)), key=lambda i: parts[i][1])  # grouped parts last
   numbers = _transposed([size for size, _ in parts], places)
   if order:
     devices = _device_numbers(order)

@@ -1,11 +1,12 @@
-"""Compiles an experiment's training programs for a machine that need not be there, and reports what they take.
+"""Compiles the training programs of an experiment ahead of time, for hardware that need not be present, and reports on
+them.
 
-The programs are those that `train` runs; data and frozen weights are needed only as shapes.
+The programs are those that `train` runs. Data and frozen weights are needed only as shapes.
 """
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +21,20 @@ from aurora_jax.training import step as step_lib
 
 
 class Compiled(NamedTuple):
-  """One program.
+  """The facts of one compiled program. The program itself is not kept: that of a pod takes GiB of the host's memory.
 
   Attributes:
     name: of its phase.
-    memory: `estimate.memory_of` it, or None where the compiler refused (too large).
-    collectives: `collectives.of_program`, or None.
-    shardings: of its arguments, or None. The program itself is not kept: a pod's takes GiB of the host.
-    seconds: for tracing, lowering and compiling.
-    flops: of all devices, experts in balance.
-    worst_flops: the same with the costliest way of each branch.
-    refusal: the compiler's sum, where it refused.
-    used: bytes of a device that it needs by that sum, or None.
-    warnings: how often the partitioner had to copy a whole array to every device.
+    memory: of `estimate.memory_of`; None if the compiler refused the program as too large.
+    collectives: of `collectives.of_program`, or None.
+    shardings: of its arguments, or None.
+    seconds: of tracing, lowering and compiling.
+    flops: of all devices, with balanced experts.
+    precision: the same operations by precision (`flop_count.by_precision`).
+    worst_flops: of all devices, with the costliest branch of each conditional.
+    refusal: the compiler's message about memory, if it refused.
+    used: bytes per device in that message, or None.
+    warnings: how often the partitioner copied a whole array to every device.
   """
 
   name: str
@@ -41,6 +43,7 @@ class Compiled(NamedTuple):
   shardings: Any
   seconds: float
   flops: int
+  precision: Mapping[str, int]
   worst_flops: int
   refusal: str
   used: int | None
@@ -53,13 +56,16 @@ def compile_program(step: step_lib.Step, index: int, frozen: Any, platform: str)
   Args:
     step: the programs.
     index: of the program.
-    frozen: the frozen networks, as shapes.
+    frozen: shapes of the frozen networks.
     platform: "cpu", "cuda" or "tpu".
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
   """
   started = time.monotonic()
   with compiler_log.captured() as log:
     traced = step.trace(index, frozen)
-    flops = flop_count.of_jaxpr(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
+    precision = flop_count.by_precision(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
     try:
@@ -75,11 +81,13 @@ def compile_program(step: step_lib.Step, index: int, frozen: Any, platform: str)
       collectives_lib.of_program(executable.as_text(), mesh),
       executable.input_shardings[0],
     )
-  return Compiled(step.programs[index].name, *facts, seconds, flops, worst, refusal, used, warnings)
+  return Compiled(
+    step.programs[index].name, *facts, seconds, precision.total(), precision, worst, refusal, used, warnings
+  )
 
 
 def _refusal(error):
-  """The line with the sum of a compiler that ran out of a device's memory. Any other error is not ours to explain."""
+  """(message, bytes or None) of a compiler error about a device's memory. Any other error is raised again."""
   text = " ".join(str(error).split())
   if "RESOURCE_EXHAUSTED" not in text:
     raise error
@@ -89,7 +97,7 @@ def _refusal(error):
 
 
 def useful_flops(system: base.System, platform: str) -> dict[str, int]:
-  """{program: operations of all devices if nothing were computed twice}."""
+  """{program: floating-point operations of all devices without recomputation}."""
   step = step_lib.build(system.without_recomputation())
   frozen = system.abstract_frozen()
   count = lambda index: flop_count.of_jaxpr(step.trace(index, frozen).jaxpr.jaxpr, flop_count.usual_branch, platform)
@@ -104,12 +112,13 @@ def report(
   Args:
     experiment: the configuration.
     topology: of `topology.load`.
-    progress: is told what is being done.
+    progress: called with a message before and after each program.
 
   Returns:
-    The report, of plain values: the fields of the documented contract (`fits`, `chip`, `devices`, `mesh`,
-    `bytes_per_device`, `flops_per_device`, `useful_flops_per_device`, `collectives`, `experts`, `step_seconds_bound`) and
-    some more. Numbers per step are means: a lazy phase counts by its share of the steps.
+    The report, of plain values: the documented fields (`fits`, `chip`, `devices`, `mesh`, `bytes_per_device`,
+    `flops_per_device`, `useful_flops_per_device`, `collectives`, `experts`, `step_seconds_bound`) and some more.
+    Numbers
+    per step are means: a lazy phase counts by its share of the steps.
 
   Raises:
     UserError: the mesh does not divide the devices, the batch or the experts.
@@ -121,10 +130,10 @@ def report(
   progress("counting useful operations")
   useful, compiled = useful_flops(system, platform), {}
   shares = {program.name: program.runs_per_step for program in step.programs}
-  for index, name in enumerate(shares):  # one after the other: a pod's programs take many GiB of the host's memory
+  for index, name in enumerate(shares):  # in turn: the programs of a pod take many GiB of the host's memory
     progress(f"compiling {name} for {len(devices)} x {topology.chip.name}")
     compiled[name] = compile_program(step, index, frozen, platform)
-    jax.clear_caches()  # they would keep the program
+    jax.clear_caches()  # the caches would keep the program
     progress(f"  {compiled[name].seconds:.0f} s{': ' + compiled[name].refusal if compiled[name].refusal else ''}")
   arguments = step.abstract_arguments(frozen)
   size = estimate.bytes_per_device
@@ -134,6 +143,10 @@ def report(
   mean = lambda values: sum(shares[name] * value for name, value in values.items())
   refusals = [program.refusal for program in compiled.values() if program.refusal]
   flops = mean({name: program.flops for name, program in compiled.items()}) / len(devices)
+  by_precision = {
+    kind: mean({name: program.precision.get(kind, 0) for name, program in compiled.items()}) / len(devices)
+    for kind in sorted({kind for program in compiled.values() for kind in program.precision})
+  }
   schedule = experiment.schedule
   return {
     "name": experiment.name,
@@ -148,14 +161,14 @@ def report(
     "bytes_per_device": sizes,
     "flops_per_device": flops,
     "useful_flops_per_device": mean(useful) / len(devices),
+    "flops_per_device_by_precision": by_precision,
     "worst_routing_flops_per_device": mean({n: program.worst_flops for n, program in compiled.items()}) / len(devices),
     "collectives": [row for name in found for row in estimate.summed(found[name][0], name)],
     "loops_of_unknown_length": sum(unknown for _, unknown in found.values()),
     "experts": _experts(step, compiled, devices),
     "step_seconds_bound": estimate.step_seconds(
       topology.chip,
-      system.compute_dtype,
-      flops,
+      by_precision,
       mean(_traffic(compiled, size(arguments))),
       _link_seconds(found, topology, devices, mean),
     ),
@@ -176,7 +189,7 @@ def report(
 
 
 def _experts(step, compiled, devices):
-  """The homes of the experts, by the shardings in which the first program takes the parameters."""
+  """The devices of each expert, by the shardings of the first program's parameters."""
   state = step.state
   first = next(iter(compiled.values()))
   if first.shardings:
@@ -191,7 +204,7 @@ def _experts(step, compiled, devices):
 
 
 def state_bytes(state: base.TrainState) -> dict[str, int]:
-  """Bytes of a training state (shapes with shardings) on each device, by part."""
+  """Bytes per device of a training state (shapes with shardings), by part."""
   size, networks = estimate.bytes_per_device, state.networks.values()
   return {
     "parameters": size([network.params for network in networks]),
@@ -202,15 +215,15 @@ def state_bytes(state: base.TrainState) -> dict[str, int]:
 
 
 def memory(resident: dict[str, int], compiled: dict[str, Compiled], exact: int, limit: int) -> dict[str, int]:
-  """The report's `bytes_per_device`: what is there between steps, and what the program that needs most adds to it.
+  """The report's `bytes_per_device`: the bytes between steps, and what the program that needs most adds to them.
+
+  If the compiler refused a program, `temporaries` is what remains of the compiler's own total.
 
   Args:
-    resident: {part: bytes} of what is there between steps.
+    resident: {part: bytes} between steps.
     compiled: {name: `Compiled`}.
     exact: bytes of the programs' arguments, by their shardings.
-    limit: bytes of a device.
-
-  Where the compiler refused, `temporaries` is what its own sum leaves.
+    limit: memory of a device.
   """
   taken = [program.memory for program in compiled.values() if program.memory]
   sizes = dict(resident) | {"code": sum(item.code for item in taken)}
@@ -229,12 +242,12 @@ def memory(resident: dict[str, int], compiled: dict[str, Compiled], exact: int, 
 
 
 def _traffic(compiled, exact):
-  """{program: bytes to and from a device's memory, at the least}."""
+  """{program: bytes to and from a device's memory, at least}."""
   traffic = dict.fromkeys(compiled, exact)
   for name, program in compiled.items():
     item = program.memory
     if item:
-      # What is updated is written over the old values.
+      # Updated values are written over the old ones.
       traffic[name] = item.arguments + item.aliased + item.outputs + 2 * item.temporaries
   return traffic
 

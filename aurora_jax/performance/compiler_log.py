@@ -1,17 +1,20 @@
-"""What compilers write to stderr while they work, kept off the terminal."""
+"""Captures what compilers write to stderr, so that it stays off the terminal."""
 
 import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Generator
 
-# The partitioner says so when it can do no better than to copy a whole array to every device.
+# Part of the partitioner's warning that it copies a whole array to every device.
 REMATERIALIZATION = "nvoluntary full rematerialization"
 
 
 @contextlib.contextmanager
-def captured():
-  """Redirects the process's stderr, that of C++ included. If something goes wrong within, what was said is shown.
+def captured() -> Generator[Callable[[], str], None, None]:
+  """Redirects stderr of the process, including that of C++ code. If the body raises an error, the end of it is printed.
+
+  A ValueError (bad input) is the exception: it is a one-line message and needs no log.
 
   Yields:
     A function that returns the text so far.
@@ -31,7 +34,7 @@ def captured():
     except BaseException as error:
       said = text()
       os.dup2(stderr, 2)
-      if not isinstance(error, ValueError):  # wrong input is said in one line, without this
+      if not isinstance(error, ValueError):
         print(said[-4000:], file=sys.stderr)
       raise
     finally:

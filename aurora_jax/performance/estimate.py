@@ -1,11 +1,11 @@
-"""What a compiled program needs of a machine: memory, arithmetic, traffic, and which expert lives where.
+"""Estimates of a compiled program: memory, bounds on time, and the devices of each expert.
 
-Sizes of the state come from its shardings and are exact. Only the temporaries are the compiler's word; its cost model is
-not asked (it counts a loop's body once).
+Sizes of the state come from its shardings and are exact. Temporaries are the compiler's figure. Its cost model is not
+used: it counts the body of a loop once.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +17,14 @@ from aurora_jax.performance import topology as topology_lib
 
 
 class Memory(NamedTuple):
-  """What one run of a program takes on a device beside its arguments, in bytes, as the compiler says.
+  """Memory of one run of a program on a device, in bytes, by the compiler.
 
   Attributes:
-    arguments: the arguments, in the layouts that the compiler gave them.
-    outputs: results that do not take the place of an argument.
-    temporaries: the largest sum of what lives at a time.
+    arguments: arguments, in the layouts that the compiler chose.
+    outputs: results that are not written over an argument.
+    temporaries: the largest total of the values that are alive at one time.
     code: the program.
-    aliased: results that do.
+    aliased: results that are written over an argument.
   """
 
   arguments: int
@@ -34,8 +34,8 @@ class Memory(NamedTuple):
   aliased: int = 0
 
 
-def memory_of(compiled) -> Memory:
-  """`Memory` of a `jax.stages.Compiled`."""
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+  """`Memory` of a compiled program."""
   stats = compiled.memory_analysis()
   return Memory(
     stats.argument_size_in_bytes,
@@ -46,21 +46,21 @@ def memory_of(compiled) -> Memory:
   )
 
 
-def bytes_per_device(tree) -> int:
-  """Bytes of a tree's leaves (arrays or shapes, with shardings) on one device; every device has as many."""
+def bytes_per_device(tree: Any) -> int:
+  """Bytes of a pytree's leaves (arrays or shapes, with shardings) on one device. All devices have the same number."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def experts(parameters: Any, label: mesh_lib.Label, devices: Sequence[Any]) -> list[dict[str, Any]]:
-  """Which expert is stored where.
+  """The devices that store each expert.
 
   Args:
-    parameters: of a network, leaves with shardings (of a compiled program, say).
-    label: of its parameters. Of each module's stacked experts the first array counts.
+    parameters: of a network, leaves with shardings. Of each module's stacked experts the first array is used.
+    label: of its parameters.
     devices: of the mesh, in its order.
 
   Returns:
-    [{"layer", "expert", "device"}], `device` a list of places in the mesh: all that have the expert.
+    [{"layer", "expert", "device"}]; `device` lists the positions in the mesh of all devices that have the expert.
   """
   places, entries, seen = {device: place for place, device in enumerate(devices)}, [], set()
   for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
@@ -77,15 +77,15 @@ def experts(parameters: Any, label: mesh_lib.Label, devices: Sequence[Any]) -> l
 
 
 def link_seconds(item: collectives_lib.Collective, chip: topology_lib.Chip, node_of: list[int]) -> float | None:
-  """The least seconds of a collective on a chip's links.
+  """A lower bound on the seconds of a collective, by the chip's links.
 
-  Between nodes only what a node lacks has to cross, once, through the ports of all its members in the group; within them
-  the rest. Both go on at the same time.
+  Data that a node lacks crosses the network once, through the ports of all members of the group on that node. The rest
+  moves within the node, at the same time.
 
   Args:
     item: the collective.
     chip: rates.
-    node_of: node of each place in the mesh.
+    node_of: node of each position in the mesh.
 
   Returns:
     Seconds, or None where the chip's rates are unknown.
@@ -109,7 +109,7 @@ def link_seconds(item: collectives_lib.Collective, chip: topology_lib.Chip, node
 
 
 ASSUMPTIONS = (
-  "arithmetic: products and convolutions at the chip's peak for the compute type, nothing else takes time",
+  "arithmetic: products and convolutions at the chip's peak for their precision, nothing else takes time",
   "memory: arguments are read once, results written once, temporaries written and read once, at the data sheet's rate",
   "interconnect: every collective by the best algorithm over all of a chip's links at once, one after the other",
   "the three may overlap: the largest is the bound",
@@ -117,23 +117,22 @@ ASSUMPTIONS = (
 
 
 def step_seconds(
-  chip: topology_lib.Chip, dtype: str, flops: float, traffic: float, link: float | None
+  chip: topology_lib.Chip, flops: Mapping[str, float], traffic: float, link: float | None
 ) -> dict[str, Any]:
   """The report's `step_seconds_bound`.
 
   Args:
     chip: rates.
-    dtype: of the products, "float32" or "bfloat16".
-    flops: per device and step.
+    flops: per device and step, by precision (`flop_count.by_precision`).
     traffic: bytes to and from memory per device and step.
     link: seconds of all collectives of a step.
 
   Returns:
     {"arithmetic", "memory", "interconnect", "bound", "assumptions"}; None where a rate is unknown.
   """
-  peak = chip.peak(dtype)
+  seconds = [count / peak if (peak := chip.peak(precision)) else None for precision, count in flops.items()]
   parts = {
-    "arithmetic": flops / peak if peak else None,
+    "arithmetic": None if None in seconds else sum(seconds),
     "memory": traffic / chip.memory_rate if chip.memory_rate else None,
     "interconnect": link,
   }
@@ -154,15 +153,15 @@ def summed(found: Mapping[collectives_lib.Collective, int], program: str) -> lis
   ]
 
 
-def nodes(devices, per_node: int) -> list[int]:
-  """Node of each device in the mesh's order. Devices are numbered node by node, where there are several."""
+def nodes(devices: Sequence[Any], per_node: int) -> list[int]:
+  """Node of each device, in the order of the mesh. Devices of several nodes are numbered node by node."""
   if per_node >= len(devices):
     return [0] * len(devices)
   return [device.id // per_node for device in np.asarray(devices).flat]
 
 
-def lines(report: Mapping[str, Any]):
-  """A report in words, for a terminal."""
+def lines(report: Mapping[str, Any]) -> Iterator[str]:
+  """The lines of a report, for a terminal."""
   sizes, total = report["bytes_per_device"], report["bytes_per_device"]["total"]
   axes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
   yield f"{report['name']} on {report['topology']}: {report['devices']} x {report['chip']}, mesh {axes}"
@@ -186,12 +185,14 @@ def lines(report: Mapping[str, Any]):
     f"arithmetic: {every / 1e9:,.4g} GFLOP per device and step, of which {(every - useful) / 1e9:,.4g} "
     f"({(every - useful) / max(useful, 1):.1%} of the useful ones) recomputed"
   )
+  shares = ", ".join(f"{kind} {count / every:.1%}" for kind, count in report["flops_per_device_by_precision"].items())
+  yield f"precision of products: {shares}"
   yield from _program_lines(report["programs"])
   bound = report["step_seconds_bound"]
-  in_words = lambda seconds: "unknown" if seconds is None else f"{seconds * 1e3:,.4g} ms"
+  shown = lambda seconds: "unknown" if seconds is None else f"{seconds * 1e3:,.4g} ms"
   yield (
-    f"a step takes at least {in_words(bound['bound'])} (arithmetic {in_words(bound['arithmetic'])}, memory "
-    f"{in_words(bound['memory'])}, interconnect {in_words(bound['interconnect'])}), if:"
+    f"a step takes at least {shown(bound['bound'])} (arithmetic {shown(bound['arithmetic'])}, memory "
+    f"{shown(bound['memory'])}, interconnect {shown(bound['interconnect'])}), if:"
   )
   for assumption in bound["assumptions"]:
     yield f"  {assumption}"

@@ -1,35 +1,44 @@
-"""Floating-point operations of a program, counted from its jaxpr: matrix products and convolutions, loop trips multiplied.
+"""Counts the floating-point operations of a program from its jaxpr: matrix products and convolutions.
 
-Compilers' own cost models count a loop's body once; this one multiplies. Elementwise work is left out, as is usual.
+The body of a loop counts once per trip, unlike in the compilers' cost models, which count it once. Elementwise
+operations are not counted, as is usual.
 """
 
+import collections
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
+# The precision of a product is "bfloat16", "float32" (the default of the device) or this one.
+HIGHEST = "float32, highest"
 
-def count(function, *arguments):
-  """Multiply-adds of one call, times two.
+
+def count(function: Callable[..., Any], *arguments: Any) -> int:
+  """Floating-point operations of one call: twice its multiply-adds. Of branches the costliest counts.
 
   Args:
-    function: anything `jax.make_jaxpr` takes.
-    *arguments: arrays or `jax.ShapeDtypeStruct`s.
-
-  Returns:
-    int. Of a branch (`lax.cond`, `lax.switch`) the costliest side counts.
+    function: anything that `jax.make_jaxpr` takes.
+    *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s.
 
   Raises:
-    ValueError: a `while` loop with work in it, whose trips nobody knows.
+    ValueError: a `while` loop with products in it, whose number of trips is unknown.
   """
   return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def usual_branch(branches, costs):
-  """The cost of the side of a branch that a step usually takes: experts in balance, tokens exchanged as planned.
+def usual_branch(branches: Sequence[core.Jaxpr], costs: Sequence[int]) -> int:
+  """The cost of the branch that a step usually takes, with balanced experts.
 
-  The side with an all-to-all, if just one has (the other is its fall-back); otherwise the cheapest one that does any work
-  (the ladder of capacities of `ops.moe`).
+  That is the only branch with an all-to-all, if there is just one (the exchange of tokens; the other is its fall-back).
+  Otherwise it is the cheapest branch that costs anything (the ladder of capacities of `ops.moe`).
+
+  Args:
+    branches: of a conditional.
+    costs: of each branch.
   """
   exchanging = [cost for branch, cost in zip(branches, costs) if _has(branch, "all_to_all")]
   if len(exchanging) == 1:
@@ -37,22 +46,47 @@ def usual_branch(branches, costs):
   return min((cost for cost in costs if cost), default=0)
 
 
-def of_jaxpr(jaxpr, branch=lambda branches, costs: max(costs), platform=None):
-  """Multiply-adds of a jaxpr, times two; of a program on a mesh, those of all its devices.
+def of_jaxpr(
+  jaxpr: core.Jaxpr,
+  branch: Callable[[Sequence[core.Jaxpr], Sequence[int]], int] = lambda branches, costs: max(costs),
+  platform: str | None = None,
+) -> int:
+  """Floating-point operations of a jaxpr; for a program on a mesh, the sum over all devices. See `by_precision`."""
+  return by_precision(jaxpr, branch, platform).total()
+
+
+def by_precision(
+  jaxpr: core.Jaxpr,
+  branch: Callable[[Sequence[core.Jaxpr], Sequence[int]], int] = lambda branches, costs: max(costs),
+  platform: str | None = None,
+) -> collections.Counter[str]:
+  """Floating-point operations of a jaxpr by precision; for a program on a mesh, the sum over all devices.
 
   Args:
-    jaxpr: `jax.extend.core.Jaxpr`.
-    branch: (jaxprs, their costs) -> the cost that counts.
-    platform: "cpu", "cuda" or "tpu": decides branches by platform (`lax.platform_dependent`). None: they are branches
-      like others.
+    jaxpr: the program.
+    branch: (branches of a conditional, their costs) -> the cost that counts.
+    platform: "cpu", "cuda" or "tpu": selects the branch of `lax.platform_dependent`. None: `branch` decides there too.
 
   Returns:
-    int.
+    {"bfloat16", "float32" or "float32, highest": operations}.
 
   Raises:
-    ValueError: a `while` loop with work in it, whose trips nobody knows.
+    ValueError: a `while` loop with products in it, whose number of trips is unknown.
   """
-  return sum(_of_equation(equation, branch, platform) for equation in jaxpr.eqns)
+  return sum((_of_equation(equation, branch, platform) for equation in jaxpr.eqns), collections.Counter())
+
+
+def _precision(equation):
+  dtype = np.result_type(*(operand.aval.dtype for operand in equation.invars))
+  if dtype != np.float32:
+    return dtype.name
+  precision = equation.params["precision"]
+  sides = precision if isinstance(precision, tuple) else (precision,)
+  return HIGHEST if all(side == jax.lax.Precision.HIGHEST for side in sides) else "float32"
+
+
+def _scaled(costs, factor):
+  return collections.Counter({precision: cost * factor for precision, cost in costs.items()})
 
 
 def _of_equation(equation, branch, platform):
@@ -60,26 +94,29 @@ def _of_equation(equation, branch, platform):
   if name == "dot_general":
     (contracting, _), _ = params["dimension_numbers"]
     inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
-    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+    return collections.Counter({_precision(equation): 2 * inner * math.prod(equation.outvars[0].aval.shape)})
   if name == "conv_general_dilated":
     kernel, layout = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
     per_output = math.prod(kernel) // kernel[layout[0]]  # inputs of one group times taps
-    return 2 * per_output * math.prod(equation.outvars[0].aval.shape) // params["batch_group_count"]
+    total = 2 * per_output * math.prod(equation.outvars[0].aval.shape) // params["batch_group_count"]
+    return collections.Counter({_precision(equation): total})
   if name == "cond":
     branches = [branch_jaxpr.jaxpr for branch_jaxpr in params["branches"]]
     platforms = params.get("branches_platforms")
-    if platform and platforms:  # None stands for all that are not named
+    if platform and platforms:  # None is the default branch
       named = [i for i, names in enumerate(platforms) if names and platform in names]
       chosen = named or [i for i, names in enumerate(platforms) if not names]
-      return of_jaxpr(branches[chosen[0]], branch, platform)
-    return branch(branches, [of_jaxpr(inner, branch, platform) for inner in branches])
-  inner = sum(of_jaxpr(jaxpr, branch, platform) for jaxpr in _inner_jaxprs(params))
+      return by_precision(branches[chosen[0]], branch, platform)
+    costs = [by_precision(inner, branch, platform) for inner in branches]
+    totals = [cost.total() for cost in costs]
+    return costs[totals.index(branch(branches, totals))] if any(totals) else collections.Counter()
+  inner = sum((by_precision(jaxpr, branch, platform) for jaxpr in _inner_jaxprs(params)), collections.Counter())
   if name == "while" and inner:
-    raise ValueError("a while loop with products in it: its trips are not known")
+    raise ValueError("a while loop with products in it: its number of trips is unknown")
   if name == "scan":
-    return inner * params["length"]
-  if name == "shard_map":  # inside, shapes are those of one device
-    return inner * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    return _scaled(inner, params["length"])
+  if name == "shard_map":  # shapes inside are those of one device
+    return _scaled(inner, math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]))
   return inner
 
 

@@ -1,9 +1,9 @@
-"""Machines by name, present or not: `v5e:4x4`, `v5e-16`, `v5p-32`, `a100-8`, `a100-40g-4x8`, `cpu-8`.
+"""Topologies by name, for compiling ahead of time: `v5e:4x4`, `v5e-16`, `v5p-32`, `a100-8`, `a100-40g-4x8`, `cpu-8`.
 
-TPU slices come from libtpu's own descriptions, A100 nodes from a description of the card that the CUDA plugin compiles
-for; neither needs the hardware or a driver. `cpu-N` is this machine's CPU as N devices, for trying things.
+TPU slices come from libtpu's own descriptions. A100 nodes come from a target description that the CUDA plugin compiles
+for. Neither needs the hardware or a driver. `cpu-N` is the CPU of this machine as N devices.
 
-An accelerator's compiler reads the environment when it is loaded, so `prepare_environment` comes before JAX is imported.
+The compilers read the environment when they are loaded, so call `prepare_environment` before JAX is imported.
 """
 
 import dataclasses
@@ -20,14 +20,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one device has. Rates are peaks per second, of data sheets; None: unknown.
+  """The data sheet of one device. Rates are peaks per second; None: unknown.
 
   Attributes:
-    name: for people.
+    name: for messages.
     memory: bytes.
-    bfloat16, float32: floating-point operations; float32 at the precision that JAX uses by default.
+    bfloat16: floating-point operations in bfloat16.
+    float32: floating-point operations in float32, at JAX's default precision.
+    highest: floating-point operations in float32, at `jax.lax.Precision.HIGHEST`.
     memory_rate: bytes to and from its memory.
-    link_rate: bytes that a device can receive from the others of its domain: a TPU slice, a node of GPUs.
+    link_rate: bytes that it can receive from the other devices of its TPU slice or GPU node.
     network_rate: bytes that it can receive from other nodes.
   """
 
@@ -35,32 +37,34 @@ class Chip:
   memory: int
   bfloat16: float | None = None
   float32: float | None = None
+  highest: float | None = None
   memory_rate: float | None = None
   link_rate: float | None = None
   network_rate: float | None = None
 
-  def peak(self, dtype):
-    """Operations per second in "bfloat16" or "float32"."""
-    return self.bfloat16 if dtype == "bfloat16" else self.float32
+  def peak(self, precision: str) -> float | None:
+    """Operations per second in "bfloat16", "float32" or "float32, highest"."""
+    return {"bfloat16": self.bfloat16, "float32": self.float32}.get(precision, self.highest)
 
 
-# TPU: operations, memory and one-way rate per link of "How to Scale Your Model", chapter 2 (jax-ml.github.io/scaling-book),
-# whose numbers are those of Google's pages (cloud.google.com/tpu/docs/v5e and so on), and the number of links: 6 to the
-# neighbours of a three-dimensional torus, 4 of a two-dimensional one. A product of float32 takes one pass in bfloat16 by
-# default on TPU, so its peak is the same.
+# TPU: operations, memory and one-way rate per link of "How to Scale Your Model", chapter 2
+# (jax-ml.github.io/scaling-book), whose numbers are those of Google's pages (cloud.google.com/tpu/docs/v5e and so on),
+# and the number of links: 6 to the neighbours of a three-dimensional torus, 4 of a two-dimensional one. A product of
+# float32 takes one pass in bfloat16 by default on TPU, so its peak is the same; at the highest precision it takes six.
 # A100: NVIDIA's data sheet (A100 SXM4: 312 TFLOP/s bfloat16, 156 in TF32, XLA's default for float32; 600 GB/s of NVLink
-# both ways together); between nodes one 200 Gbit/s port per card, as in a DGX A100 (DGX A100 system data sheet). Memory
-# as XLA's own description of the cards gives it.
+# both ways together; 19.5 TFLOP/s in float32 proper); between nodes one 200 Gbit/s port per card, as in a DGX A100 (DGX
+# A100 system data sheet). Memory as XLA's own description of the cards gives it.
 CHIPS = {
-  "v4": Chip("TPU v4", 32 * GIB, 275e12, 275e12, 1.2e12, 6 * 45e9),
-  "v5e": Chip("TPU v5e", 16 * GIB, 197e12, 197e12, 0.81e12, 4 * 45e9),
-  "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 459e12, 2.765e12, 6 * 90e9),
-  "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 918e12, 1.64e12, 4 * 90e9),
-  "a100": Chip("A100 SXM4 80 GB", 84986691584, 312e12, 156e12, 2.039e12, 300e9, 25e9),
-  "a100-40g": Chip("A100 SXM4 40 GB", 42331013120, 312e12, 156e12, 1.555e12, 300e9, 25e9),
+  "v4": Chip("TPU v4", 32 * GIB, 275e12, 275e12, 275e12 / 6, 1.2e12, 6 * 45e9),
+  "v5e": Chip("TPU v5e", 16 * GIB, 197e12, 197e12, 197e12 / 6, 0.81e12, 4 * 45e9),
+  "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 459e12, 459e12 / 6, 2.765e12, 6 * 90e9),
+  "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 918e12, 918e12 / 6, 1.64e12, 4 * 90e9),
+  "a100": Chip("A100 SXM4 80 GB", 84986691584, 312e12, 156e12, 19.5e12, 2.039e12, 300e9, 25e9),
+  "a100-40g": Chip("A100 SXM4 40 GB", 42331013120, 312e12, 156e12, 19.5e12, 1.555e12, 300e9, 25e9),
 }
 
-# Slices by their usual name, GENERATION-NUMBER: the number counts chips on v5e and v6e, cores (two per chip) on v4, v5p.
+# Slices by their usual name, GENERATION-NUMBER: the number counts chips on v5e and v6e, cores (two per chip) on v4,
+# v5p.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBIC = {
   8: "2x2x1",
@@ -101,10 +105,10 @@ _INSTALL = {
 
 
 class Name(NamedTuple):
-  """A topology's name, understood.
+  """The parsed name of a topology.
 
   Attributes:
-    text: as it was given.
+    text: the name.
     platform: "tpu", "cuda" or "cpu".
     chip: key of `CHIPS`, or "cpu".
     shape: of a TPU slice in chips; (nodes, GPUs per node); (CPU devices,).
@@ -116,7 +120,7 @@ class Name(NamedTuple):
   shape: tuple[int, ...]
 
   @property
-  def devices(self):
+  def devices(self) -> int:
     """Number of devices."""
     return math.prod(self.shape)
 
@@ -125,10 +129,10 @@ class Topology(NamedTuple):
   """A machine to compile for.
 
   Attributes:
-    name: `Name`.
-    chip: `Chip`.
-    devices: list of JAX devices.
-    per_node: devices that share a node's links; all of them on a TPU slice.
+    name: its parsed name.
+    chip: the data sheet of its devices.
+    devices: JAX devices.
+    per_node: devices that share the links of a node; all devices of a TPU slice.
   """
 
   name: Name
@@ -138,10 +142,10 @@ class Topology(NamedTuple):
 
 
 def parse(text: str) -> Name:
-  """Understands a name; loads nothing.
+  """Parses the name of a topology. Loads no compiler.
 
   Raises:
-    UserError: no such topology; the line says which there are.
+    UserError: there is no such topology; the message lists those that exist.
   """
   if match := re.fullmatch(r"(v4|v5e|v5p|v6e)(?::(\d+(?:x\d+){1,2})|-(\d+))", text):
     return _tpu(text, *match.groups())
@@ -191,11 +195,11 @@ def _a100(text, card, nodes, gpus):
   return Name(text, "cuda", card, (nodes, gpus))
 
 
-def prepare_environment(name: Name):
-  """Sets what the compilers read when they are loaded. To be called before JAX is imported.
+def prepare_environment(name: Name) -> None:
+  """Sets the environment variables that the compilers read. Call it before JAX is imported.
 
   Raises:
-    UserError: the compiler is not installed; the line says what to install.
+    UserError: the compiler is not installed; the message says what to install.
   """
   flags = os.environ.get("XLA_FLAGS", "").split()
   if name.platform == "cpu":
@@ -204,11 +208,11 @@ def prepare_environment(name: Name):
   else:
     _require_compiler(name)
   if name.platform == "cuda":
-    # There is no card to measure variants on, and the Triton products need such measurements.
+    # Autotuning needs a GPU, and Triton matrix products need autotuning.
     flags += ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
   os.environ["XLA_FLAGS"] = " ".join(flags)
-  os.environ["JAX_PLATFORMS"] = "cpu"  # what is there; the rest is only compiled for
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not look for a TPU VM's metadata server
+  os.environ["JAX_PLATFORMS"] = "cpu"  # the backend that runs; the topology is only compiled for
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu must not look for the metadata server of a TPU VM
 
 
 def _require_compiler(name):
@@ -222,10 +226,10 @@ def _require_compiler(name):
 
 
 def load(name: Name) -> Topology:
-  """The devices of a topology. Imports JAX.
+  """Loads the devices of a topology. Imports JAX.
 
   Raises:
-    UserError: the compiler does not take the description, or (TPU) another process has libtpu loaded.
+    UserError: the compiler refuses the description, or (TPU) another process has libtpu loaded.
   """
   import jax
   from jax.experimental import topologies

@@ -1,16 +1,19 @@
-"""What a run's folder tells over time: metrics.jsonl as curves and expert loads, sample pictures by step."""
+"""A run over time: metrics.jsonl as curves and expert loads, sample sheets by step."""
 
 import collections
 import dataclasses
 import math
+import os
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from aurora_jax.runs import metrics
 
-# Fields of a metrics line that say when and what, and are no curve.
+# Fields of a metrics line that are no curve. "pictures" is in lines of earlier versions.
 _COUNTERS = (
   "step",
   "seconds",
@@ -24,7 +27,7 @@ _COUNTERS = (
   "factor",
 )
 _LOAD = "moe/load/"
-# Lines that tell of something; their numbers are no curve.
+# Kinds of lines that are events; their numbers are no curve.
 _EVENTS = ("warning", "skipped")
 
 
@@ -33,36 +36,33 @@ class RunLog:
   """The numbers of a run.
 
   Attributes:
-    series: {name: (steps int [n], values float [n])}, steps strictly ascending; what an interrupted run repeated
-      after its resumption replaces what it had written before.
-    last: the newest value of each counter, where there are any: "step", "seconds", "images", and of a run that grows
-      "resolution" (pixels) and "features" (what Frechet distances are of, a string).
-    resumes: steps at which the run was taken up again.
+    series: {name: (steps int [n], values float [n])}, steps strictly ascending. What a resumed run repeats replaces
+      what it wrote before the interruption.
+    last: newest value of each counter that the run has: "step", "seconds", "images", and with progressive growing
+      "resolution" (pixels) and "features" (those of the Frechet distance, a string).
+    resumes: steps at which the run was resumed.
     skipped: number of lines that could not be read.
-    warnings: (step, words) of each warning; what an interrupted run repeated is there once.
-    skipped_steps: (step, words) of each step that the guard left out.
+    warnings: (step, message) of each warning, without those that a resumed run undid.
+    skipped_steps: (step, message) of each step that the guard skipped.
   """
 
-  series: dict
-  last: dict
-  resumes: tuple
+  series: dict[str, tuple[np.ndarray, np.ndarray]]
+  last: dict[str, Any]
+  resumes: tuple[int, ...]
   skipped: int
-  warnings: tuple = ()
-  skipped_steps: tuple = ()
+  warnings: tuple[tuple[int, str], ...] = ()
+  skipped_steps: tuple[tuple[int, str], ...] = ()
 
-  def latest(self, prefix):
+  def latest(self, prefix: str) -> dict[str, float]:
     """{name: newest value} of the series whose name starts with `prefix`."""
     return {name: float(values[-1]) for name, (_, values) in self.series.items() if name.startswith(prefix)}
 
 
-def read_metrics(path):
-  """Reads metrics.jsonl, however it ends: a line that is cut or no JSON object is counted and left out.
+def read_metrics(path: str | os.PathLike) -> RunLog:
+  """Reads metrics.jsonl. Lines that are cut off or not JSON objects are counted and left out.
 
   Args:
     path: the file; it may be missing.
-
-  Returns:
-    RunLog.
   """
   points = collections.defaultdict(lambda: ([], []))
   last, resumes = {}, []
@@ -98,8 +98,14 @@ def _is_number(value):
   return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def thin(steps, values, most):
-  """At most `most` points: means of equal runs of points, at each run's last step."""
+def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Reduces a curve to at most `most` points: means of groups of neighbors, each at its group's last step.
+
+  Args:
+    steps: [n].
+    values: [n, ...].
+    most: number of points.
+  """
   if len(steps) <= most:
     return steps, values
   edges = np.linspace(0, len(steps), most + 1).astype(int)
@@ -108,12 +114,12 @@ def thin(steps, values, most):
   return steps[edges[1:] - 1], sums / counts
 
 
-def natural_key(name):
-  """Sorts "r8_block10" behind "r8_block9" and before "r16"."""
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+  """A sort key that puts "r8_block10" after "r8_block9" and before "r16"."""
   return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-# Which chart a curve belongs to: the first rule whose pattern is found in the name.
+# (chart, pattern): a curve belongs to the first chart whose pattern is found in its name.
 _GROUPS = (
   ("Judge", r"^judge/"),
   ("Skipped", r"skipped"),
@@ -128,7 +134,7 @@ _GROUPS = (
   ("Learning", r"grad|norm|learning_rate|(^|/)lr|ema|per_second|weight"),
   ("Other", r""),
 )
-# What the first part of a name is called in a chart's title.
+# First part of a curve's name -> its name in a chart's title.
 _PREFIXES = {
   "d": "discriminator",
   "g": "generator",
@@ -156,18 +162,18 @@ _ORDER = (
 )
 
 
-def curve_groups(log, most_points=400):
-  """The curves of a run, in charts.
+def curve_groups(log: RunLog, most_points: int = 400) -> list[dict[str, Any]]:
+  """The curves of a run in charts, without expert loads.
 
-  Names are grouped by what they measure and then by their first part, so that a chart has one unit.
+  Curves are grouped by what they measure and then by the first part of their name, so that a chart has one unit.
 
   Args:
-    log: RunLog.
-    most_points: int, longer curves are thinned.
+    log: the run's numbers.
+    most_points: longer curves are thinned.
 
   Returns:
-    list of {"title": str, "log": bool, "series": [{"name": str, "steps": [int], "values": [float]}]}: `log` suggests
-    a logarithmic axis. Expert loads are left out.
+    {"title": str, "log": bool, "series": [{"name": str, "steps": [int], "values": [float]}]} of each chart. "log" says
+    whether a logarithmic axis suits the values.
   """
   charts = collections.defaultdict(list)
   for name in sorted(log.series, key=natural_key):
@@ -176,7 +182,7 @@ def curve_groups(log, most_points=400):
       continue
     group = next(title for title, pattern in _GROUPS if re.search(pattern, name))
     if group == "Judge":
-      # Shares of 1 on one chart, everything else (degrees, distances, counts) on a chart of its own.
+      # Only shares fit one chart; the other figures (degrees, distances, counts) have other units.
       if not re.search(r"top1|accuracy", name):
         continue
     first, _, rest = name.rpartition("/") if group == "Norms per module" else name.partition("/")
@@ -197,7 +203,7 @@ def curve_groups(log, most_points=400):
 
 
 def _looks_logarithmic(series):
-  """Whether all values are positive and the bulk of them spans more than a factor of thirty."""
+  """Whether all values are positive and 96 % of them span more than a factor of thirty."""
   values = np.concatenate([s["values"] for s in series])
   if values.min() <= 0:
     return False
@@ -207,12 +213,12 @@ def _looks_logarithmic(series):
 
 @dataclasses.dataclass(frozen=True)
 class LayerLoad:
-  """The share of tokens that each expert of a layer got.
+  """The share of tokens that each expert of a layer received.
 
   Attributes:
-    layer: str.
+    layer: its name.
     steps: int [n].
-    shares: float [n, E], rows sum to 1.
+    shares: float [n, E]; rows sum to 1.
   """
 
   layer: str
@@ -220,17 +226,14 @@ class LayerLoad:
   shares: np.ndarray
 
 
-def expert_loads(log, most_points=80):
-  """Loads over time of every MoE layer, in natural order; steps at which an expert's entry is missing are left out.
+def expert_loads(log: RunLog, most_points: int = 80) -> list[LayerLoad]:
+  """Loads of every MoE layer over time, in natural order. Steps without an entry for every expert are left out.
 
   Args:
-    log: RunLog.
-    most_points: int.
-
-  Returns:
-    list of LayerLoad.
+    log: the run's numbers.
+    most_points: longer curves are thinned.
   """
-  layers = collections.defaultdict(dict)
+  layers: Mapping[str, dict[int, dict[int, float]]] = collections.defaultdict(dict)
   for name, (steps, values) in log.series.items():
     match = re.fullmatch(re.escape(_LOAD) + r"(.+)/(\d+)", name)
     if match:
@@ -243,23 +246,23 @@ def expert_loads(log, most_points=80):
       [[experts[e].get(step, 0.0) if e in experts else 0.0 for e in range(max(experts) + 1)] for step in steps]
     ).reshape(len(steps), -1)
     table = np.maximum(table, 0)
-    kept = table.sum(-1) > 0 if len(steps) else np.zeros(0, bool)
-    if kept.any():
-      steps, shares = np.asarray(steps)[kept], table[kept]
+    valid = table.sum(-1) > 0 if len(steps) else np.zeros(0, bool)
+    if valid.any():
+      steps, shares = np.asarray(steps)[valid], table[valid]
       steps, shares = thin(steps, shares / shares.sum(-1, keepdims=True), most_points)
       loads.append(LayerLoad(layer, steps, shares))
   return loads
 
 
-def sample_pictures(folder, most=60):
-  """The sample grids of a run in order of their steps.
+def sample_sheets(folder: str | os.PathLike, most: int = 60) -> tuple[list[tuple[int, pathlib.Path]], int]:
+  """The sample sheets of a run in order of their steps.
 
   Args:
     folder: `samples/` of the run; it may be missing.
-    most: int; of more pictures an even choice is taken, the first and the last among them.
+    most: of more sheets an even selection is taken that includes the first and the last.
 
   Returns:
-    (list of (step, path), number of pictures there are).
+    ((step, path) of each, number of sheets in the folder).
   """
   found = []
   for path in pathlib.Path(folder).glob("*.png"):

@@ -1,18 +1,20 @@
-"""Pictures a person looks at: captioned grids, rows of latents, maps of experts; written atomically as PNG."""
+"""Sheets of images for people: captioned rows, tables and grids, expert maps. Written atomically as PNG."""
 
 import functools
 import math
+import os
 import pathlib
-import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from aurora_jax import files
 from aurora_jax.errors import UserError
+from aurora_jax.reporting.captions import DEFAULT_LINES, typeface, wrap_caption
 
-# A generated picture is enlarged to about this many pixels a side, by a whole factor.
+# Generated images are enlarged by a whole factor to about this many pixels a side.
 SHOWN_SIDE = 96
 
 _PAGE = (240, 241, 243)
@@ -21,14 +23,11 @@ INK = (48, 52, 58)
 _PADDING = 7
 _GAP = 8
 _RADIUS = 6
-_LINES = 2
 _LINE_SPACING = 1.25
-# Two lines hold far less; a caption of any length costs no more than this to lay out.
-_LONGEST_CAPTION = 160
 
-# Sixteen colours that stay apart from their neighbours in the list and on a light or a dark page. The first four and
-# the first eight are the most distinct, since layers have 4, 8 or 16 experts.
-EXPERT_COLOURS = (
+# Sixteen colors that differ from their neighbors in the list and are visible on a light and a dark page. The first four
+# and the first eight are the most distinct, since layers have 4, 8 or 16 experts.
+EXPERT_COLORS = (
   (46, 110, 187),
   (240, 160, 48),
   (60, 160, 90),
@@ -48,8 +47,8 @@ EXPERT_COLOURS = (
 )
 
 
-def to_uint8(images):
-  """[-1, 1] floats to bytes, by the released rule clip((x + 1) / 2 * 255 + 0.5); a value that is no number is grey.
+def to_uint8(images: Any) -> np.ndarray:
+  """Floats in [-1, 1] as bytes by the rule of the released code, clip((x + 1) / 2 * 255 + 0.5). NaN becomes gray.
 
   Args:
     images: array of any shape.
@@ -61,88 +60,31 @@ def to_uint8(images):
   return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def to_picture(image):
-  """One image [H, W, 3] in [-1, 1] (or uint8) as a PIL picture of its own size."""
+def to_pil(image: Any) -> Image.Image:
+  """One image [H, W, 3], float in [-1, 1] or uint8, as a PIL image of the same size."""
   image = np.asarray(image)
   return Image.fromarray(image if image.dtype == np.uint8 else to_uint8(image))
 
 
-def default_scale(resolution):
-  """The whole factor that brings a picture of this many pixels near SHOWN_SIDE, at least 1."""
+def default_scale(resolution: int) -> int:
+  """The whole factor, at least 1, that enlarges a side of `resolution` pixels to about SHOWN_SIDE."""
   return max(1, round(SHOWN_SIDE / resolution))
 
 
-def enlarge(image, scale):
-  """One image [H, W, 3] as a PIL picture `scale` times the size.
-
-  Lanczos: a small picture is a sampling of something smooth, and reads better so than as a mosaic of squares.
-  """
-  picture = to_picture(image)
-  return picture if scale == 1 else picture.resize((picture.width * scale, picture.height * scale), Image.LANCZOS)
-
-
-@functools.lru_cache(maxsize=8)
-def typeface(size):
-  return ImageFont.load_default(size)
-
-
-@functools.lru_cache(maxsize=4096)
-def _drawable(character):
-  """What the bundled font can draw for a character: itself, its base letter ("é": "e"), or "?"."""
-  font = typeface(12)
-  missing = bytes(font.getmask("\uffff"))
-  for candidate in (
-    character,
-    "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c)),
-  ):
-    if candidate and all(c == " " or bytes(font.getmask(c)) != missing for c in candidate):
-      return candidate
-  return "?"
-
-
-def wrap_caption(caption, font, width, lines=_LINES):
-  """Breaks a caption into at most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis.
-
-  Args:
-    caption: str, of any length and with any white space.
-    font: a PIL font.
-    width: int, pixels.
-    lines: int.
-
-  Returns:
-    list of str, empty for an empty caption.
-  """
-  text = " ".join(caption[: 8 * _LONGEST_CAPTION].split())
-  cut = len(text) > _LONGEST_CAPTION
-  words = "".join(_drawable(c) for c in text[:_LONGEST_CAPTION]).split()
-  wrapped = []
-  while words and len(wrapped) < lines:
-    line = words.pop(0)
-    while words and font.getlength(f"{line} {words[0]}") <= width:
-      line += " " + words.pop(0)
-    if font.getlength(line) > width:  # one word wider than the line
-      kept = len(line)
-      while kept > 1 and font.getlength(line[:kept]) > width:
-        kept -= 1
-      words.insert(0, line[kept:])
-      line = line[:kept]
-    wrapped.append(line)
-  if wrapped and (words or cut):
-    last = wrapped[-1]
-    while last and font.getlength(last + "...") > width:
-      last = last[:-1]
-    wrapped[-1] = last.rstrip() + "..."
-  return wrapped
+def enlarge(image: Any, scale: int) -> Image.Image:
+  """One image [H, W, 3] as a PIL image of `scale` times the size, by Lanczos interpolation."""
+  shown = to_pil(image)
+  return shown if scale == 1 else shown.resize((shown.width * scale, shown.height * scale), Image.Resampling.LANCZOS)
 
 
 @functools.lru_cache(maxsize=64)
 def _card(width, height):
-  """A white card with smooth round corners on the page's colour."""
+  """A white card with smooth round corners on the page's color."""
   fine = 4
   mask = Image.new("L", (width * fine, height * fine), 0)
   ImageDraw.Draw(mask).rounded_rectangle((0, 0, width * fine - 1, height * fine - 1), _RADIUS * fine, fill=255)
   card = Image.new("RGB", (width, height), _PAGE)
-  card.paste(_CARD, (0, 0), mask.resize((width, height), Image.LANCZOS))
+  card.paste(_CARD, (0, 0), mask.resize((width, height), Image.Resampling.LANCZOS))
   return card
 
 
@@ -159,19 +101,26 @@ def _check(images, captions, dimensions):
   return images
 
 
-def captioned_rows(images, captions, scale=None, text_size=13, columns=1, title=""):
-  """One card per prompt: the caption on the left, the pictures of its latents beside it.
+def captioned_rows(
+  images: np.ndarray,
+  captions: Sequence[str],
+  scale: int | None = None,
+  text_size: int = 13,
+  columns: int = 1,
+  title: str = "",
+) -> Image.Image:
+  """One card per prompt: the caption on the left, the images of all latents to the right.
 
   Args:
     images: [P, L, R, R, 3], float in [-1, 1] or uint8.
     captions: P strings.
-    scale: int, the factor of enlargement; None takes `default_scale`.
-    text_size: int, pixels.
-    columns: int, cards side by side.
-    title: a line above them.
+    scale: whole factor of enlargement; None takes `default_scale`.
+    text_size: pixels.
+    columns: cards side by side.
+    title: a line above the cards.
 
-  Returns:
-    A PIL picture.
+  Raises:
+    ValueError: the shapes do not fit.
   """
   images = _check(images, captions, 5)
   scale = scale or default_scale(images.shape[3])
@@ -179,7 +128,7 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1, title=
   height, width = images.shape[2] * scale, images.shape[3] * scale
   font, line = typeface(text_size), _line_height(text_size)
   label = 130
-  lines = [wrap_caption(caption, font, label, lines=max(_LINES, height // line - 1)) for caption in captions]
+  lines = [wrap_caption(caption, font, label, lines=max(DEFAULT_LINES, height // line - 1)) for caption in captions]
   columns = min(columns, prompts)
   rows = -(-prompts // columns)
   card_width = label + 3 * _PADDING + latents * (width + _PADDING)
@@ -193,8 +142,8 @@ def captioned_rows(images, captions, scale=None, text_size=13, columns=1, title=
     top = head + _GAP + (index // columns) * (card_height + _GAP)
     page.paste(_card(card_width, card_height), (left, top))
     text_top = top + (card_height - len(lines[index]) * line) / 2
-    for n, words in enumerate(lines[index]):
-      draw.text((left + 2 * _PADDING, text_top + n * line), words, INK, font, anchor="la")
+    for n, text in enumerate(lines[index]):
+      draw.text((left + 2 * _PADDING, text_top + n * line), text, INK, font, anchor="la")
     for latent in range(latents):
       page.paste(
         enlarge(images[index, latent], scale),
@@ -212,12 +161,12 @@ def grid(
   scale: int | None = None,
   title: str = "",
 ) -> Image.Image:
-  """Images without captions in a grid, each with the option that made it: a bar in that option's colour, and its number.
+  """Images without captions in a grid. Below each, a bar in the color of its mark with the mark's number.
 
   Args:
     images: [N, R, R, 3], float in [-1, 1] or uint8.
-    marks: int [N], each in [0, options), such as the generator that made each image; None for no marks.
-    options: number of options.
+    marks: int [N] in [0, options), such as the generator of each image; None for no marks.
+    options: number of different marks.
     columns: images side by side; None makes the grid about square.
     scale: whole factor of enlargement; None takes `default_scale`.
     title: a line above.
@@ -233,14 +182,14 @@ def grid(
   page = Image.new("RGB", (columns * width + _PADDING, head + rows * height + _PADDING), _PAGE)
   draw = ImageDraw.Draw(page)
   draw.text((_PADDING, _PADDING), title, INK, typeface(13), anchor="la")
-  colours = expert_colours(options) if marks is not None else None
+  colors = expert_colors(options)
   for n, image in enumerate(images):
     left, top = _PADDING + n % columns * width, head + _PADDING + n // columns * height
     page.paste(enlarge(image, scale), (left, top))
     if marks is not None:
-      colour = tuple(int(value) for value in colours[marks[n]])
-      draw.rectangle((left, top + side, left + side - 1, top + side + bar - 1), fill=colour)
-      ink = _CARD if sum(colour) < 400 else INK
+      color = tuple(int(value) for value in colors[marks[n]])
+      draw.rectangle((left, top + side, left + side - 1, top + side + bar - 1), fill=color)
+      ink = _CARD if sum(color) < 400 else INK
       draw.text((left + side / 2, top + side + bar / 2), str(int(marks[n])), ink, font, anchor="mm")
   return page
 
@@ -254,14 +203,14 @@ def sample_sheet(
   columns: int = 0,
   title: str = "",
 ) -> Image.Image:
-  """The usual sheet of samples: a card per prompt, or a grid where there are no prompts.
+  """A sheet of samples: a card per prompt, or a grid for an unconditional system.
 
   Args:
-    images: [P, L, R, R, 3].
+    images: [P, L, R, R, 3], float in [-1, 1] or uint8.
     prompts: P strings; all empty for an unconditional system.
-    makers: int [P, L], as of `grid`, or None.
-    maker_count: how many there are.
-    columns: cards side by side; 0 takes two for many prompts.
+    makers: int [P, L], the generator of each image, or None.
+    maker_count: number of generators.
+    columns: cards (or images of the grid) side by side; 0 chooses.
     title: a line above.
   """
   if any(prompts):
@@ -270,18 +219,24 @@ def sample_sheet(
   return grid(flat, None if makers is None else np.ravel(makers), maker_count, columns=columns or None, title=title)
 
 
-def captioned_table(images, captions, headers, scale=None, text_size=13):
-  """A card per prompt with a table in it: a row per latent, a column per value of something; the headers on top.
+def captioned_table(
+  images: np.ndarray,
+  captions: Sequence[str],
+  headers: Sequence[str],
+  scale: int | None = None,
+  text_size: int = 13,
+) -> Image.Image:
+  """A card per prompt with a table of images: a row per latent, a column per header.
 
   Args:
     images: [P, L, K, R, R, 3], float in [-1, 1] or uint8.
-    captions: P strings, on the left of the cards; where all are empty there is no room for them.
-    headers: K strings; one may be as wide as the empty ones beside it leave it room.
-    scale: int, the factor of enlargement; None takes `default_scale`.
-    text_size: int, pixels.
+    captions: P strings, on the left of the cards; if all are empty, the cards have no room for them.
+    headers: K strings. A header extends over empty ones beside it.
+    scale: whole factor of enlargement; None takes `default_scale`.
+    text_size: pixels.
 
-  Returns:
-    A PIL picture.
+  Raises:
+    ValueError: the shapes do not fit.
   """
   images = _check(images, captions, 6)
   prompts, latents, columns = images.shape[:3]
@@ -301,15 +256,15 @@ def captioned_table(images, captions, headers, scale=None, text_size=13):
   page = Image.new("RGB", (card_width + 2 * _GAP, top + prompts * (card_height + _GAP)), _PAGE)
   draw = ImageDraw.Draw(page)
   for left, lines, anchor in head:
-    for n, words in enumerate(lines):
-      # Headers stand on their pictures: the last lines are level.
-      draw.text((_GAP + inner + left, top - (len(lines) - n) * line - 4), words, INK, font, anchor=anchor)
+    for n, text in enumerate(lines):
+      # The last lines of all headers are level, right above the images.
+      draw.text((_GAP + inner + left, top - (len(lines) - n) * line - 4), text, INK, font, anchor=anchor)
   for p in range(prompts):
     page.paste(_card(card_width, card_height), (_GAP, top))
-    lines = wrap_caption(captions[p], font, label, lines=max(_LINES, latents * height // line - 1))
-    for n, words in enumerate(lines):
+    lines = wrap_caption(captions[p], font, label, lines=max(DEFAULT_LINES, latents * height // line - 1))
+    for n, text in enumerate(lines):
       text_top = top + (card_height - len(lines) * line) / 2 + n * line
-      draw.text((_GAP + 2 * _PADDING, text_top), words, INK, font, anchor="la")
+      draw.text((_GAP + 2 * _PADDING, text_top), text, INK, font, anchor="la")
     for row in range(latents):
       for k in range(columns):
         page.paste(enlarge(images[p, row, k], scale), (_GAP + inner + k * width, top + _PADDING + row * height))
@@ -318,9 +273,9 @@ def captioned_table(images, captions, headers, scale=None, text_size=13):
 
 
 def _header_places(headers, width, side):
-  """Where headers go: [(column, x of the text, room for it, PIL anchor)], in pixels from the first column's left.
+  """Positions of headers: [(column, x of the text, its largest width, PIL anchor)], in pixels from the first column.
 
-  The first is flush left, the last flush right if there is free room beside it, all others centred on their column.
+  The first header is flush left and the last flush right, if the column beside it is free. All others are centered.
   """
   used = [k for k, header in enumerate(headers) if header.strip()] or [0]
   places = []
@@ -336,46 +291,49 @@ def _header_places(headers, width, side):
   return places
 
 
-def expert_colours(experts):
-  """One colour per expert, the same in every picture and page.
+def expert_colors(experts: int) -> np.ndarray:
+  """One color per expert, the same in every image and page.
 
   Returns:
-    uint8 [experts, 3]; beyond sixteen the list goes round again, each time darker.
+    uint8 [experts, 3]. After sixteen colors the list repeats, each time darker.
   """
-  colours = np.asarray(EXPERT_COLOURS, np.float32)
-  rounds = np.arange(experts) // len(colours)
-  return (colours[np.arange(experts) % len(colours)] * (0.62**rounds)[:, None]).astype(np.uint8)
+  colors = np.asarray(EXPERT_COLORS, np.float32)
+  rounds = np.arange(experts) // len(colors)
+  return (colors[np.arange(experts) % len(colors)] * (0.62**rounds)[:, None]).astype(np.uint8)
 
 
-def expert_map(expert_index, experts, scale=1):
-  """Which expert each pixel went to, as a picture.
+def expert_map(expert_index: Any, experts: int, scale: int = 1) -> Image.Image:
+  """The expert of each pixel as an image, a color per expert.
 
   Args:
-    expert_index: int [r, r], each in [0, experts).
-    experts: int.
-    scale: int; squares of scale x scale pixels, no smoothing: an expert is a name, not a quantity.
+    expert_index: int [r, r] in [0, experts).
+    experts: number of experts.
+    scale: side of the square of each pixel. Nothing is interpolated: an expert is a name, not a quantity.
 
   Returns:
-    A PIL picture of r * scale pixels a side.
+    An image of r * scale pixels a side.
+
+  Raises:
+    ValueError: another shape or type, or an index out of range.
   """
   index = np.asarray(expert_index)
   if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
     raise ValueError(f"an integer array [r, r] expected, not {index.dtype} {index.shape}")
   if index.size and (index.min() < 0 or index.max() >= experts):
     raise ValueError(f"expert {index.min()} to {index.max()} in a layer of {experts}")
-  picture = Image.fromarray(expert_colours(experts)[index])
-  return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+  image = Image.fromarray(expert_colors(experts)[index])
+  return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def check_place(path, suffix):
-  """Makes sure, before minutes of work, that a file can be written, and leaves nothing behind.
+def check_place(path: str | os.PathLike, suffix: str) -> None:
+  """Checks before long work that a file can be written. Leaves nothing behind.
 
   Args:
-    path: where it shall stand; its folder is made later if missing.
-    suffix: how its name must end, e.g. ".png".
+    path: of the file. Its folder may be missing.
+    suffix: required end of its name, such as ".png".
 
   Raises:
-    UserError: another suffix, a folder in its place, or a folder that cannot be made or written to.
+    UserError: the suffix differs, `path` is a folder, or its folder cannot be made or written to.
   """
   path = pathlib.Path(path)
   if path.suffix.lower() != suffix:
@@ -385,8 +343,8 @@ def check_place(path, suffix):
     raise UserError(f"{path} cannot be written: it is a folder")
 
 
-def save_png(picture, path):
-  """Writes a PIL picture as PNG, whole or not at all; UserError if the place cannot be written."""
-  with files.whole_file(path) as beside:
-    picture.save(beside, format="PNG", optimize=True)
+def save_png(image: Image.Image, path: str | os.PathLike) -> pathlib.Path:
+  """Writes a PNG atomically. Returns its path. Raises UserError if it cannot be written."""
+  with files.atomic_file(path) as tmp_path:
+    image.save(tmp_path, format="PNG", optimize=True)
   return pathlib.Path(path)

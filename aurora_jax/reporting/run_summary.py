@@ -1,26 +1,27 @@
-"""The story of a run on one screen of 100 columns: what happened, where it stands, where the time went, what to do next.
+"""A summary of a run on one screen of 100 columns: events, progress, time, warnings, checkpoints, losses, next steps.
 
-Everything is read from the run's folder (config.json, metrics.jsonl, checkpoints, samples); nothing is loaded.
+It is read from the files in the run's folder (config.json, metrics.jsonl, checkpoints, samples). No weights are read.
 """
 
 import datetime
 import json
-import math
+import os
+import pathlib
+from collections.abc import Iterator
 
+from aurora_jax import text
+from aurora_jax.reporting import metrics_table
 from aurora_jax.runs import checkpoint_reader, metrics, progress, retention, skipped_records, workdir
-from aurora_jax.training import health
 
 _WIDTH = 100
-_HEAD = 11  # columns of a line's name
+_LABEL = 11  # columns of a line's label
 _EVENTS_SHOWN = 8
 _WARNINGS_SHOWN = 4
 _CHECKPOINTS_SHOWN = 4
-_BARS = "▁▂▃▄▅▆▇█"
-_BAR_COLUMNS = 8
 _PHASES = {
   "step": "compute",
   "input": "waiting for input",
-  "samples": "sample pictures",
+  "samples": "samples",
   "evaluation": "evaluation",
   "checkpoint": "checkpoints",
 }
@@ -32,55 +33,34 @@ _ENDINGS = {
   "save failed": "a checkpoint could not be saved",
   "damaged data": "too many records could not be read (data.max_skipped); saved",
 }
-# Shown in this order, where the run has them, and what they are called: what a person looks at first.
-_NUMBERS = {
-  "loss/d_adversarial": "D adversarial",
-  "loss/g_adversarial": "G adversarial",
-  "loss/d_matching": "D matching",
-  "loss/g_matching": "G matching",
-  "loss/g_clip": "G CLIP",
-  "loss/r1": "R1",
-  "loss/moe": "MoE losses",
-  "d/logit_real": "logit real",
-  "d/logit_fake": "logit fake",
-  "d/logit_mismatched": "logit mismatched",
-  "clip/accuracy": "CLIP accuracy",
-  "grad_norm/d": "gradient of D",
-  "grad_norm/g": "gradient of G",
-  "g/w_std": "w std",
-  "samples/diversity_within": "diversity, prompt",
-  "samples/diversity_between": "diversity, all",
-}
-_ENTROPY = "entropy of experts"
 
 
-def tell(path):
-  """The story, line by line.
+def lines(path: str | os.PathLike) -> Iterator[str]:
+  """Yields the lines of the summary.
 
   Args:
     path: the run's folder.
 
-  Yields:
-    str.
-
   Raises:
-    UserError: no such run, or a config.json that cannot be read.
+    UserError: there is no such run, or its config.json cannot be read.
   """
-  folder = workdir.RunFolder(path)
+  folder = workdir.RunFolder(pathlib.Path(path))
   experiment = folder.experiment()
   everything, rows = metrics.read(folder.metrics), metrics.history(folder.metrics)
   steps = checkpoint_reader.steps(folder.checkpoints)
-  held = workdir.is_held(folder.path)
+  running = workdir.is_locked(folder.path)
   yield from _opening(folder, experiment)
   parts = checkpoint_reader.only_parts(folder.checkpoints) if steps else None
   if parts is not None:
     yield _line(
-      "converted", f"{', '.join(parts)}: to sample from, or to begin a run with (--config.train.init_from={path})"
+      "converted",
+      f"{', '.join(parts)}: to sample from, or to begin a run with "
+      f"(--config.train.init_from={text.shell_quoted(path)})",
     )
-    yield _line("saved", size_words(checkpoint_reader.size_bytes(folder.checkpoints, steps[-1])))
+    yield _line("saved", format_bytes(checkpoint_reader.size_bytes(folder.checkpoints, steps[-1])))
     return
   yield from _progress(experiment, rows)
-  yield from _events(everything, held)
+  yield from _events(everything, running)
   yield from _stages(experiment, rows)
   yield from _time(rows)
   yield from _warnings(rows)
@@ -88,11 +68,11 @@ def tell(path):
   yield from _saved(folder, experiment, steps)
   yield from _numbers(rows)
   yield from _figures(rows)
-  yield from _next(folder, experiment, rows, steps, held)
+  yield from _next(folder, experiment, rows, steps, running)
 
 
-def _line(name, words):
-  return f"{name:{_HEAD}s}{words}"
+def _line(label, content):
+  return f"{label:{_LABEL}s}{content}"
 
 
 def _count(number, noun):
@@ -100,12 +80,13 @@ def _count(number, noun):
   return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def size_words(size):
-  """Bytes in words: "19.9 MB"."""
-  for unit in ("B", "kB", "MB", "GB", "TB"):
-    if size < 1000 or unit == "TB":
+def format_bytes(size: float) -> str:
+  """Formats a number of bytes: "19.9 MB"."""
+  for unit in ("B", "kB", "MB", "GB"):
+    if size < 1000:
       return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
     size /= 1000
+  return f"{size:.0f} TB" if size >= 100 else f"{size:.1f} TB"
 
 
 def _opening(folder, experiment):
@@ -127,37 +108,39 @@ def _progress(experiment, rows):
   last = rows[-1] if rows else {"step": 0, "seconds": 0.0}
   share = min(1.0, last["step"] / train.total_steps)
   bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
+  windows = _of_kind(rows, "train")
+  counts = [row["images"] // row["step"] for row in windows if row.get("images")]
+  images_per_step = counts[-1] if counts else train.batch_size
+  batches = images_per_step // train.batch_size
+  per_step = f", {batches} per step" if batches > 1 else ""
   yield _line(
     "progress",
     f"{bar} {100 * share:.0f} %: step {last['step']:,} of {train.total_steps:,}, "
-    f"{last['step'] * train.batch_size:,} images in batches of {train.batch_size}",
+    f"{last['step'] * images_per_step:,} images in batches of {train.batch_size}{per_step}",
   )
-  rates = sorted(row["images_per_second"] for row in _of_kind(rows, "train") if row.get("images_per_second"))
+  speeds = [row["images_per_second"] for row in windows if row.get("images_per_second")]
   spent = f"{progress.duration(last.get('seconds', 0.0))} of training"
-  if not rates:
+  if not speeds:
     yield _line("speed", f"not measured yet, {spent}")
     return
-  newest = next(row["images_per_second"] for row in reversed(rows) if row.get("images_per_second"))
-  left = (train.total_steps - last["step"]) * train.batch_size / newest
+  left = (train.total_steps - last["step"]) * images_per_step / speeds[-1]
   rest = f", {progress.duration(left)} to go" if left > 0 else ""
-  yield _line(
-    "speed",
-    f"{newest:,.1f} images/s in the last window, {rates[len(rates) // 2]:,.1f} in the middle one; {spent}{rest}",
-  )
+  median = sorted(speeds)[len(speeds) // 2]
+  yield _line("speed", f"{speeds[-1]:,.1f} images/s in the last window, {median:,.1f} in the median; {spent}{rest}")
 
 
-def _clock(row):
-  """The time of day of an event, as it was where the run was; blanks for lines that were written without one."""
+def _local_time(row):
+  """Date and time of an event in the time zone of the run; "" for lines without."""
   try:
     return datetime.datetime.strptime(row["at"], "%Y-%m-%dT%H:%M:%S%z").strftime("%Y-%m-%d %H:%M")
   except (KeyError, TypeError, ValueError):
     return ""
 
 
-def _events(everything, held):
-  """Starts, resumes and stops; a process that ended without a word was killed."""
-  events = []  # (time, step, words)
-  open_step = None  # last step of a process that has said nothing of its end
+def _events(everything, running):
+  """Starts, resumes and stops. A process without a "stop" line was killed."""
+  events = []  # (time, step, message)
+  open_step = None  # last step of a process without a "stop" line
   for row in everything:
     kind = row.get("kind")
     if kind in ("start", "resume"):
@@ -167,18 +150,18 @@ def _events(everything, held):
         f"{name} {json.dumps(old)} -> {json.dumps(new)}" for name, (old, new) in (row.get("changed") or {}).items()
       ]
       devices = f" on {row['devices']}" if row.get("devices") else ""
-      events.append((_clock(row), row["step"], ("started" if kind == "start" else "went on") + devices))
-      events += [("", None, f"with {words}") for words in changed]
+      events.append((_local_time(row), row["step"], ("started" if kind == "start" else "resumed") + devices))
+      events += [("", None, f"with {change}") for change in changed]
       open_step = row["step"]
     elif kind == "stop":
-      events.append((_clock(row), row["step"], _ending(row)))
+      events.append((_local_time(row), row["step"], _ending(row)))
       open_step = None
     elif kind == "train" and open_step is not None:
       open_step = row["step"]
-  if held:
+  if running:
     events.append(("", everything[-1]["step"] if everything else 0, "a process is training in it now"))
   elif open_step is not None:
-    events.append(("", open_step, "its process was killed; `train` goes on from the newest checkpoint"))
+    events.append(("", open_step, "its process was killed; `train` resumes from the newest checkpoint"))
   if not events:
     yield _line("history", "not started")
   restarts = sum(row.get("kind") == "resume" for row in everything)
@@ -192,17 +175,17 @@ def _events(everything, held):
     if event is None:
       yield _line(name, f"... {len(events) - len(shown) + 1} more, see metrics.jsonl ...")
       continue
-    when, step, words = event
+    when, step, message = event
     when = f"{when:18s}" if dated else ""
     yield _line(
-      name, f"{when}{'step ' + format(step, f'{width},') if step is not None else ' ' * (5 + width)}  {words}"
+      name, f"{when}{'step ' + format(step, f'{width},') if step is not None else ' ' * (5 + width)}  {message}"
     )
 
 
 def _lost(step, resume):
-  """What a killed process had done beyond the checkpoint that the next one went on from."""
+  """How many steps of a killed process the next one repeats."""
   lost = step - resume["step"] if resume["kind"] == "resume" else step
-  return f"; {_count(lost, 'step')} done again" if lost > 0 else ""
+  return f"; {_count(lost, 'step')} repeated" if lost > 0 else ""
 
 
 def _ending(row):
@@ -215,7 +198,7 @@ def _ending(row):
 
 
 def _stages(experiment, rows):
-  """Where progressive growing stands; nothing for a run without stages."""
+  """The stages of progressive growing; nothing for a run without stages."""
   for number, row in enumerate(_of_kind(rows, "stage")):
     side = f"{row['resolution']}x{row['resolution']} pixels " if "resolution" in row else ""
     yield _line("stages" if not number else "", f"{side}from step {row['step']:,} ({row.get('reason', '?')})")
@@ -224,17 +207,17 @@ def _stages(experiment, rows):
     row = measured[-1]
     values = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("frechet")}
     side = str(row["resolution"])
-    own = f"{values[side]:.4g} at step {row['step']:,}" if side in values else "not measured yet"
+    generated = f"{values[side]:.4g} at step {row['step']:,}" if side in values else "not measured yet"
     real = values.get(f"reference_{side}")
-    goal = "" if real is None else f", of real pictures {real:.4g}"
-    yield _line("frechet", f"{own}{goal} ({side}x{side} pixels, features by {row.get('features', '?')})")
+    goal = "" if real is None else f", of real images {real:.4g}"
+    yield _line("frechet", f"{generated}{goal} ({side}x{side} pixels, features by {row.get('features', '?')})")
 
 
 def _time(rows):
-  """Where the time went, over all restarts."""
+  """Time by phase over all restarts."""
   spent, since = {}, 0
   for number, row in enumerate(rows):
-    if row.get("phases"):  # a resume or a stop says what came before it
+    if row.get("phases"):  # "resume" and "stop" lines have the sums up to them
       spent, since = dict(row["phases"]), number + 1
   for row in rows[since:]:
     for name in _PHASES:
@@ -242,11 +225,11 @@ def _time(rows):
   total = max((row.get("seconds", 0.0) for row in rows), default=0.0)
   if total <= 0 or not sum(spent.values()):
     return
-  spent = {words: spent.get(name, 0.0) for name, words in _PHASES.items()}
+  spent = {label: spent.get(name, 0.0) for name, label in _PHASES.items()}
   spent["the rest"] = max(0.0, total - sum(spent.values()))
   parts = [
-    f"{words} {100 * seconds / total:.{0 if seconds > 0.0995 * total else 1}f} %"
-    for words, seconds in spent.items()
+    f"{label} {100 * seconds / total:.{0 if seconds > 0.0995 * total else 1}f} %"
+    for label, seconds in spent.items()
     if seconds >= 0.0005 * total
   ]
   yield _line("time", f"{progress.duration(total)}: {', '.join(parts)}")
@@ -272,22 +255,22 @@ def _skipped(folder, rows):
   )
   newest = [f"the newest, step {skips[-1]['step'] - 1:,}: {skips[-1].get('message')}"] if skips else []
   newest += [f"the newest record, at step {listed[-1].step:,}: {listed[-1]}"] if listed else []
-  for line in (line for words in newest for line in _wrapped(words)):
+  for line in (line for message in newest for line in _wrapped(message)):
     yield _line("", line)
 
 
-def _wrapped(words, most=2):
-  """A long sentence on at most `most` lines."""
-  room, lines = _WIDTH - _HEAD, []
-  for word in words.split():
-    if lines and len(lines[-1]) + 1 + len(word) <= room:
-      lines[-1] += f" {word}"
+def _wrapped(message, most=2):
+  """Breaks a message into at most `most` lines."""
+  room, wrapped = _WIDTH - _LABEL, []
+  for word in message.split():
+    if wrapped and len(wrapped[-1]) + 1 + len(word) <= room:
+      wrapped[-1] += f" {word}"
     else:
-      lines.append(word)
-  if len(lines) > most:
-    lines = lines[:most]
-    lines[-1] = lines[-1][: room - 4] + " ..."
-  return lines
+      wrapped.append(word)
+  if len(wrapped) > most:
+    wrapped = wrapped[:most]
+    wrapped[-1] = wrapped[-1][: room - 4] + " ..."
+  return wrapped
 
 
 def _saved(folder, experiment, steps):
@@ -295,56 +278,24 @@ def _saved(folder, experiment, steps):
   reasons = policy.reasons(steps)
   shown = [step for step in steps if step in steps[-_CHECKPOINTS_SHOWN:] or any("best" in why for why in reasons[step])]
   for number, step in enumerate(shown):
-    size, why = size_words(checkpoint_reader.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
-    yield _line("" if number else "saved", f"step {step:,} ({size}), {why or 'goes with the next save'}")
+    size, why = format_bytes(checkpoint_reader.size_bytes(folder.checkpoints, step)), "; ".join(reasons[step])
+    yield _line("" if number else "saved", f"step {step:,} ({size}), {why or 'removed at the next save'}")
   if len(steps) > len(shown):
     yield _line("", f"and {len(steps) - len(shown):,} others, from step {steps[0]:,} on")
   if not steps:
     yield _line("saved", "nothing yet")
   if steps and policy.best and not policy.values():
     yield _line("", f"WARNING: no line of metrics.jsonl has train.keep_best's metric {policy.metric}")
-  pictures = sorted(folder.samples.glob("step-*.png")) if folder.samples.is_dir() else []
-  yield _line("samples", f"{len(pictures)}, newest {pictures[-1].relative_to(folder.path)}" if pictures else "none yet")
-
-
-def _bars(values):
-  """A curve in a few characters, from its smallest to its largest value."""
-  edges = [round(i * len(values) / _BAR_COLUMNS) for i in range(_BAR_COLUMNS + 1)]
-  means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:]) if b > a]
-  low, high = min(means), max(means)
-  return "".join(_BARS[round((len(_BARS) - 1) * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+  sheets = sorted(folder.samples.glob("step-*.png")) if folder.samples.is_dir() else []
+  yield _line("samples", f"{len(sheets)}, newest {sheets[-1].relative_to(folder.path)}" if sheets else "none yet")
 
 
 def _numbers(rows):
-  """Losses and other figures: at the beginning, now, and the way between; two columns."""
-  series = {}
-  for row in _of_kind(rows, "train", "samples"):
-    if row["kind"] == "samples" and not row["step"]:
-      continue  # what random weights draw
-    entropies = health.expert_entropy(row)
-    if entropies:  # of many layers, the most uneven one
-      row = row | {_ENTROPY: min(entropies.values())}
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and math.isfinite(value):
-        series.setdefault(name, []).append(value)
-  names = [name for name in (*_NUMBERS, _ENTROPY) if name in series]
-  names += [name for name in series if name.startswith("loss/") and name not in names]
-  cells = []
-  for name in names:
-    values = series[name]
-    short = _NUMBERS.get(name, name.removeprefix("loss/"))
-    cells.append(f"{short:18s}{_number(values[0]):>6s} → {_number(values[-1]):6s} {_bars(values)}")
-  if not cells:
-    return
+  """The metrics in two columns."""
+  cells = metrics_table.cells(rows)
   half = -(-len(cells) // 2)
   for number, (left, right) in enumerate(zip(cells[:half], cells[half:] + [""])):
-    yield _line("numbers" if not number else "", f"{left:{(_WIDTH - _HEAD) // 2}s} {right}".rstrip())
-
-
-def _number(value):
-  """Three digits in at most six characters, where that is possible."""
-  words = f"{value:.3g}"
-  return words if len(words) <= 6 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    yield _line("numbers" if not number else "", f"{left:{(_WIDTH - _LABEL) // 2}s} {right}".rstrip())
 
 
 def _figures(rows):
@@ -352,46 +303,46 @@ def _figures(rows):
   if judged:
     row = judged[-1]
     shares = [
-      f"{whose} {100 * row[name]:.0f} %"
-      for name, whose in (
+      f"{label} {100 * row[name]:.0f} %"
+      for name, label in (
         ("judge/top1_of_32", "training captions"),
         ("judge/heldout_top1_of_32", "held out"),
-        ("judge/real_top1_of_32", "real pictures"),
+        ("judge/real_top1_of_32", "real images"),
       )
       if name in row
     ]
     yield _line("judge", f"at step {row['step']:,}" + (f", right among 32: {', '.join(shares)}" if shares else ""))
 
 
-def _next(folder, experiment, rows, steps, held):
-  """What to look at, or to do, now."""
+def _next(folder, experiment, rows, steps, running):
+  """What to look at or to do next."""
   stops = _of_kind(rows, "stop")
   done = bool(steps) and steps[-1] >= experiment.train.total_steps
-  path = folder.path
-  board = f"tensorboard --logdir {folder.tensorboard}"
-  if held:
-    yield _line("next", f"look at the newest pictures in {folder.samples}, at the curves with {board}")
+  path = text.shell_quoted(folder.path)
+  board = f"tensorboard --logdir {text.shell_quoted(folder.tensorboard)}"
+  if running:
+    yield _line("next", f"look at the newest samples in {folder.samples}, at the curves with {board}")
     return
   ideas = []
   if stops and stops[-1].get("reason") == "non-finite":
     ideas.append(
-      "read the skipped steps above: bad pictures are a matter of the data; else begin again from the last "
-      "checkpoint with a lower rate or a larger loss.r1_gamma (--allow-config-change)"
+      "read the skipped steps above: if images of the batch were not finite, check the data; else restart from the "
+      "last checkpoint with a lower learning rate or a larger loss.r1_gamma (--allow-config-change)"
     )
   elif _of_kind(rows, "warning"):
-    ideas.append(f"see the warnings above, the pictures in {folder.samples}, the curves ({board})")
+    ideas.append(f"see the warnings above, the samples in {folder.samples}, the curves ({board})")
   if not done and steps:
     left = experiment.train.total_steps - steps[-1]
-    ideas.append(f"the same `train` command goes on ({_count(left, 'step')} left)")
+    ideas.append(f"the same `train` command continues ({_count(left, 'step')} left)")
   elif not steps:
-    ideas.append("the same `train` command begins")
+    ideas.append("the same `train` command starts the run")
   if steps:
     more = "--prompt WORDS" if experiment.conditional else "--latents 64"
-    ideas.append(f"images: sample --workdir {path} {more} --out FILE.png")
+    ideas.append(f"images: python -m aurora_jax sample --workdir {path} {more} --out FILE.png")
     if experiment.conditional and not _of_kind(rows, "judge"):
-      ideas.append(f"figures: evaluate --workdir {path} --judge CLIP")
+      ideas.append(f"figures: python -m aurora_jax evaluate --workdir {path} --judge CLIP")
   if folder.report.is_file():
-    ideas.append(f"the whole story with pictures: {folder.report}")
+    ideas.append(f"the report with images: {folder.report}")
   for number, idea in enumerate(ideas):
-    for part, line in enumerate([idea] if str(path) in idea else _wrapped(idea, most=3)):  # a command stays whole
+    for part, line in enumerate([idea] if path in idea else _wrapped(idea, most=3)):  # commands stay on one line
       yield _line("next" if not number and not part else "", line)

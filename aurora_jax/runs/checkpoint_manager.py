@@ -1,17 +1,17 @@
 """Checkpoints: the full training state by Orbax, saved in the background, restored onto our own shardings.
 
-A checkpoint at step s means that s steps were done; the next batch is that of step s, so the data's position needs
-nothing else. It is one folder `checkpoints/S` with three items:
+A checkpoint at step s means that s steps were done. The next batch is that of step s, so the step alone gives the
+position in the data. A checkpoint is one folder `checkpoints/S` with three items:
 
     state      the training state, a pytree of arrays
     config     {"experiment": the configuration, "fingerprint": its SHA-256}
-    progress   small JSON beside the state: seconds trained, metrics of the window that is not yet logged
+    progress   small JSON object: seconds trained, metrics of the window that is not yet logged
 
-A converted checkpoint (`write_parts`) has some parts of the state only: what a generator has, and no optimisers. It can
-be sampled from, and a run can begin with it, but not go on.
+A converted checkpoint (`write_parts`) holds some parts of the state only, such as the generator without its optimizer.
+It can be sampled from, and a new run can start from it, but it cannot be resumed.
 
-They are read, without being the run, by checkpoint_reader.py. These two, orbax_errors.py and fingerprint.py are the only
-ones that know Orbax (v0: its v1 is still moving, see the 0.12 changelog).
+checkpoint_reader.py reads checkpoints from outside a run. Only these two modules, orbax_errors.py and fingerprint.py
+use Orbax (v0: its v1 is still moving, see the 0.12 changelog).
 """
 
 import contextlib
@@ -20,18 +20,19 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.runs import checkpoint_reader, cleanup, orbax_errors, retention, save_failures
+from aurora_jax.runs import checkpoint_reader, cleanup, orbax_errors, retention
 from aurora_jax.runs import format as state_format
 
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_BETWEEN_QUESTIONS = 0.02
+_SECONDS_BETWEEN_FOLDER_CHECKS = 1.0
+_SECONDS_BETWEEN_POLLS = 0.02
 
 
 class SaveError(UserError):
@@ -39,36 +40,39 @@ class SaveError(UserError):
 
 
 class Checkpoints:
-  """Writes and reads the checkpoints of one run. A context manager: leaving it waits for the last save.
+  """Writes and reads the checkpoints of one run. A context manager: its exit waits for the last save.
 
-  Every process of a run makes one and makes the same calls; Orbax sees to it that each writes its own shards.
+  Every process of a run makes one and makes the same calls. Orbax has each process write its own shards.
   """
 
-  def __init__(self, folder, policy=retention.Policy()):
-    """Opens (and makes) the folder; remains of saves that were cut off are removed.
+  def __init__(self, folder: str | os.PathLike, policy: retention.Policy = retention.Policy()):
+    """Opens the folder, which is made if missing, and removes what interrupted saves left there.
 
     Args:
       folder: path of `checkpoints/`.
-      policy: `kept.Policy`.
+      policy: which checkpoints stay on disk.
+
+    Raises:
+      UserError: the folder cannot be used.
     """
     import orbax.checkpoint as ocp
 
     self.folder = pathlib.Path(os.path.abspath(folder))
     self._ocp = ocp
-    self._saving = None  # the step of a save that is not known to be complete
-    self._failures = []  # of writing in the background, in this process
+    self._saving: int | None = None  # the step of a save that is not known to be complete
+    self._failures: list[BaseException] = []  # of background writes in this process
     self._remover = cleanup.Remover(self.folder)
-    self._next_look = 0.0
-    orbax_errors.quieten()
+    self._next_folder_check = 0.0
+    orbax_errors.silence_log()
     try:
       os.makedirs(self.folder, exist_ok=True)
       self._remover.finish()
       self._manager = ocp.CheckpointManager(
         self.folder,
         item_handlers={
-          "state": save_failures.watched(ocp.StandardCheckpointHandler(), self._failures),
-          "config": save_failures.watched(ocp.JsonCheckpointHandler(), self._failures),
-          "progress": save_failures.watched(ocp.JsonCheckpointHandler(), self._failures),
+          "state": orbax_errors.note_failures(ocp.StandardCheckpointHandler(), self._failures),
+          "config": orbax_errors.note_failures(ocp.JsonCheckpointHandler(), self._failures),
+          "progress": orbax_errors.note_failures(ocp.JsonCheckpointHandler(), self._failures),
         },
         options=ocp.CheckpointManagerOptions(
           preservation_policy=policy,
@@ -81,28 +85,30 @@ class Checkpoints:
     except OSError as error:
       raise UserError(f"checkpoint folder {folder} cannot be used: {error.strerror or error}") from error
 
-  def __enter__(self):
+  def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind, error, trace):
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
     if error is None:
       self.wait()
       self._manager.close()
       self._remover.finish()
-    elif jax.process_count() == 1:  # else the others, who may know of no error, would be waited for
-      with contextlib.suppress(Exception):  # what is under way says more than what the clean-up could say
+    elif jax.process_count() == 1:  # with several, closing would wait for processes that saw no error
+      with contextlib.suppress(Exception):  # `error` says more than an error of closing
         self._manager.close()
 
-  def newest(self):
+  def newest(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
     return checkpoint_reader.newest(self.folder)
 
-  def save(self, step, state, config, progress=None):
-    """Starts to save; returns when the arrays are copied, the files are written in the background.
+  def save(self, step: int, state: Any, config: Mapping[str, Any], progress: Mapping[str, Any] | None = None) -> None:
+    """Starts a save. Returns when the arrays are copied; the files are written in the background.
 
     Args:
-      step: int, how many steps were done.
-      state: the training state.
+      step: steps done.
+      state: the training state, a pytree of arrays.
       config: the configuration, nested dicts of plain values.
       progress: a small JSON object.
 
@@ -112,7 +118,7 @@ class Checkpoints:
     if step == self._saving:
       return
     self._check_folder(step)  # Orbax would silently make a new one
-    self.wait()  # Orbax would wait too, and lay the failure of the save before to this one
+    self.wait()  # Orbax would wait too, and report a failure of the earlier save as one of this save
     if step in checkpoint_reader.steps(self.folder):
       return
     args = self._ocp.args
@@ -123,13 +129,13 @@ class Checkpoints:
       self._manager.save(step, args=items, force=True)
     self._saving = step
 
-  def check(self):
-    """Raises SaveError if a save failed in the background or the folder has vanished. Costs microseconds."""
+  def check(self) -> None:
+    """Raises SaveError if a save failed in the background or the folder has vanished. Takes microseconds."""
     with self._reporting(self._saving):
       self._raise_failure()
       self._manager.check_for_errors()
-    if time.monotonic() >= self._next_look:  # the file system may be far away
-      self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+    if time.monotonic() >= self._next_folder_check:  # a network file system may be slow
+      self._next_folder_check = time.monotonic() + _SECONDS_BETWEEN_FOLDER_CHECKS
       self._check_folder(self._saving)
       self._remover.start()
 
@@ -138,17 +144,17 @@ class Checkpoints:
       what = "nothing can be saved any more" if step is None else f"checkpoint of step {step} cannot be saved"
       raise SaveError(f"{what}: the folder {self.folder} has vanished")
 
-  def wait(self):
+  def wait(self) -> None:
     """Waits until the last save is complete on disk.
 
     Raises:
-      SaveError: it failed.
+      SaveError: the save failed.
     """
     saving = self._saving
     with self._reporting(saving):
       while self._manager.is_saving_in_progress():
         self._raise_failure()
-        time.sleep(_SECONDS_BETWEEN_QUESTIONS)
+        time.sleep(_SECONDS_BETWEEN_POLLS)
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     if saving is not None and jax.process_index() == 0 and saving not in checkpoint_reader.steps(self.folder):
@@ -160,8 +166,8 @@ class Checkpoints:
       raise self._failures.pop()
 
   @contextlib.contextmanager
-  def _reporting(self, step):
-    """Turns whatever Orbax raises into one line."""
+  def _reporting(self, step: int | None) -> Generator[None, None, None]:
+    """Turns an exception of Orbax into a `SaveError` of one line."""
     try:
       yield
     except UserError:
@@ -169,24 +175,25 @@ class Checkpoints:
     except Exception as error:
       self._saving = None
       last = self.newest()
-      stands = "no other is there" if last is None else f"the last complete one is of step {last}"
+      remaining = "no other is there" if last is None else f"the last complete one is of step {last}"
       raise SaveError(
-        f"checkpoint of step {step} could not be saved in {self.folder}: {orbax_errors.reason(error)} ({stands})"
+        f"checkpoint of step {step} could not be saved in {self.folder}: {orbax_errors.reason(error)} ({remaining})"
       ) from error
 
-  def restore(self, abstract_state, step=None):
+  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Reads a checkpoint.
 
     Args:
-      abstract_state: the state's tree of `jax.ShapeDtypeStruct`; leaves without a sharding go to the default device.
-        Their shardings need not be those under which the checkpoint was written.
-      step: which one; None takes the newest.
+      abstract_state: the state's tree of `jax.ShapeDtypeStruct`. Leaves without a sharding go to the default device.
+        The shardings may differ from those under which the checkpoint was written.
+      step: the checkpoint's step; None takes the newest.
 
     Returns:
-      (state, progress dict).
+      (state, progress).
 
     Raises:
-      UserError: no such checkpoint, one of another architecture (what differs is named), or one that cannot be read.
+      UserError: the checkpoint does not exist, has another architecture (the message names the differences), or cannot
+        be read.
     """
     self.wait()
     step, state = checkpoint_reader.read(self.folder, abstract_state, step, whole=True)
@@ -215,11 +222,11 @@ def write_parts(
   config: Mapping[str, Any],
   progress: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a checkpoint of some parts of the state; returns when it is complete. Copies none of the arrays.
+  """Writes a checkpoint of some parts of the state. Returns when it is complete. Copies no array.
 
   Args:
     folder: path of `checkpoints/`.
-    step: int.
+    step: steps done.
     parts: {"networks": {network: {part: its tree of numpy arrays}}}, parts as of `NetworkState`.
     config: as of `Checkpoints.save`.
     progress: a small JSON object.
@@ -231,9 +238,9 @@ def write_parts(
   from orbax.checkpoint import type_handlers
 
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
-  orbax_errors.quieten()
-  # Orbax would copy arrays of the host first, for the case that somebody changes them before they are written, and hold
-  # compressed copies of all of them, for a few percent of the space: 2.3 times the model in memory, measured.
+  orbax_errors.silence_log()
+  # By default Orbax copies host arrays, in case they change before they are written, and holds compressed copies of all
+  # of them, which saves a few percent of the disk. That took 2.3 times the model's memory when measured.
   registry = type_handlers.create_type_handler_registry(
     (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False))
   )
@@ -256,11 +263,15 @@ def write_parts(
     raise SaveError(f"checkpoint {path} could not be written: {orbax_errors.reason(error)}") from error
 
 
-def place(state, abstract_state):
-  """Puts a fresh state where a restored one would be, so that both run the same compiled programs.
+def place(state: Any, abstract_state: Any) -> Any:
+  """Commits a new state to the devices and shardings of a restored one, so that both run the same compiled programs.
 
-  A program is compiled anew for arguments that are bound to their device (restored ones are) after it was compiled for
-  unbound ones, and is another entry in JAX's compilation cache on disk.
+  JAX compiles a program once for uncommitted arguments and again for committed ones, which restored arrays are. Each is
+  an entry of its own in the compilation cache on disk.
+
+  Args:
+    state: a pytree of arrays.
+    abstract_state: as of `Checkpoints.restore`.
   """
   return jax.tree.map(
     lambda leaf, abstract: jax.device_put(leaf, abstract.sharding),

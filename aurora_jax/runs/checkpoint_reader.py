@@ -1,9 +1,8 @@
-"""Checkpoints as they lie in a run's folder, read without being the run: which there are, what they hold, parts of them.
+"""Reads checkpoints from outside a run: which ones exist, what they contain, whole states or parts of them.
 
-What they consist of stands in checkpoint.py, which writes them. Only what reads arrays or their shapes needs Orbax.
+checkpoint_manager.py writes them and describes their items. checkpoint_folder.py has what needs neither JAX nor Orbax.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,69 +13,60 @@ import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.runs import format as state_format
-from aurora_jax.runs import orbax_errors
+from aurora_jax.runs import orbax_errors, stored_arrays
+from aurora_jax.runs.checkpoint_folder import (
+  Path,
+  chosen,
+  newest,
+  only_parts,
+  size_bytes,
+  steps,
+  stored_config,
+  stored_progress,
+)
 
-Path = str | os.PathLike
-
-
-def steps(folder: Path) -> list[int]:
-  """Steps of the complete checkpoints in a folder, ascending; [] where there is no such folder. Needs no Orbax.
-
-  Orbax writes into a folder of another name and renames it when all is written, so a bare number means complete.
-  """
-  folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    return []
-  return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
-
-
-def newest(folder: Path) -> int | None:
-  """The newest complete checkpoint's step, or None."""
-  return max(steps(folder), default=None)
-
-
-def chosen(folder: Path, step: int | None) -> int:
-  """The step asked for, or the newest; UserError if it is not there."""
-  found = steps(folder)
-  if not found:
-    raise UserError(f"no checkpoint in {folder}")
-  if step is not None and step not in found:
-    raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, found))}")
-  return found[-1] if step is None else step
-
-
-def size_bytes(folder: Path, step: int) -> int:
-  """Bytes on disk of a checkpoint."""
-  return sum(path.stat().st_size for path in (pathlib.Path(folder) / str(step)).rglob("*") if path.is_file())
-
-
-def only_parts(folder: Path, step: int | None = None) -> list[str] | None:
-  """Names of the parts that a checkpoint of `write_parts` has; None for one with the full state. Needs no Orbax."""
-  return _stored_config_item(folder, step).get("parts")
+__all__ = [
+  "chosen",
+  "describe",
+  "leaf_name",
+  "misfit",
+  "newest",
+  "only_parts",
+  "read",
+  "read_parts",
+  "shapes",
+  "size_bytes",
+  "steps",
+  "stored_config",
+  "stored_progress",
+  "stored_tree",
+  "with_shardings",
+]
 
 
 def read(folder: Path, wanted: Any, step: int | None = None, *, whole: bool = False) -> tuple[int, Any]:
-  """Reads leaves of a checkpoint's state by name, without being the run that writes there.
+  """Reads leaves of a checkpoint's state by name.
 
   Args:
     folder: path of `checkpoints/`.
-    wanted: a tree of shapes and dtypes, and shardings where it matters: the whole state, or nested dicts with some of its
-      parts, such as {"networks": {"generator": {"ema": ...}}}. Everything else stays on the disk. Shardings need not be
-      those under which the checkpoint was written.
-    step: which checkpoint; None takes the newest.
-    whole: refuse a checkpoint that has more than `wanted`.
+    wanted: a tree of `jax.ShapeDtypeStruct`: the whole state, or nested dicts with some of its parts, such as
+      {"networks": {"generator": {"ema": ...}}}. Other leaves are not read. Leaves without a sharding go to the default
+      device. The shardings may differ from those under which the checkpoint was written.
+    step: the checkpoint's step; None takes the newest.
+    whole: refuse a checkpoint that has more leaves than `wanted`.
 
   Returns:
-    (step, the tree with its arrays).
+    (step, the tree with arrays).
 
   Raises:
-    UserError: no such checkpoint, one of another architecture (what differs is named), or one that cannot be read.
+    UserError: the checkpoint does not exist, has another architecture (the message names the differences), or cannot be
+      read.
   """
   import orbax.checkpoint as ocp
 
   step = chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
-  orbax_errors.quieten()
+  orbax_errors.silence_log()
   wanted = jax.tree.map(_as_stored, with_shardings(wanted))
   differences = _differences(path, wanted, whole)
   if differences:
@@ -104,7 +94,7 @@ def read(folder: Path, wanted: Any, step: int | None = None, *, whole: bool = Fa
 
 
 def _as_stored(leaf):
-  """A leaf as a checkpoint describes it: typed PRNG keys by their data. Orbax makes keys of these again."""
+  """A leaf as a checkpoint describes it: a typed PRNG key as its data, which Orbax turns back into a key."""
   if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return leaf
   data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
@@ -112,28 +102,28 @@ def _as_stored(leaf):
 
 
 def read_parts(folder: Path, prefixes: Sequence[str], step: int | None = None) -> tuple[int, dict[str, Any]]:
-  """Reads parts of a checkpoint's state onto the default device; their shapes are those in its metadata.
+  """Reads parts of a checkpoint's state onto the default device, in the shapes that its metadata gives.
 
   Args:
     folder: path of `checkpoints/`.
     prefixes: of the leaves' names, such as "networks/generator/ema".
-    step: which checkpoint; None takes the newest.
+    step: the checkpoint's step; None takes the newest.
 
   Returns:
-    (step, {prefix: nested dicts of arrays}; a prefix that the checkpoint does not have is left out).
+    (step, {prefix: nested dicts of arrays}). A prefix that the checkpoint lacks is left out.
 
   Raises:
-    UserError: no such checkpoint, or one that cannot be read.
+    UserError: the checkpoint does not exist or cannot be read.
   """
-  wanted: dict[str, Any] = {}
-  for name, leaf in shapes(folder, step).items():
-    if any(name.startswith(f"{prefix}/") for prefix in prefixes):
-      *groups, last = name.split("/")
-      target = wanted
-      for group in groups:
-        target = target.setdefault(group, {})
-      target[last] = leaf
-  step, tree = read(folder, wanted, step)
+  step = chosen(folder, step)
+  device = jax.local_devices()[0]
+  path = pathlib.Path(os.path.abspath(folder)) / str(step)
+  leaves = stored_arrays.read(path, prefixes, lambda array: jax.device_put(array, device))
+  if leaves is None:
+    wanted = {n: leaf for n, leaf in shapes(folder, step).items() if any(n.startswith(f"{p}/") for p in prefixes)}
+    _, tree = read(folder, _nested(wanted), step)
+  else:
+    tree = _nested(leaves)
   found = {}
   for prefix in prefixes:
     part = tree
@@ -144,41 +134,29 @@ def read_parts(folder: Path, prefixes: Sequence[str], step: int | None = None) -
   return step, found
 
 
+def _nested(leaves):
+  """{"a/b": leaf} as nested dicts."""
+  tree: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *groups, last = name.split("/")
+    target = tree
+    for group in groups:
+      target = target.setdefault(group, {})
+    target[last] = leaf
+  return tree
+
+
 def _flatten(tree):
   """({name: leaf} in order, the structure)."""
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   return {leaf_name(keys): leaf for keys, leaf in leaves}, structure
 
 
-def stored_config(folder: Path, step: int | None = None) -> dict[str, Any] | None:
-  """The configuration under which a checkpoint was written, nested dicts; None where the checkpoint has none."""
-  return _stored_config_item(folder, step).get("experiment")
-
-
-def stored_progress(folder: Path, step: int | None = None) -> dict[str, Any]:
-  """The small JSON object beside a checkpoint's state; {} where there is none. Needs no Orbax."""
-  return _stored_item(folder, step, "progress")
-
-
-def _stored_config_item(folder, step):
-  """What `_config_item` made; {} where there is none."""
-  return _stored_item(folder, step, "config")
-
-
-def _stored_item(folder, step, name):
-  """A JSON item of a checkpoint; {} where there is none."""
-  step = newest(folder) if step is None else step
-  for path in (pathlib.Path(folder) / str(step) / name).glob("*"):
-    if path.is_file() and path.name == "metadata":
-      return json.loads(path.read_text(encoding="utf-8"))
-  return {}
-
-
 def describe(folder: Path, step: int | None = None) -> dict[str, tuple[int, int, int]]:
-  """What a checkpoint's state consists of, without reading it: {part: (arrays, values, bytes)}.
+  """The parts of a checkpoint's state, from its metadata: {part: (number of arrays, number of values, bytes)}.
 
   Raises:
-    UserError: no such checkpoint, or one that cannot be read.
+    UserError: the checkpoint does not exist or cannot be read.
   """
   parts = {}
   for name, leaf in _stored_leaves(pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))).items():
@@ -190,8 +168,8 @@ def describe(folder: Path, step: int | None = None) -> dict[str, tuple[int, int,
 
 
 def _stored_leaves(path):
-  """{name in the newest format: shape and dtype} of a checkpoint's state."""
-  orbax_errors.quieten()
+  """{name in the newest format: metadata with shape and dtype} of a checkpoint's leaves."""
+  orbax_errors.silence_log()
   try:
     stored = stored_tree(path)
   except Exception as error:
@@ -203,13 +181,13 @@ def _stored_leaves(path):
 
 
 def shapes(folder: Path, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-  """{name: shape and dtype} of the leaves of a checkpoint's state, from its metadata."""
+  """{name: shape and dtype} of a checkpoint's leaves, from its metadata."""
   path = pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _stored_leaves(path).items()}
 
 
 def stored_tree(path: pathlib.Path) -> dict[str, Any]:
-  """What a checkpoint says of its leaves: nested dicts and lists of objects with shape and dtype."""
+  """A checkpoint's metadata: nested dicts and lists of objects with `shape` and `dtype`."""
   import orbax.checkpoint as ocp
   from etils import epath
 
@@ -218,17 +196,20 @@ def stored_tree(path: pathlib.Path) -> dict[str, Any]:
 
 
 def leaf_name(keys: tuple) -> str:
-  """A leaf's path as "generator/mapping/0/kernel", the same for dicts, lists, tuples and dataclasses."""
+  """A key path as "generator/mapping/0/kernel", the same for dicts, lists, tuples and dataclasses."""
   return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
 def misfit(folder: Path, step: int, wanted: Any) -> str | None:
-  """How some parts of a checkpoint differ from those wanted, in names and shapes: words, None if they do not.
+  """Describes how parts of a checkpoint differ from `wanted` in names and shapes.
 
   Args:
     folder: path of `checkpoints/`.
-    step: of the checkpoint.
+    step: the checkpoint's step.
     wanted: as of `read`.
+
+  Returns:
+    A description, or None if nothing differs.
 
   Raises:
     UserError: the checkpoint cannot be read.
@@ -237,7 +218,7 @@ def misfit(folder: Path, step: int, wanted: Any) -> str | None:
 
 
 def _differences(path, wanted, whole):
-  """In words, None where there are none."""
+  """A description of the first differences, or None."""
   stored = {name: tuple(leaf.shape) for name, leaf in _stored_leaves(path).items()}
   asked = {name: tuple(leaf.shape) for name, leaf in _flatten(wanted)[0].items()}
   problems = [f"it has no {name}" for name in asked if name not in stored]
@@ -253,7 +234,7 @@ def _differences(path, wanted, whole):
 
 
 def with_shardings(abstract_state: Any) -> Any:
-  """Gives every leaf a sharding: its own, else the default device."""
+  """A tree of `jax.ShapeDtypeStruct` in which leaves without a sharding get the default device's."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),

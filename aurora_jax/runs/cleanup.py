@@ -1,8 +1,10 @@
-"""Removes checkpoints that are no longer kept, in the background, so that a kill leaves no half of one in sight.
+"""Deletes checkpoints that the retention policy dropped, in the background.
 
-Orbax moves such a checkpoint into FOLDER in one step; what is in there counts for nothing and is removed file by file.
+Orbax moves a dropped checkpoint into FOLDER with one rename, so a kill never leaves half of a checkpoint under its own
+name. What is in FOLDER no longer counts and is deleted file by file.
 """
 
+import pathlib
 import shutil
 import threading
 
@@ -12,24 +14,24 @@ FOLDER = ".removed"
 
 
 class Remover:
-  """Of one run; the first process does the work."""
+  """Deletes the dropped checkpoints of one run. Only the primary process does the work."""
 
-  def __init__(self, checkpoints):
-    """Args: checkpoints: path of `checkpoints/`."""
+  def __init__(self, checkpoints: pathlib.Path):
+    """Takes the path of `checkpoints/`."""
     self._folder = checkpoints / FOLDER
-    self._thread = None
+    self._thread: threading.Thread | None = None
 
-  def start(self):
-    """Begins to remove what is there, unless it is at it. Returns at once."""
-    if jax.process_index() or self._thread is not None and self._thread.is_alive():
+  def start(self) -> None:
+    """Starts to delete what is in FOLDER, unless a deletion is running. Returns at once."""
+    if jax.process_index() or (self._thread is not None and self._thread.is_alive()):
       return
-    moved = list(self._folder.glob("*"))  # not the folder: Orbax may be about to use it
+    moved = list(self._folder.glob("*"))  # not FOLDER itself: Orbax may be about to use it
     if moved:
       self._thread = threading.Thread(target=lambda: [shutil.rmtree(path, True) for path in moved], name="remove")
       self._thread.start()
 
-  def finish(self):
-    """Removes all, while nothing is being saved; returns when it is gone."""
+  def finish(self) -> None:
+    """Deletes FOLDER and returns when it is gone. Must not be called during a save."""
     if self._thread is not None:
       self._thread.join()
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""Which configuration a run belongs to: what may change from one start to the next, and what is refused."""
+"""Compares a run's stored configuration with the one it is resumed with, and refuses changes that are not allowed."""
 
 import dataclasses
 import difflib
@@ -6,14 +6,14 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from aurora_jax import config_files, config_migration
+from aurora_jax import config_files, config_migration, text
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
-from aurora_jax.runs import checkpoint_reader
+from aurora_jax.runs import checkpoint_folder
 from aurora_jax.runs.workdir import RunFolder, read_json
 
-# What may change from one start of a run to the next: how long it goes on and what is written when. A learning rate
-# that decays is planned to the total_steps of the start at hand. A run moves between meshes.
+# What may change when a run is resumed: its length, what it writes and when, and its mesh. A learning rate that decays
+# follows the total_steps of the current start.
 FREE_FIELDS = frozenset(
   {
     "train.total_steps",
@@ -32,7 +32,7 @@ FREE_FIELDS = frozenset(
     "mesh.fsdp",
     "mesh.fsdp_over",
     "mesh.exchange",
-    "train.init_from",  # a run that goes on has left its beginning behind
+    "train.init_from",  # only a new run reads it
     "mesh.capacity_factor",
     "train.max_skipped_in_a_row",
     "health.logit_gap",
@@ -44,16 +44,16 @@ _NOTHING = "(nothing)"
 
 
 def config_changes(stored: Mapping[str, Any], experiment: Experiment) -> dict[str, tuple[Any, Any]]:
-  """What differs between a stored configuration and the one at hand.
+  """Differences between a stored configuration and the current one.
 
-  A field that the stored one lacks (it was written before the field existed) counts as having its default.
+  A field that the stored configuration lacks, because it is older than the field, has the field's default.
 
   Args:
-    stored: nested dict, from a run's config.json, of this or an earlier version.
-    experiment: the one at hand.
+    stored: a run's config.json of this or an earlier version, nested dicts.
+    experiment: the current configuration.
 
   Returns:
-    {dotted field: (stored value, value now)}, JSON values.
+    {dotted field: (stored value, current value)}, JSON values.
   """
   default = type(experiment)()
   plain = lambda values: json.loads(config_files.to_json(values))
@@ -69,24 +69,24 @@ def config_changes(stored: Mapping[str, Any], experiment: Experiment) -> dict[st
 def refuse_changes(
   folder: RunFolder, experiment: Experiment, allowed: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-  """Refuses to go on with a run under a configuration that computes something else.
+  """Refuses to resume a run with a configuration that computes something else.
 
   Args:
-    folder: without a checkpoint in it anything goes.
-    experiment: the one at hand.
-    allowed: names of fields ("loss.clip_weight") or groups ("loss") that may differ besides FREE_FIELDS.
+    folder: a folder without a checkpoint accepts any configuration.
+    experiment: the current configuration.
+    allowed: names of fields ("loss.clip_weight") or groups ("loss") that may differ in addition to FREE_FIELDS.
 
   Returns:
-    The changes that are let through, as of `config_changes`.
+    The accepted changes, as of `config_changes`.
 
   Raises:
-    UserError: other fields differ (all are named, old -> new), a name in `allowed` does not exist, config.json cannot
-      be read, or the newest checkpoint is a converted one, with which no run can go on.
+    UserError: other fields differ (the message names all, old -> new), a name in `allowed` does not exist, config.json
+      cannot be read, or the newest checkpoint is a converted one, which cannot be resumed.
   """
-  has_run = checkpoint_reader.newest(folder.checkpoints) is not None and folder.config.is_file()
+  has_run = checkpoint_folder.newest(folder.checkpoints) is not None and folder.config.is_file()
   stored = config_migration.migrate(read_json(folder.config)) if has_run else {}
   default = type(experiment)()
-  # A field of the stored configuration may be gone by now.
+  # The stored configuration may have fields that no longer exist.
   fields = _flatten(json.loads(config_files.to_json(experiment)), default) | _flatten(stored, default)
   for name in allowed:
     if name not in fields and not any(field.startswith(f"{name}.") for field in fields):
@@ -98,31 +98,31 @@ def refuse_changes(
       )
   if not has_run:
     return {}
-  parts = checkpoint_reader.only_parts(folder.checkpoints)
+  parts = checkpoint_folder.only_parts(folder.checkpoints)
   if parts is not None:
     raise UserError(
       f"{folder.path} is a converted checkpoint ({', '.join(parts)}, no optimizer), not a run that could "
-      f"continue: train with another --workdir and --config.train.init_from={folder.path}"
+      f"continue: train with another --workdir and --config.train.init_from={text.shell_quoted(folder.path)}"
     )
   changes = config_changes(stored, experiment)
   refused = [name for name in changes if not is_allowed(name, allowed)]
   if refused:
-    words = "; ".join(f"{name} {_show(changes[name][0])} -> {_show(changes[name][1])}" for name in refused)
+    description = "; ".join(f"{name} {_show(changes[name][0])} -> {_show(changes[name][1])}" for name in refused)
     flags = " ".join(f"--allow-config-change {name}" for name in refused)
     raise UserError(
-      f"the config differs from that of the run in {folder.path}: {words} (go on all the same with "
+      f"the config differs from that of the run in {folder.path}: {description} (go on all the same with "
       f"{flags}, or start another --workdir)"
     )
   return changes
 
 
 def is_allowed(name: str, allowed: Collection[str]) -> bool:
-  """Whether a field may differ from the stored one: always (FREE_FIELDS), or because it or its group was named."""
+  """Whether a field may differ: it is in FREE_FIELDS, or it or its group is in `allowed`."""
   return name in FREE_FIELDS or any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
 
 
 def _flatten(values, example, prefix=""):
-  """Nested dicts as {dotted field: value}. A field that is itself a mapping (of resolutions) stays one value."""
+  """Nested dicts as {dotted field: value}. A field whose value is a mapping (of resolutions) stays one value."""
   flat = {}
   for name, value in values.items():
     inner = getattr(example, name, None)

@@ -1,4 +1,4 @@
-"""One SHA-256 of a whole training state, to tell whether two runs agree in every bit."""
+"""One SHA-256 of a whole training state: two runs with the same fingerprint agree in every bit."""
 
 import hashlib
 import os
@@ -11,27 +11,31 @@ from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, orbax_errors
 from aurora_jax.runs import format as state_format
 
-# Leaves are read and hashed in groups of about this many bytes, so that little memory is needed.
+# Leaves are read and hashed in groups of about this size, to save memory.
 _GROUP_BYTES = 1 << 28
 
 
-def of_checkpoint(folder, step=None):
-  """One SHA-256 over a checkpoint's whole state: names, types, shapes and bytes of all leaves, in order of name.
+def of_checkpoint(folder: str | os.PathLike, step: int | None = None) -> tuple[int, str]:
+  """SHA-256 over a checkpoint's whole state: names, dtypes, shapes and bytes of all leaves, in order of name.
 
-  It needs neither the model nor the mesh, so it is the same wherever and however the state was written.
+  It does not depend on the mesh on which the state was written.
+
+  Args:
+    folder: path of `checkpoints/`.
+    step: the checkpoint's step; None takes the newest.
 
   Returns:
     (step, hexadecimal digits).
 
   Raises:
-    UserError: no such checkpoint, or one that cannot be read.
+    UserError: the checkpoint does not exist or cannot be read.
   """
   import orbax.checkpoint as ocp
 
   step = checkpoint_reader.chosen(folder, step)
   path = pathlib.Path(os.path.abspath(folder)) / str(step)
   digest = hashlib.sha256()
-  orbax_errors.quieten()
+  orbax_errors.silence_log()
   try:
     tree = checkpoint_reader.stored_tree(path)
     paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -58,7 +62,7 @@ def of_checkpoint(folder, step=None):
 
 
 def _groups(order, leaves):
-  """Cuts a list of leaf numbers into runs of about _GROUP_BYTES."""
+  """Splits a list of leaf numbers into groups of about _GROUP_BYTES."""
   group, size = [], 0
   for i in order:
     bytes_here = int(np.prod(leaves[i].shape)) * np.dtype(leaves[i].dtype).itemsize

@@ -1,53 +1,62 @@
-"""Numbers over time: windows of averages, metrics.jsonl, TensorBoard.
+"""Numbers over time: averages over a window of steps, metrics.jsonl, and the log of a run.
 
 A step's metrics are a flat dict {name: scalar, or vector that becomes name/0, name/1, ...}. Names are paths such as
-"loss/d_real"; a variant of the step may return metrics that others do not (R1 every k steps): a window averages each
-over the steps that had it.
+"loss/d_real". Some steps have metrics that others lack (R1 runs every k steps): a window averages each metric over the
+steps that have it.
 
 A line of metrics.jsonl is one JSON object with "step" (steps done), "seconds" (trained so far, over all restarts) and
-"kind": "start", "resume", "train" (averages of a window), "samples" (measured on the fixed prompts), "stage" (of progressive
-growing: one begins), "evaluation" (a Frechet distance of the generator's), "warning", "skipped" (a step that the guard left
-out), "stop", or what other commands add ("judge"). After a resume the lines beyond the step that was resumed from stay in
-the file; `history` leaves them out.
+"kind":
+
+    start, resume, stop   a process began, continued or ended the run
+    train                 averages of a window
+    samples               measured on the fixed prompts
+    stage                 a stage of progressive growing begins
+    evaluation            a Frechet distance of the generator
+    warning               training looks unhealthy
+    skipped               the guard skipped a step
+    judge                 added by the command `evaluate`
+
+After a resume, the lines beyond the resumed step stay in the file; `history` leaves them out.
 """
 
 import contextlib
-import io
 import json
 import math
 import os
 import pathlib
-import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
-from aurora_jax.data import tfrecords
 from aurora_jax.errors import UserError
+from aurora_jax.runs import tensorboard
+from aurora_jax.runs.workdir import RunFolder
 
-# What is counted over a window, not averaged.
+# Metrics that are summed over a window, not averaged.
 _COUNTED = frozenset({"guard/skipped"})
 
 
 class Window:
-  """Averages metrics over the steps between two log lines; a few are counted."""
+  """Averages metrics over the steps between two log lines. Metrics in `_COUNTED` are summed."""
 
-  def __init__(self, stored=None):
-    """Begins empty, or with what `stored` (as of `to_json`) holds: a resumed run finishes the window it was in."""
+  def __init__(self, stored: Mapping[str, Any] | None = None):
+    """Starts empty, or from `to_json` of an earlier window: a resumed run completes the window it was in."""
     self._sums = {name: np.asarray(values, np.float64) for name, (values, _) in (stored or {}).items()}
     self._counts = {name: count for name, (_, count) in (stored or {}).items()}
 
-  def add(self, metrics):
-    """Adds one step's metrics, already on the host: {name: scalar or vector}."""
+  def add(self, metrics: Mapping[str, Any]) -> None:
+    """Adds one step's metrics, {name: scalar or vector}, already on the host."""
     for name, value in metrics.items():
       value = np.asarray(value, np.float64)
       self._sums[name] = self._sums[name] + value if name in self._sums else value
       self._counts[name] = self._counts.get(name, 0) + 1
 
-  def take(self):
-    """Returns the averages, {name: float}, sorted by name, and begins anew."""
+  def take(self) -> dict[str, float]:
+    """Returns the averages, sorted by name, and empties the window."""
     means = {}
     for name in sorted(self._sums):
       mean = self._sums[name] / (1 if name in _COUNTED else self._counts[name])
@@ -58,15 +67,15 @@ class Window:
     self._sums, self._counts = {}, {}
     return means
 
-  def to_json(self):
-    """The unfinished window as plain values; floats survive JSON exactly."""
+  def to_json(self) -> dict[str, Any]:
+    """The unfinished window as plain values. JSON keeps the floats exactly."""
     return {name: [values.tolist(), self._counts[name]] for name, values in self._sums.items()}
 
 
 class MetricsFile:
-  """Appends lines to metrics.jsonl; each is on disk before `write` returns, as far as the process is concerned."""
+  """Appends lines to metrics.jsonl. `write` returns after the operating system has the line."""
 
-  def __init__(self, path):
+  def __init__(self, path: str | os.PathLike):
     """Opens the file for appending.
 
     Raises:
@@ -76,22 +85,22 @@ class MetricsFile:
     try:
       torn = self.path.is_file() and _ends_torn(self.path)
       self._file = open(self.path, "a", encoding="utf-8", buffering=1)
-      if torn:  # the process was killed within a line
+      if torn:  # the process was killed while it wrote a line
         self._file.write("\n")
     except OSError as error:
       raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
-  def write(self, kind, step, seconds, values=None):
+  def write(self, kind: str, step: int, seconds: float, values: Mapping[str, Any] | None = None) -> None:
     """Appends one line.
 
     Args:
-      kind: str.
-      step: int.
-      seconds: float.
-      values: {name: number, str or plain JSON value}.
+      kind: see the module's docstring.
+      step: steps done.
+      seconds: seconds of training.
+      values: {name: number, string or plain JSON value}.
 
     Raises:
-      UserError: it cannot be written (a full disk).
+      UserError: the line cannot be written (a full disk).
     """
     row = {"step": int(step), "seconds": round(float(seconds), 3), "kind": kind}
     row |= {name: _plain(value) for name, value in (values or {}).items()}
@@ -100,8 +109,9 @@ class MetricsFile:
     except OSError as error:
       raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
-  def close(self):
-    with contextlib.suppress(OSError):  # `write` has said so of the line that it could not write
+  def close(self) -> None:
+    """Closes the file."""
+    with contextlib.suppress(OSError):  # `write` has reported the line that could not be written
       self._file.close()
 
 
@@ -114,16 +124,18 @@ def _ends_torn(path):
 
 
 def _plain(value):
-  """Numbers with eight digits (float32 has seven); what is no finite number as a word, since JSON has none for it."""
+  """Floats with eight digits (float32 has seven). NaN and infinity become strings: JSON has no numbers for them."""
   if isinstance(value, (float, np.floating)):
     return float(f"{value:.8g}") if math.isfinite(value) else str(float(value))
   return int(value) if isinstance(value, np.integer) else value
 
 
 def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
-  """All lines of a metrics.jsonl that can be read, in order, and the number of those that cannot (cut off by a kill).
+  """Reads a metrics.jsonl.
 
-  Lines of earlier versions get today's names. ([], 0) where there is no file.
+  Returns:
+    (the readable lines in order, the number of unreadable lines, such as one cut off by a kill). Lines of earlier
+    versions get today's names. ([], 0) if there is no file.
   """
   path = pathlib.Path(path)
   rows, unreadable = [], 0
@@ -145,137 +157,75 @@ def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of `read_lines` alone."""
+  """The readable lines of a metrics.jsonl."""
   return read_lines(path)[0]
 
 
 def history(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines that led to the present state: what came after the step from which a run was resumed is left out.
+  """The lines that led to the present state.
+
+  Lines beyond the step from which a run was resumed are left out, and so are those before its last "start".
 
   Returns:
-    list of dict, steps ascending, "start" and "resume" lines among them.
+    Rows with ascending steps, "start" and "resume" lines among them.
   """
-  kept = []
+  rows = []
   for row in read(path):
     if row.get("kind") == "start":
-      kept = []
+      rows = []
     elif row.get("kind") == "resume":
-      kept = [earlier for earlier in kept if earlier["step"] <= row["step"]]
-    kept.append(row)
-  return kept
-
-
-class TensorBoard:
-  """Writes event files.
-
-  `clu.metric_writers` would do, but it imports TensorFlow: 5 s on a laptop at every start. An event file is a TFRecord
-  file of protocol buffers, tensorboard brings those without TensorFlow, and data/tfrecords.py has the framing.
-  """
-
-  def __init__(self, folder):
-    """Makes the folder and an event file of this process in it.
-
-    Raises:
-      UserError: they cannot be made.
-    """
-    from tensorboard.compat.proto import event_pb2, summary_pb2
-
-    self._event, self._summary = event_pb2, summary_pb2
-    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-    try:
-      os.makedirs(folder, exist_ok=True)
-      self._file = open(pathlib.Path(folder) / name, "ab")
-    except OSError as error:
-      raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
-
-  def resume(self, step):
-    """Tells TensorBoard to forget what an interrupted process wrote beyond this step."""
-    log = self._event.SessionLog(status=self._event.SessionLog.START)
-    self._write(self._event.Event(wall_time=time.time(), step=step + 1, session_log=log))
-
-  def scalars(self, step, values):
-    """Adds numbers, {name: float}; other values are left out."""
-    entries = [
-      self._summary.Summary.Value(tag=name, simple_value=value)
-      for name, value in values.items()
-      if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-    self._write(self._event.Event(wall_time=time.time(), step=step, summary=self._summary.Summary(value=entries)))
-
-  def picture(self, step, name, picture):
-    """Adds a PIL picture."""
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
-    image = self._summary.Summary.Image(
-      width=picture.width, height=picture.height, colorspace=3, encoded_image_string=encoded.getvalue()
-    )
-    entry = self._summary.Summary.Value(tag=name, image=image)
-    self._write(self._event.Event(wall_time=time.time(), step=step, summary=self._summary.Summary(value=[entry])))
-
-  def _write(self, event):
-    try:
-      self._file.write(tfrecords.frame(event.SerializeToString()))
-      self._file.flush()
-    except OSError as error:
-      raise UserError(f"{self._file.name} cannot be written: {error.strerror or error}") from error
-
-  def close(self):
-    with contextlib.suppress(OSError):
-      self._file.close()
-
-
-class Log:
-  """metrics.jsonl and TensorBoard of a run together. Made by the first process only; the others have a `NoLog`."""
-
-  def __init__(self, folder):
-    """Args: folder: `RunFolder`, existing."""
-    self._lines = MetricsFile(folder.metrics)
-    self._board = TensorBoard(folder.tensorboard)
-
-  def note(self, kind, step, seconds, values=None):
-    """A line that is no measurement, with the time of day: a start, a resume, a warning, a skipped step, a stop."""
-    self._lines.write(kind, step, seconds, {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **(values or {})})
-    if kind == "resume":
-      self._board.resume(step)
-
-  def train(self, step, seconds, values):
-    """A window's averages."""
-    self.measured("train", step, seconds, values)
-
-  def measured(self, kind, step, seconds, values):
-    """Any other line of numbers: "samples", "stage", "evaluation"."""
-    self._lines.write(kind, step, seconds, values)
-    self._board.scalars(step, values)
-
-  def picture(self, step, name, picture):
-    """A picture for TensorBoard."""
-    self._board.picture(step, name, picture)
-
-  def close(self):
-    self._lines.close()
-    self._board.close()
+      rows = [earlier for earlier in rows if earlier["step"] <= row["step"]]
+    rows.append(row)
+  return rows
 
 
 class NoLog:
-  """The twin of `Log` for all processes but the first: it writes nothing."""
+  """Writes nothing: the log of all processes but the primary one. `Log` has the same methods."""
 
-  def note(self, kind, step, seconds, values=None):
-    pass
+  def note(self, kind: str, step: int, seconds: float, values: Mapping[str, Any] | None = None) -> None:
+    """Writes an event with the time of day: a start, a resume, a warning, a skipped step, a stop."""
 
-  def train(self, step, seconds, values):
-    pass
+  def train(self, step: int, seconds: float, values: Mapping[str, Any]) -> None:
+    """Writes a window's averages."""
 
-  def measured(self, kind, step, seconds, values):
-    pass
+  def measured(self, kind: str, step: int, seconds: float, values: Mapping[str, Any]) -> None:
+    """Writes another line of numbers: "samples", "stage", "evaluation"."""
 
-  def picture(self, step, name, picture):
-    pass
+  def image(self, step: int, name: str, image: Image.Image) -> None:
+    """Writes an RGB image."""
 
-  def close(self):
-    pass
+  def close(self) -> None:
+    """Closes the files."""
 
 
-def to_host(metrics):
-  """Fetches a step's metrics: {name: device scalar or vector} to {name: numpy}. Waits until the step is done."""
+class Log(NoLog):
+  """metrics.jsonl and the TensorBoard events of a run. All methods raise UserError if they cannot write."""
+
+  def __init__(self, folder: RunFolder):
+    """Opens both files in an existing folder."""
+    self._lines = MetricsFile(folder.metrics)
+    self._events = tensorboard.EventWriter(folder.tensorboard)
+
+  def note(self, kind: str, step: int, seconds: float, values: Mapping[str, Any] | None = None) -> None:
+    self._lines.write(kind, step, seconds, {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **(values or {})})
+    if kind == "resume":
+      self._events.resume(step)
+
+  def train(self, step: int, seconds: float, values: Mapping[str, Any]) -> None:
+    self.measured("train", step, seconds, values)
+
+  def measured(self, kind: str, step: int, seconds: float, values: Mapping[str, Any]) -> None:
+    self._lines.write(kind, step, seconds, values)
+    self._events.scalars(step, values)
+
+  def image(self, step: int, name: str, image: Image.Image) -> None:
+    self._events.image(step, name, image)
+
+  def close(self) -> None:
+    self._lines.close()
+    self._events.close()
+
+
+def to_host(metrics: Any) -> Any:
+  """Fetches metrics: a tree of device scalars and vectors to a tree of numpy arrays. Waits until the step is done."""
   return jax.device_get(metrics)

@@ -1,13 +1,14 @@
-"""The folder of a run: its files, who may write into it, and which configuration it belongs to.
+"""The folder of a run: the paths of its files, and a lock against two processes that train in it.
 
 config.json       the experiment, as `config_files.to_json` writes it
+references.json   identities of the data set and the weights that it names (runs/references.py)
 checkpoints/      one folder per saved step (runs/checkpoint_manager.py)
 metrics.jsonl     one JSON object per line (runs/metrics.py)
 skipped_records.jsonl   the records that could not be read, if there were any (runs/skipped_records.py)
 samples/          step-00001000.png
 tensorboard/      event files
-profile/          traces of --profile-steps
-report.html       written by the command when training ends
+profile/          profiler traces of --profile-steps
+report.html       written when training ends
 """
 
 import contextlib
@@ -16,20 +17,22 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Generator
 from typing import Any
 
-from aurora_jax import config_files, files
+from aurora_jax import config_files, files, text
+from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
 
 try:
   import fcntl
-except ImportError:  # not a Unix: no lock there
+except ImportError:  # not Unix: there is no lock
   fcntl = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-  """Where the files of a run are. Nothing is created by making one of these."""
+  """Paths of the files of a run. Constructing one creates nothing on disk."""
 
   path: pathlib.Path
 
@@ -37,49 +40,50 @@ class RunFolder:
     object.__setattr__(self, "path", pathlib.Path(self.path))
 
   @property
-  def config(self):
+  def config(self) -> pathlib.Path:
     return self.path / "config.json"
 
   @property
-  def checkpoints(self):
+  def references(self) -> pathlib.Path:
+    return self.path / "references.json"
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
     return self.path / "checkpoints"
 
   @property
-  def metrics(self):
+  def metrics(self) -> pathlib.Path:
     return self.path / "metrics.jsonl"
 
   @property
-  def skipped_records(self):
+  def skipped_records(self) -> pathlib.Path:
     return self.path / "skipped_records.jsonl"
 
   @property
-  def samples(self):
+  def samples(self) -> pathlib.Path:
     return self.path / "samples"
 
   @property
-  def tensorboard(self):
+  def tensorboard(self) -> pathlib.Path:
     return self.path / "tensorboard"
 
   @property
-  def profile(self):
+  def profile(self) -> pathlib.Path:
     return self.path / "profile"
 
   @property
-  def report(self):
+  def report(self) -> pathlib.Path:
     return self.path / "report.html"
 
-  def sample_image(self, step):
-    """Path of the sample grid of a step."""
+  def sample_image(self, step: int) -> pathlib.Path:
+    """Path of the sample sheet of a step."""
     return self.samples / f"step-{step:08d}.png"
 
-  def experiment(self):
+  def experiment(self) -> Experiment:
     """Reads `config.json`.
 
-    Returns:
-      An `Experiment`.
-
     Raises:
-      UserError: no such run, or a config.json that cannot be read.
+      UserError: there is no such run, or its config.json cannot be read.
     """
     if not self.path.is_dir():
       raise UserError(f"run folder not found: {self.path}")
@@ -88,20 +92,22 @@ class RunFolder:
     return config_files.from_stored(read_json(self.config))
 
 
-def check_writable(path):
-  """Makes sure that a run can be written to `path`, and leaves nothing behind.
+def check_writable(path: str | os.PathLike) -> None:
+  """Checks that a run can be written to `path`. Leaves nothing behind.
 
   Raises:
     UserError: `path` is a file or a URL, or it (or the folder in which it would be made) cannot be written to.
   """
   if "://" in str(path):
     raise UserError(f"workdir {path}: a run needs a local or mounted folder, not a URL")
+  if not text.is_utf8(path):
+    raise UserError(f"workdir {path}: checkpoints cannot be stored under a name whose bytes are not UTF-8")
   files.check_folder(path, f"workdir {path}")
 
 
 @contextlib.contextmanager
-def held(path):
-  """Makes the folder and keeps other processes from training in it. The hold ends with the process, however it ends.
+def locked(path: str | os.PathLike) -> Generator[None, None, None]:
+  """Makes the folder and locks it against other training processes. The lock ends with the process, even after a kill.
 
   Raises:
     UserError: the folder cannot be made, or another process trains in it.
@@ -119,18 +125,32 @@ def held(path):
     os.close(descriptor)
 
 
-def is_held(path):
+def refuse_locked(path: str | os.PathLike) -> None:
+  """Raises UserError if another process trains in the folder now. Makes nothing."""
+  if not os.path.isdir(path):
+    return
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    if not _lock(descriptor, attempts=5):
+      raise UserError(f"workdir {path}: another process is training in it")
+  finally:
+    os.close(descriptor)
+
+
+def is_locked(path: str | os.PathLike) -> bool:
   """Whether a process trains in the folder now."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     return not _lock(descriptor)
   finally:
-    os.close(descriptor)  # and with it the lock
+    os.close(descriptor)  # releases the lock
 
 
 def _lock(descriptor, attempts=1):
-  """Takes the lock if nobody has it. `is_held` of another process may have it for a moment: hence the attempts."""
-  for attempt in range(attempts if fcntl is not None else 0):
+  """Takes the lock if it is free. Several attempts, because `is_locked` of another process may hold it briefly."""
+  if fcntl is None:
+    return True
+  for attempt in range(attempts):
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       return True
@@ -139,15 +159,17 @@ def _lock(descriptor, attempts=1):
         time.sleep(0.05)
     except OSError:  # a file system without locks
       return True
-  return fcntl is None
+  return False
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object; UserError if the file holds none."""
+  """Reads a JSON object; UserError if the file does not hold one."""
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+    values = json.loads(text.read_text(path))
+  except UserError:
+    raise
+  except ValueError as error:
     raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
   if not isinstance(values, dict):
-    raise UserError(f"{path} holds no configuration")
+    raise UserError(f"{path} holds no JSON object")
   return values

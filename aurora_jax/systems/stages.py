@@ -1,10 +1,11 @@
-"""Stages of progressive growing as a checkpoint remembers them, and the experiment at a checkpoint's stage."""
+"""The stages of progressive growing that a checkpoint records, and the experiment at a checkpoint's stage."""
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from aurora_jax.config import Experiment, Schedule
+from aurora_jax.config import ExperimentT, Schedule
 from aurora_jax.runs import checkpoint_reader
 
 # Why a stage began.
@@ -13,7 +14,13 @@ START, BEATEN, CAP = "start", "reference beaten", "cap"
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """The distance of the generator's pictures at a step."""
+  """The Frechet distance of generated images at a step.
+
+  Attributes:
+    step: steps done.
+    resolution: of the images, in pixels.
+    distance: their Frechet distance from real images.
+  """
 
   step: int
   resolution: int
@@ -27,8 +34,8 @@ class Stage:
   Attributes:
     resolution: pixels.
     step: steps done when it began.
-    reason: why the one before ended: one of the words above.
-    reference: the distance between the two sets of real pictures.
+    reason: why the previous stage ended: START, BEATEN or CAP.
+    reference: the Frechet distance between two sets of real images.
   """
 
   resolution: int
@@ -39,17 +46,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What has happened so far: stages begun and distances taken, in order."""
+  """The stages begun and the distances measured so far, in order."""
 
   stages: tuple[Stage, ...] = ()
   measurements: tuple[Measurement, ...] = ()
 
   def to_json(self) -> dict[str, Any]:
-    """Plain values; floats survive JSON exactly."""
+    """Plain values. JSON keeps the floats exactly."""
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_json(cls, values: dict[str, Any]) -> "Progress":
+  def from_json(cls, values: Mapping[str, Any]) -> "Progress":
     """The inverse of `to_json`."""
     return cls(
       tuple(Stage(**entry) for entry in values["stages"]),
@@ -58,20 +65,20 @@ class Progress:
 
 
 def description(cfg: Schedule, side: int) -> str:
-  """The stage of a resolution in words: "stage 2 of 5: 8x8 pixels"."""
+  """Describes the stage of a resolution: "stage 2 of 5: 8x8 pixels"."""
   return f"stage {cfg.resolutions.index(side) + 1} of {len(cfg.resolutions)}: {side}x{side} pixels"
 
 
-def at_checkpoint(experiment: Experiment, folder: str | os.PathLike, step: int | None = None) -> Experiment:
-  """What of an experiment a checkpoint has trained: the experiment at the stage it was saved in.
+def at_checkpoint(experiment: ExperimentT, folder: str | os.PathLike, step: int | None = None) -> ExperimentT:
+  """The experiment at the stage of progressive growing in which a checkpoint was saved.
 
   Args:
-    experiment: the whole one.
+    experiment: the whole experiment.
     folder: path of `checkpoints/`.
     step: of the checkpoint; None takes the newest.
 
   Returns:
-    `Experiment.at_stage`; the experiment itself where there are no stages or the checkpoint knows of none (a converted one).
+    `Experiment.at_stage`; the experiment itself without stages, or where the checkpoint records none (a converted one).
   """
   stored = checkpoint_reader.stored_progress(folder, step).get("schedule") if experiment.schedule.resolutions else None
   stages = Progress.from_json(stored).stages if stored else ()

@@ -1,4 +1,4 @@
-"""The frozen CLIP that text systems share: found by `text.clip`, read once, its sizes guessed where there is no folder."""
+"""The frozen CLIP of text-conditional systems, from the folder `text.clip`."""
 
 import functools
 import pathlib
@@ -16,14 +16,14 @@ _KNOWN = {768: ("ViT-L/14", clip_lib.vit_l14), 512: ("ViT-B/32", clip_lib.vit_b3
 
 @functools.lru_cache(maxsize=4)
 def clip_config(folder: str, width: int) -> tuple[clip_lib.ClipConfig, str]:
-  """The sizes of a CLIP from its folder's config.json, or guessed by its width where there is none.
+  """The sizes of a CLIP, from its folder's config.json. Without a folder they are guessed from the text width.
 
   Args:
-    folder: `text.clip`, may be "" or missing.
-    width: of its text features.
+    folder: `text.clip`; may be "", or a folder that does not exist.
+    width: width of the text features.
 
   Returns:
-    (its sizes, where they are from, in words).
+    (the sizes, a phrase that says where they are from).
   """
   if folder and pathlib.Path(folder).is_dir():
     return clip_hf.read_config(pathlib.Path(folder)), f"of {folder}"
@@ -36,13 +36,13 @@ def clip_config(folder: str, width: int) -> tuple[clip_lib.ClipConfig, str]:
 
 @functools.lru_cache(maxsize=4)
 def tokenizer(folder: str) -> Tokenizer:
-  """The tokenizer of a CLIP folder."""
+  """The tokenizer of a CLIP folder. UserError if there is no such folder."""
   _require(folder)
   return Tokenizer.load(pathlib.Path(folder), clip_hf.read_config(pathlib.Path(folder)).text.context_length)
 
 
 def load(folder: str, text_only: bool) -> clip_hf.ClipBundle:
-  """Reads a CLIP folder; with `text_only` without its image tower."""
+  """Reads a CLIP folder, with `text_only` without its image tower. UserError if there is no such folder."""
   _require(folder)
   return clip_hf.load(folder, text_only=text_only)
 
@@ -55,5 +55,5 @@ def _require(folder):
 
 
 def digest(ids: np.ndarray) -> int:
-  """An int32 that tells arrays of ids apart."""
+  """A checksum of an array of ids, a non-negative int32."""
   return zlib.crc32(np.ascontiguousarray(ids).tobytes()) >> 1

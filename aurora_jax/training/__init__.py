@@ -1,1 +1,1 @@
-"""State, losses, step, schedule, checkpoint, loop."""
+"""Training of any system: step, loop, setup, optimizers, guard, health, progressive growing; and training of CLIP."""

@@ -1,11 +1,11 @@
-"""Trains a small CLIP on the data set at hand, for use where no pretrained one can be had.
+"""Trains a small CLIP on a data set, for use without pretrained weights.
 
-Symmetric InfoNCE (arXiv 2103.00020, figure 3) with a learned temperature, on augmented pictures (`clip_augment`), with
-warm-up and cosine decay. The matrices are trained by Muon (K. Jordan, 2024; orthogonalised momentum), all else by Adam:
-at equal steps on OpenMoji that ranks twice as many captions first as AdamW does.
+The loss is the symmetric InfoNCE (arXiv 2103.00020, figure 3) with a learned temperature, on augmented images
+(ops/augment.py), with warm-up and cosine decay. Muon (K. Jordan, 2024; orthogonalized momentum) trains the matrices,
+Adam all other parameters. At equal steps on OpenMoji this ranks twice as many captions first as AdamW does.
 
-Everything is a function of (data set, settings, number of steps): the batch of a step comes from (seed, step), its
-augmentation from a key folded from the same two.
+The result is a function of (data set, settings, number of steps): seed and step determine the batch of a step and its
+augmentation.
 """
 
 import dataclasses
@@ -13,16 +13,18 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 
 from aurora_jax import xla_flags
-from aurora_jax.data import loader
+from aurora_jax.data import loader, schema
+from aurora_jax.data.dataset import Dataset
 from aurora_jax.data.index_sampler import CAPTION, IndexSampler
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
@@ -30,10 +32,13 @@ from aurora_jax.interop.clip_hf import ClipBundle
 from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig
 from aurora_jax.ops import losses
 from aurora_jax.ops.augment import Augmentation, augment
+from aurora_jax.systems import base
 
 _LARGEST_SCALE = 100.0  # of the released models
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 12, 77
-_MEASURED_PICTURES = 512
+_MEASURED_IMAGES = 512
+
+RGB = tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,20 +46,23 @@ class ClipTraining:
   """What to train, and how.
 
   Attributes:
-    resolution: side of the pictures in pixels.
+    resolution: side of the images in pixels.
     patch: side of the image tower's patches.
-    image_width, image_layers, text_width, text_layers: sizes of the towers.
-    heads, mlp_ratio: of both; the feed-forward is `mlp_ratio` times as wide as the tower.
-    embedding_width: of the shared space.
-    vocabulary_size: of the BPE, at most.
-    context_length: tokens per caption; None takes what 99 % of the captions need, but 12 to 77.
+    image_width, image_layers: sizes of the image tower.
+    text_width, text_layers: sizes of the text tower.
+    heads: attention heads of both towers.
+    mlp_ratio: width of the feed-forward in widths of the tower, for both towers.
+    embedding_width: width of the shared space.
+    vocabulary_size: largest size of the BPE vocabulary.
+    context_length: tokens per caption; None takes what 99 % of the captions need, within 12 to 77.
     batch_size: pairs per step, negatives of each other.
-    learning_rate: at the peak.
-    warmup_steps: linear.
-    momentum, weight_decay: of the matrices.
-    primary_caption_probability: of a picture's main caption; else one of its other names.
-    augmentation: of the pictures.
-    seed: of weights, order and augmentation.
+    learning_rate: peak learning rate.
+    warmup_steps: steps of linear warm-up.
+    momentum: Muon's momentum.
+    weight_decay: of the matrices.
+    primary_caption_probability: probability of an image's first caption; else it is one of its others.
+    augmentation: augmentation of the images.
+    seed: seed of weights, order and augmentation.
   """
 
   resolution: int = 32
@@ -79,7 +87,14 @@ class ClipTraining:
 
 
 class TrainState(NamedTuple):
-  """step: int32, the steps done; key: of the augmentation; params: of `Clip`; optimizer: optax's."""
+  """The state of CLIP training.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    key: random key of the augmentation.
+    params: parameters of `Clip`.
+    optimizer: optax state.
+  """
 
   step: jax.Array
   key: jax.Array
@@ -88,34 +103,34 @@ class TrainState(NamedTuple):
 
 
 class Joined:
-  """Several data sets, one after the other, where one is expected (the splits of one folder)."""
+  """Several data sets, one after the other, with the interface of one (the splits of a folder)."""
 
-  def __init__(self, *datasets):
+  def __init__(self, *datasets: Dataset):
     self._datasets = datasets
     self._starts = np.cumsum([0, *map(len, datasets)])
     self.path, self.name, self.resolution = datasets[0].path, datasets[0].name, datasets[0].resolution
 
-  def __len__(self):
+  def __len__(self) -> int:
     return int(self._starts[-1])
 
-  def __getitem__(self, number):
+  def __getitem__(self, number: int) -> schema.Example:
     dataset, number = self._locate(number)
     return dataset[number]
 
-  def picture(self, number):
+  def image(self, number: int) -> tuple[Image.Image, schema.Example]:
     dataset, number = self._locate(number)
-    return dataset.picture(number)
+    return dataset.image(number)
 
-  def place(self, number):
+  def place(self, number: int) -> tuple[str, int, int]:
     dataset, number = self._locate(number)
     return dataset.place(number)
 
-  def readable(self):
+  def readable(self) -> Iterator[tuple[int, schema.Example]]:
     for start, dataset in zip(self._starts, self._datasets):
       for number, example in dataset.readable():
         yield int(start) + number, example
 
-  def captions(self):
+  def captions(self) -> list[tuple[str, ...]]:
     return list(itertools.chain.from_iterable(dataset.captions() for dataset in self._datasets))
 
   def _locate(self, number):
@@ -127,15 +142,15 @@ class Joined:
 # Loss and step
 
 
-def learning_rate(settings: ClipTraining, step, total_steps):
-  """Linear warm-up, then a cosine to zero at `total_steps`. Within the warm-up it does not depend on the total."""
+def learning_rate(settings: ClipTraining, step: jax.Array | int, total_steps: jax.Array | int) -> jax.Array:
+  """Linear warm-up, then cosine decay to zero at `total_steps`. During warm-up it does not depend on the total."""
   warm = jnp.minimum(1.0, (step + 1) / settings.warmup_steps)
   progress = jnp.clip((step - settings.warmup_steps) / jnp.maximum(1, total_steps - settings.warmup_steps), 0, 1)
   return settings.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
 def _optimizer(settings):
-  """Muon for the matrices of the blocks and projections, Adam for all else; the step applies the learning rate."""
+  """Muon for the matrices of blocks and projections, Adam for the others. The step applies the learning rate."""
   matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
   patches = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
@@ -169,22 +184,26 @@ def init_state(config: ClipConfig, settings: ClipTraining) -> TrainState:
   )
 
 
-def make_step(config: ClipConfig, settings: ClipTraining):
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Mapping[str, Any], Any], tuple[TrainState, Metrics]]
+
+
+def make_step(config: ClipConfig, settings: ClipTraining) -> Step:
   """The compiled training step.
 
   Returns:
-    (state, batch, total_steps) -> (state, metrics): batch has `image` float32 [B, R, R, 3], `tokens` int32 [B, N] and
-    `caption_id` int32 [B] (of their primary captions), total_steps is an int32 scalar; metrics are float32 scalars `loss`,
-    `accuracy`, `scale` and `learning_rate`. The state is donated.
+    A function (state, batch, total_steps) -> (state, metrics), which donates the state. The batch has `image` float32
+    [B, R, R, 3], `tokens` int32 [B, N] and `caption_id` int32 [B] (of the first captions). total_steps is an int32
+    scalar. The metrics are float32 scalars: `loss`, `accuracy`, `scale`, `learning_rate`.
   """
   clip = Clip(config)
   optimizer = _optimizer(settings)
 
   def loss_of(params, images, tokens, same):
     variables = {"params": params}
-    text = clip.apply(variables, tokens, method="embed_text")
-    image = clip.apply(variables, images, method="encode_image")
-    scale = clip.apply(variables, method="logit_scale")
+    text = base.apply(clip, variables, tokens, method="embed_text")
+    image = base.apply(clip, variables, images, method="encode_image")
+    scale = base.apply(clip, variables, method="logit_scale")
     loss, accuracy = losses.contrastive_loss(image, text, scale, same)
     return loss, (accuracy, scale)
 
@@ -195,10 +214,10 @@ def make_step(config: ClipConfig, settings: ClipTraining):
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     (loss, (accuracy, scale)), gradients = gradient(state.params, images, tokens, same)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    rate = learning_rate(settings, state.step, total_steps)
-    params = jax.tree.map(lambda value, update: value + rate * update, state.params, updates)
+    lr = learning_rate(settings, state.step, total_steps)
+    params = jax.tree.map(lambda value, update: value + lr * update, state.params, updates)
     params["log_scale"] = jnp.minimum(params["log_scale"], math.log(_LARGEST_SCALE))
-    metrics = {"loss": loss, "accuracy": accuracy, "scale": scale, "learning_rate": rate}
+    metrics = {"loss": loss, "accuracy": accuracy, "scale": scale, "learning_rate": lr}
     return TrainState(state.step + 1, state.key, params, optimizer_state), metrics
 
   return jax.jit(step, donate_argnums=0)
@@ -208,8 +227,8 @@ def make_step(config: ClipConfig, settings: ClipTraining):
 # The loop
 
 
-def build_tokenizer(captions, settings: ClipTraining) -> Tokenizer:
-  """A BPE of all captions (list of tuples of str), and the context length that they need."""
+def build_tokenizer(captions: Iterable[Sequence[str]], settings: ClipTraining) -> Tokenizer:
+  """A BPE of all captions of all images, with the context length that they need."""
   texts = list(itertools.chain.from_iterable(captions))
   tokenizer = Tokenizer.train(texts, settings.vocabulary_size, settings.context_length or _LONGEST_CONTEXT)
   if settings.context_length is None:
@@ -218,20 +237,31 @@ def build_tokenizer(captions, settings: ClipTraining) -> Tokenizer:
   return tokenizer
 
 
-def measure_colours(dataset, resolution):
-  """Mean and standard deviation of each colour in [0, 1], two tuples of three, from some of the pictures.
+def measure_colors(dataset: Dataset | Joined, resolution: int) -> tuple[RGB, RGB]:
+  """Mean and standard deviation of red, green and blue in [0, 1], from some of the images.
 
-  Drawings on white are far from the statistics of photographs; centred, they are learnt faster. Rounded, they are the
-  same for both splits of a data set, so that a compilation cache serves the second training as well.
+  Drawings on white differ much from the usual statistics of photographs, and normalized images train faster. The values
+  are rounded: both splits of a data set then have the same ones, and share the entry in a compilation cache.
   """
-  numbers = np.unique(np.linspace(0, len(dataset) - 1, _MEASURED_PICTURES).astype(int))
-  pixels = loader.load_images(dataset, resolution, numbers).reshape(-1, 3) / 255
-  mean, deviation = pixels.mean(axis=0).round(1), np.maximum(pixels.std(axis=0).round(1), 0.1)
-  return tuple(mean.tolist()), tuple(deviation.tolist())
+  numbers = np.unique(np.linspace(0, len(dataset) - 1, _MEASURED_IMAGES).astype(int))
+  examples: Any = dataset  # a `Joined` has the interface of a `Dataset`
+  pixels = loader.load_images(examples, resolution, numbers).reshape(-1, 3) / 255
+  mean, std = pixels.mean(axis=0).round(1), np.maximum(pixels.std(axis=0).round(1), 0.1)
+  return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def clip_config(settings: ClipTraining, tokenizer: Tokenizer, colours) -> ClipConfig:
-  """The architecture that the settings describe, `colours` from `measure_colours`; UserError if it is impossible."""
+def clip_config(settings: ClipTraining, tokenizer: Tokenizer, colors: tuple[RGB, RGB]) -> ClipConfig:
+  """The architecture.
+
+  Args:
+    settings: sizes.
+    tokenizer: gives vocabulary size and context length.
+    colors: of `measure_colors`.
+
+  Raises:
+    UserError: sizes that do not fit together.
+  """
+  assert tokenizer.end_id is not None  # `Tokenizer` checks it
   try:
     return ClipConfig(
       text=TextConfig(
@@ -250,8 +280,8 @@ def clip_config(settings: ClipTraining, tokenizer: Tokenizer, colours) -> ClipCo
         mlp_width=settings.mlp_ratio * settings.image_width,
         size=settings.resolution,
         patch=settings.patch,
-        mean=colours[0],
-        deviation=colours[1],
+        mean=colors[0],
+        std=colors[1],
       ),
       embedding_width=settings.embedding_width,
     )
@@ -260,22 +290,22 @@ def clip_config(settings: ClipTraining, tokenizer: Tokenizer, colours) -> ClipCo
 
 
 def train_clip(
-  dataset,
+  dataset: Dataset | Joined,
   settings: ClipTraining = ClipTraining(),
   *,
   steps: int | None = None,
   seconds: float | None = None,
   on_step: Callable[[int, int | None, Mapping[str, float]], None] = lambda step, total, metrics: None,
 ) -> tuple[ClipBundle, int]:
-  """Trains a CLIP from nothing. An epoch has every caption once, with one of its pictures.
+  """Trains a CLIP from random weights. An epoch has every caption once, with one of its images.
 
   Args:
-    dataset: a `Dataset` or `Joined`.
+    dataset: the data set.
     settings: sizes and recipe.
-    steps: number of steps; or
-    seconds: time to take, compilation included: after the first steps have shown their speed, the number of steps that
-      fits is fixed, and the learning rate decays over exactly these. Training again with that `steps` gives the same.
-    on_step: called with (steps done, total steps or None while that is not known, metrics), one step late.
+    steps: number of steps. Give either this or `seconds`.
+    seconds: duration, compilation included. The speed of the first steps decides the number of steps, over which the
+      learning rate decays. Training again with this number as `steps` has the same result.
+    on_step: called with (steps done, total steps or None while they are not known, metrics), one step late.
 
   Returns:
     (bundle, steps done).
@@ -289,22 +319,23 @@ def train_clip(
     raise UserError(f"nothing to train: {f'{steps} steps' if seconds is None else f'{seconds} seconds'}")
   if settings.batch_size < 2:
     raise UserError(f"a batch of {settings.batch_size} has no negatives; it must hold at least 2 pairs")
-  started = time.monotonic()
+  examples: Any = dataset  # a `Joined` has the interface of a `Dataset`
+  started, limit = time.monotonic(), math.inf if seconds is None else seconds
   tokenizer = build_tokenizer(dataset.captions(), settings)
-  config = clip_config(settings, tokenizer, measure_colours(dataset, settings.resolution))
+  config = clip_config(settings, tokenizer, measure_colors(dataset, settings.resolution))
   state, step_function = init_state(config, settings), make_step(config, settings)
-  # With a time limit the speed is measured over the last four fifths of the warm-up, whose learning rate does not depend
-  # on the number of steps that follows from it.
+  # With a time limit the speed is measured over the last four fifths of the warm-up, whose learning rate does not
+  # depend on the total number of steps.
   measured = max(1, settings.warmup_steps // 5), max(2, settings.warmup_steps)
-  total, metrics, measured_from = steps, None, 0.0
+  total, metrics, measured_from, step = steps, None, 0.0, 0
   with loader.train_batches(
-    dataset,
+    examples,
     resolution=settings.resolution,
     batch_size=settings.batch_size,
     seed=settings.seed,
     tokenizer=tokenizer,
     primary_caption_probability=settings.primary_caption_probability,
-    index_sampler=IndexSampler(dataset, CAPTION),
+    index_sampler=IndexSampler(examples, CAPTION),
     workers=1,
   ) as batches:
     for step in itertools.count():
@@ -323,8 +354,8 @@ def train_clip(
           measured_from = now
         else:
           speed = (now - measured_from) / (measured[1] - measured[0])
-          total = step + 1 + max(0, int((seconds - (now - started)) / speed))
-    _report(on_step, total, total, metrics)
+          total = step + 1 + max(0, int((limit - (now - started)) / speed))
+    _report(on_step, step, step, metrics)
   if batches.skipped:
     print(
       f"{len(batches.skipped)} of {len(dataset)} records could not be read and others took their places, the first: "
@@ -332,7 +363,7 @@ def train_clip(
       file=sys.stderr,
       flush=True,
     )
-  return ClipBundle(config, {"params": jax.tree.map(np.asarray, state.params)}, tokenizer), total
+  return ClipBundle(config, {"params": jax.tree.map(np.asarray, state.params)}, tokenizer), step
 
 
 def _report(on_step, step, total, metrics):

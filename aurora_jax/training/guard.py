@@ -1,40 +1,39 @@
-"""The numerical guard: an update that would write NaN or infinity is skipped, and a run that stays there stops.
+"""The numerical guard: skips updates that would write NaN or infinity, and stops a run that does not recover.
 
-Inside the compiled step (`Guard`): an update whose loss or gradient is not finite leaves its network as it was, with its
-optimizer, average and other collections, and so does every update that depends on it. On the host (`Skips`): which network,
-which loss, which module, in one line. After too many skips in a row, or where nothing guards the step, training stops with
-its last good checkpoint intact (`NonFinite`).
+Inside the compiled step (`Guard`), an update whose loss or gradient is not finite leaves its network as it was, with
+its optimizer, average and other collections. So does every update that depends on it. On the host, `Skips` names the
+network, the loss and the module at fault in one line. After too many skips in a row, or without a guard, training stops
+with its last good checkpoint intact (`NonFinite`).
 
-A guarded update's metrics carry one sum of squares per parameter array (`Squares`): the norms that are logged per group of
-modules, and, where one is not finite, the module at fault.
+The metrics of a guarded update hold one sum of squares per parameter array (`Squares`). They give the norms that are
+logged per group of modules and, where one is not finite, the module at fault.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from aurora_jax.config import Train
 from aurora_jax.parallel.mesh import Label
 from aurora_jax.runs import metrics as metrics_lib
-from aurora_jax.systems.base import BAD_IMAGES
+from aurora_jax.systems.metric_names import BAD_IMAGES, DISCRIMINATOR, JUDGED_LOSSES
 
 SKIPPED = "guard/skipped"  # 1 for a step with a skipped update; summed over a window
 _VERDICT = "guard/skipped/"  # with the update's short name
-_JUDGED = ("adversarial", "matching")  # losses that the discriminator gives to other networks
 
 
 class NonFinite(Exception):
   """A number that must be finite is not.
 
   Attributes:
-    step: number of the step (the first one is 0) that gave it, or that the state stands before.
-    name: of the metric or of the state's entry.
+    step: number of the step (the first one is 0) with this number, or that the state would enter.
+    name: name of the metric or of the state's entry.
     value: "nan", "inf", "-inf".
   """
 
@@ -46,22 +45,23 @@ class NonFinite(Exception):
 # ---- inside the compiled step ------------------------------------------------------------------------------------
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Squares:
   """Sums of squares of the arrays of a tree.
 
   Attributes:
-    values: [arrays] float32; beyond 3e38, which is a norm of 2e19, it is infinite.
-    modules, groups: of each array, from its label; they travel in the tree's structure.
+    values: [arrays] float32; infinite beyond 3e38, a norm of 2e19.
+    modules: module of each array, from its label.
+    groups: group of each array, from its label.
   """
 
   values: jax.Array
-  modules: tuple[str, ...] = flax.struct.field(pytree_node=False)
-  groups: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  modules: tuple[str, ...] = struct.field(pytree_node=False)
+  groups: tuple[str, ...] = struct.field(pytree_node=False)
 
 
 def squares(tree: Any, label: Label) -> Squares:
-  """`Squares` of a tree of arrays: one pass over it, which the norm of the whole takes too."""
+  """`Squares` of a tree of arrays, in one pass over it."""
   paths, leaves = zip(*jax.tree_util.tree_flatten_with_path(tree)[0])
   labels = [label(path) for path in paths]
   return Squares(
@@ -72,45 +72,45 @@ def squares(tree: Any, label: Label) -> Squares:
 
 
 class Guard:
-  """What an update asks; every method is a pure function of traced values."""
+  """Guards the updates of a compiled step. Every method is a pure function of traced values."""
 
   def norms(self, name: str, tree: Any, label: Label) -> dict[str, Any]:
     """Metrics: the norm of a tree under `name` ("grad_norm/g"), and its `Squares` under `name`/*."""
     parts = squares(tree, label)
     return {name: jnp.sqrt(jnp.sum(parts.values)), f"{name}/*": parts}
 
-  def healthy(self, metrics: Mapping[str, Any]) -> jax.Array:
-    """Whether all losses and norms of gradients among the metrics are finite: a bool scalar, the same on all devices."""
-    watched = [
+  def all_finite(self, metrics: Mapping[str, Any]) -> jax.Array:
+    """Whether all losses and gradient norms among the metrics are finite: a bool scalar, the same on all devices."""
+    values = [
       value
       for name, value in metrics.items()
       if name.startswith(("loss/", "grad_norm/")) and not isinstance(value, Squares)
     ]
-    return jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in watched])).all()
+    return jnp.isfinite(jnp.stack([jnp.asarray(value, jnp.float32) for value in values])).all()
 
-  def keeper(self, ok: jax.Array | bool):
-    """(new array, old array) -> the new one where all is well, else the old one, bit by bit."""
+  def keeper(self, ok: jax.Array | bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A function of (new array, old array) that returns the new one if `ok`, else the old one, equal to the bit."""
     return functools.partial(jnp.where, ok)
 
-  def verdict(self, log_name: str, ok: jax.Array) -> dict[str, Any]:
+  def verdict(self, log_name: str, ok: jax.Array | bool) -> dict[str, Any]:
     """The metric that says whether an update was skipped."""
-    return {f"{_VERDICT}{log_name}": 1.0 - ok.astype(jnp.float32)}
+    return {f"{_VERDICT}{log_name}": 1.0 - jnp.asarray(ok).astype(jnp.float32)}
 
 
 class NoGuard:
-  """The twin of `Guard` that lets everything pass and measures the norm of the whole gradient only."""
+  """Applies all updates, and measures only the norm of the whole gradient. It has the methods of `Guard`."""
 
   def norms(self, name: str, tree: Any, label: Label) -> dict[str, Any]:
     del label
     return {name: optax.global_norm(tree)} if name.startswith("grad_norm") else {}
 
-  def healthy(self, metrics: Mapping[str, Any]) -> bool:
+  def all_finite(self, metrics: Mapping[str, Any]) -> bool:
     return True
 
-  def keeper(self, ok: jax.Array | bool):
+  def keeper(self, ok: jax.Array | bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return lambda new, old: new
 
-  def verdict(self, log_name: str, ok: jax.Array) -> dict[str, Any]:
+  def verdict(self, log_name: str, ok: jax.Array | bool) -> dict[str, Any]:
     return {}
 
 
@@ -124,13 +124,13 @@ def of(train: Train) -> Guard | NoGuard:
 
 @functools.lru_cache(maxsize=16)
 def _index(groups):
-  """(sorted distinct groups, [arrays] index of each array's group): asked at every log line, the same each time."""
+  """(sorted distinct groups, [arrays] index of each array's group). Cached: every log line needs the same."""
   distinct = sorted(set(groups))
   return distinct, np.array([distinct.index(group) for group in groups])
 
 
 def by_group(metrics: Mapping[str, Any]) -> dict[str, Any]:
-  """What of a phase's metrics is logged, each `Squares` as norms per group of modules: {"grad_norm/g/r8_conv": float}."""
+  """The metrics of a phase that are logged. A `Squares` becomes norms per group, {"grad_norm/g/r8_conv": float}."""
   plain = {}
   for key, value in metrics.items():
     if isinstance(value, Squares):
@@ -149,9 +149,9 @@ class Skip(NamedTuple):
   Attributes:
     step: its number; the first one is 0.
     losses: {name: "nan", "inf" or "-inf"}.
-    modules: {update: {module: (arrays whose gradient is not finite, arrays)}}, updates by their short names.
-    images: which images were not finite, in words.
-    names: {short name: words} of all updates.
+    modules: {short name of an update: {module: (arrays whose gradient is not finite, arrays)}}.
+    images: which images were not finite, such as "the batch's images".
+    names: {short name: name for messages} of all updates.
   """
 
   step: int
@@ -181,7 +181,7 @@ class Skip(NamedTuple):
     return "; ".join(parts)
 
   def to_json(self) -> dict[str, Any]:
-    """For metrics.jsonl."""
+    """Values of its line in metrics.jsonl."""
     return {
       "networks": [self.names[name] for name in self.updates],
       "losses": self.losses,
@@ -215,16 +215,16 @@ def _diagnose(step, metrics, names):
         bad, arrays = counts.get(name, (0, 0))
         counts[name] = bad + (not finite), arrays + 1
       modules[update] = {name: pair for name, pair in counts.items() if pair[0]}
-  if "d" in modules and not _number(metrics.get("guard/bad_generated", 0.0)):
+  if DISCRIMINATOR in modules and not _number(metrics.get("guard/bad_generated", 0.0)):
     # Other networks are judged by the updated discriminator: what is wrong with their judged losses is a consequence.
     for name in list(losses):
       update = _update_of(name, names)
-      if update != "d" and name.removeprefix(f"loss/{update}_") in _JUDGED:
+      if update != DISCRIMINATOR and name.removeprefix(f"loss/{update}_") in JUDGED_LOSSES:
         del losses[name]
     for update in list(modules):
-      if update != "d" and not any(_update_of(name, names) == update for name in losses):
+      if update != DISCRIMINATOR and not any(_update_of(name, names) == update for name in losses):
         del modules[update]
-  images = tuple(words for name, words in BAD_IMAGES.items() if _number(metrics.get(name, 0.0)))
+  images = tuple(description for name, description in BAD_IMAGES.items() if _number(metrics.get(name, 0.0)))
   return Skip(step, losses, modules, images, names)
 
 
@@ -232,12 +232,12 @@ class Skips:
   """Looks at each step's metrics and counts the skipped steps in a row."""
 
   def __init__(self, most_in_a_row: int, names: Mapping[str, str], stored: Mapping[str, int] | None = None):
-    """Begins, or continues.
+    """Starts, or continues.
 
     Args:
-      most_in_a_row: this many stop the run.
-      names: {short name of an update: words}, the first one takes losses without a short name.
-      stored: what `to_json` gave before a restart, or None.
+      most_in_a_row: this many skipped steps in a row stop the run.
+      names: {short name of an update: name for messages}. Losses without a short name belong to the first update.
+      stored: what `to_json` returned before a restart, or None.
     """
     self._most, self._names = most_in_a_row, names
     self.in_a_row = (stored or {}).get("in_a_row", 0)
@@ -245,18 +245,18 @@ class Skips:
   def look(
     self, step: int, phases: Mapping[str, Mapping[str, Any]], detail: bool
   ) -> tuple[dict[str, Any], Skip | None]:
-    """Judges one step.
+    """Checks one step.
 
     Args:
       step: its number.
       phases: {phase: its metrics}, on the devices. Scalars are fetched; arrays only for `detail` or a diagnosis.
-      detail: whether to return what is an array too (norms per group of modules, expert loads).
+      detail: whether to return arrays too (norms per group of modules, expert loads).
 
     Returns:
       (host metrics that may enter an average, `Skip` or None).
 
     Raises:
-      NonFinite: something is not finite that no guard kept from the state.
+      NonFinite: a metric is not finite and no guard protected the state from it.
     """
     is_scalar = lambda value: not isinstance(value, Squares) and np.ndim(value) == 0
     scalars = metrics_lib.to_host(
@@ -271,7 +271,7 @@ class Skips:
       host = metrics_lib.to_host(dict(metrics)) if detail or bad else scalars[phase]
       if not bad:
         plain |= by_group(host)
-      else:  # what else a phase with a skipped update measured may be finite and as wrong
+      else:  # the other metrics of this phase may be finite and wrong
         skip = skip or _diagnose(step, host, self._names)
     if skip is None:
       self.in_a_row = 0
@@ -282,7 +282,7 @@ class Skips:
     return plain, skip
 
   def refuse(self, skip: Skip) -> None:
-    """Raises `NonFinite` once as many steps in a row as the limit were skipped, the last of them for `skip`."""
+    """Raises `NonFinite` if the number of steps skipped in a row has reached the limit. `skip`: the last of them."""
     if self.in_a_row >= self._most:
       name, value = next(iter(skip.losses.items()), ("gradient", "not finite"))
       raise NonFinite(
@@ -293,7 +293,7 @@ class Skips:
       )
 
   def to_json(self) -> dict[str, int]:
-    """What a checkpoint keeps."""
+    """Plain values for a checkpoint."""
     return {"in_a_row": self.in_a_row}
 
 
@@ -314,9 +314,9 @@ def check_metrics(step: int, metrics: Mapping[str, Any]) -> None:
 
 
 def check_state(step: int, state: Any) -> None:
-  """Raises `NonFinite` at the first entry of a state that holds a NaN or an infinity: such a state is not to be saved.
+  """Raises `NonFinite` at the first entry of a state that holds NaN or infinity. Such a state must not be saved.
 
-  A step with finite losses may still have written one, which the next step's losses would show.
+  A step with finite losses can write one; only the next step's losses would show it.
   """
   entries = [
     (path, leaf)
@@ -324,7 +324,7 @@ def check_state(step: int, state: Any) -> None:
     if jnp.issubdtype(leaf.dtype, jnp.floating)
   ]
   if all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for _, leaf in entries):
-    # On the CPU the arrays are seen without a copy, and nothing needs to be compiled.
+    # On the CPU numpy reads the arrays without a copy, and nothing must be compiled.
     finite = [all(np.isfinite(shard.data).all() for shard in leaf.addressable_shards) for _, leaf in entries]
   else:
     finite = np.asarray(_all_finite([leaf for _, leaf in entries]))

@@ -1,26 +1,31 @@
-"""Warnings: what a person who watches a run would want to be told before hours are lost.
+"""Alerts: warnings of a run that goes wrong, before hours are lost.
 
-Three signs, each with a limit in `config.Health`: the discriminator has won (logit gap), the pictures have become one
-(diversity of the sample grid), one expert does everything (entropy of the loads). A warning is raised when its sign
-appears, and again only after it has gone.
+There are three signs, each with a limit in `config.Health`: the discriminator wins (logit gap), images become alike
+(diversity of the sample images), one expert gets all tokens (entropy of the loads). An alert is raised when its sign
+appears, and again only after it was gone.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+
+from aurora_jax import config
 from aurora_jax.evaluation import diversity
-
-_LOAD = "moe/load/"
+from aurora_jax.systems.metric_names import EXPERT_LOAD, LOGIT_FAKE, LOGIT_REAL
 
 
 @dataclasses.dataclass(frozen=True)
 class Alert:
-  """One warning.
+  """One alert.
 
   Attributes:
-    name: of the figure, "health/logit_gap", "samples/diversity_within", "moe/entropy/LAYER".
+    name: name of the figure: "health/logit_gap", "samples/diversity_within", "moe/entropy/LAYER".
     message: a sentence with the figure, its limit, and what to look at.
-    value, limit: what it was, and where the warning begins.
+    value: the figure.
+    limit: the limit that it passed.
   """
 
   name: str
@@ -28,21 +33,24 @@ class Alert:
   value: float
   limit: float
 
-  def to_json(self):
-    """For metrics.jsonl."""
+  def to_json(self) -> dict[str, Any]:
+    """Values of its line in metrics.jsonl."""
     return {"warning": self.name, "message": self.message, "value": self.value, "limit": self.limit}
 
 
-def expert_entropy(values):
-  """Entropy of each layer's load, {"moe/entropy/LAYER": from 0 (one expert has it all) to 1 (even)}.
+def expert_entropy(values: Mapping[str, Any]) -> dict[str, float]:
+  """Entropy of each layer's load, from 0 (one expert gets all tokens) to 1 (even).
 
   Args:
     values: a window's averages, with {"moe/load/LAYER/EXPERT": share}.
+
+  Returns:
+    {"moe/entropy/LAYER": entropy}, of the layers with several experts.
   """
-  layers = {}
+  layers: dict[str, list[float]] = {}
   for name, share in values.items():
-    if name.startswith(_LOAD):
-      layers.setdefault(name.removeprefix(_LOAD).rpartition("/")[0], []).append(share)
+    if name.startswith(EXPERT_LOAD):
+      layers.setdefault(name.removeprefix(EXPERT_LOAD).rpartition("/")[0], []).append(share)
   found = {}
   for layer, shares in layers.items():
     total = sum(shares)
@@ -53,62 +61,73 @@ def expert_entropy(values):
 
 
 class Health:
-  """Looks at windows and sample grids. What it remembers is part of a checkpoint's progress."""
+  """Looks at the averages of windows and at sample images. Its state is part of a checkpoint's progress."""
 
-  def __init__(self, limits, stored=None):
-    """Args: limits: `config.Health`; stored: what `to_json` gave before a restart, or None."""
+  def __init__(
+    self, limits: config.Health, stored: Mapping[str, Any] | None = None, remedies: Mapping[str, str] | None = None
+  ):
+    """Starts, or continues.
+
+    Args:
+      limits: the configuration.
+      stored: what `to_json` returned before a restart, or None.
+      remedies: {field of `limits`: config fields to look at}, for the messages; see `systems.base.System`.
+    """
     self._limits = limits
-    self._standing = set((stored or {}).get("standing", ()))  # signs that were warned of and have not gone
+    self._see = {name: f"; see {fields}" for name, fields in (remedies or {}).items()}
+    self._standing = set((stored or {}).get("standing", ()))  # signs that were reported and are not gone
     self._largest = dict((stored or {}).get("largest", {}))  # of each diversity
 
-  def window(self, values):
-    """Judges a window.
+  def window(self, values: Mapping[str, Any]) -> tuple[dict[str, float], list[Alert]]:
+    """Checks a window of steps.
 
     Args:
       values: its averages, {name: float}.
 
     Returns:
-      (figures to log besides, list of `Alert`).
+      (further figures to log, alerts).
     """
     figures, alerts = expert_entropy(values), []
     for name, entropy in figures.items():
       layer = name.removeprefix("moe/entropy/")
-      loads = {key.rpartition("/")[2]: value for key, value in values.items() if key.startswith(f"{_LOAD}{layer}/")}
-      expert = max(loads, key=loads.get)
+      loads = {
+        key.rpartition("/")[2]: value for key, value in values.items() if key.startswith(f"{EXPERT_LOAD}{layer}/")
+      }
+      expert = max(loads, key=lambda name: loads[name])
       alerts += self._below(
         name,
         entropy,
         self._limits.expert_entropy,
         f"the experts of {layer} starve: expert {expert} of {len(loads)} gets {100 * loads[expert]:.0f} % of the "
-        f"tokens (entropy {entropy:.2f}, limit {self._limits.expert_entropy:g}); see generator.router_balance_weight",
+        f"tokens (entropy {entropy:.2f}, limit {self._limits.expert_entropy:g}){self._see.get('expert_entropy', '')}",
       )
-    if "d/logit_real" in values and "d/logit_fake" in values:
-      gap, limit = values["d/logit_real"] - values["d/logit_fake"], self._limits.logit_gap
+    if LOGIT_REAL in values and LOGIT_FAKE in values:
+      gap, limit = values[LOGIT_REAL] - values[LOGIT_FAKE], self._limits.logit_gap
       alerts += self._sign(
         "health/logit_gap",
         gap,
         limit,
-        limit and gap > limit,
-        f"the discriminator has won: mean logit of real pictures {values['d/logit_real']:.1f}, of generated ones "
-        f"{values['d/logit_fake']:.1f} (gap {gap:.1f}, limit {limit:g}); see loss.r1_gamma and the learning rates",
+        bool(limit) and gap > limit,
+        f"the discriminator has won: mean logit of real images {values[LOGIT_REAL]:.1f}, of generated ones "
+        f"{values[LOGIT_FAKE]:.1f} (gap {gap:.1f}, limit {limit:g}){self._see.get('logit_gap', '')}",
       )
     return figures, alerts
 
-  def samples(self, step, images):
-    """Judges the sample grid.
+  def samples(self, step: int, images: np.ndarray) -> tuple[dict[str, float], list[Alert]]:
+    """Checks the sample images.
 
     Args:
-      step: steps done; what random weights draw at step 0 is no measure of diversity.
+      step: steps done. The images of step 0, from random weights, do not count as the largest diversity.
       images: [prompts, latents, R, R, 3] in [-1, 1].
 
     Returns:
-      (figures to log, list of `Alert`).
+      (figures to log, alerts).
     """
     found = diversity.diversity(images)
     figures, alerts = {}, []
     for name, value, what in (
-      ("samples/diversity_within", found.within, "latents of one prompt give the same picture"),
-      ("samples/diversity_between", found.between, "all prompts give the same picture"),
+      ("samples/diversity_within", found.within, "latents of one prompt give the same image"),
+      ("samples/diversity_between", found.between, "all prompts give the same image"),
     ):
       if math.isfinite(value):
         figures[name] = value
@@ -118,7 +137,7 @@ class Health:
             name,
             value,
             self._limits.diversity * largest,
-            f"collapse: {what} (mean distance {value:.2g}, it was {largest:.2g}); see the pictures of this step",
+            f"collapse: {what} (mean distance {value:.2g}, it was {largest:.2g}); see the images of this step",
           )
     return figures, alerts
 
@@ -135,6 +154,6 @@ class Health:
     self._standing.add(name)
     return [Alert(name, message, value, limit)]
 
-  def to_json(self):
-    """What a checkpoint keeps."""
+  def to_json(self) -> dict[str, Any]:
+    """Plain values for a checkpoint."""
     return {"standing": sorted(self._standing), "largest": dict(self._largest)}

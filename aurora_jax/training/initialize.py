@@ -1,14 +1,19 @@
 """The first state of a run: fresh, or with the networks of another checkpoint (`train.init_from`).
 
-Taken over: parameters, averages and other collections of the networks that sampling needs, and of the others (the
-discriminator) where the source has one that fits. Optimizers and the step begin anew.
+A run takes over parameters, averages and other collections: of the networks that sampling needs, and of the others (the
+discriminator) where the source has one that fits. Optimizers and the step start anew. A system may let parts of a
+network start fresh (`base.System.begins_fresh`), such as the blocks above the source's resolution.
 """
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from aurora_jax import config_files, xla_flags
 from aurora_jax.config import Experiment
@@ -19,7 +24,7 @@ from aurora_jax.training import optimizers
 
 
 def source(init_from: str) -> tuple[pathlib.Path, int]:
-  """Where the checkpoint of `train.init_from` is.
+  """The checkpoint of `train.init_from`.
 
   Args:
     init_from: a run's folder (its newest checkpoint), or one checkpoint in it, `RUN/checkpoints/STEP`.
@@ -41,11 +46,11 @@ def source(init_from: str) -> tuple[pathlib.Path, int]:
 
 
 def check(experiment: Experiment, allowed: tuple[str, ...] = ()) -> None:
-  """Refuses a `train.init_from` whose generator computes something else than the experiment's. Reads no weights.
+  """Refuses a `train.init_from` whose generator differs from the experiment's. Reads no weights.
 
   Args:
     experiment: the configuration.
-    allowed: names of fields or groups that may differ all the same, as of `config_check.refuse_changes`.
+    allowed: names of fields or groups that may differ, as of `config_check.refuse_changes`.
 
   Raises:
     UserError: no checkpoint there, or one line with every field that differs.
@@ -53,7 +58,7 @@ def check(experiment: Experiment, allowed: tuple[str, ...] = ()) -> None:
   init_from = experiment.train.init_from
   stored = _stored_experiment(*source(init_from))
   if stored is None:
-    return  # the shapes will tell
+    return  # a difference shows in the shapes
   if stored.system != experiment.system:
     raise UserError(f"train.init_from={init_from} is a run of system '{stored.system}', not '{experiment.system}'")
   differing = _differences(stored, experiment, "generator")
@@ -62,8 +67,8 @@ def check(experiment: Experiment, allowed: tuple[str, ...] = ()) -> None:
   }
   if differing:
     show = lambda value: json.dumps(value, default=list)
-    words = "; ".join(f"generator.{name} {show(old)} -> {show(new)}" for name, (old, new) in differing.items())
-    raise UserError(f"train.init_from={init_from}: its generator is another one than the config's: {words}")
+    changes = "; ".join(f"generator.{name} {show(old)} -> {show(new)}" for name, (old, new) in differing.items())
+    raise UserError(f"train.init_from={init_from}: its generator is another one than the config's: {changes}")
 
 
 def first_state(system: base.System, abstract_state: base.TrainState) -> tuple[base.TrainState, str]:
@@ -74,7 +79,7 @@ def first_state(system: base.System, abstract_state: base.TrainState) -> tuple[b
     abstract_state: its state as shapes with shardings.
 
   Returns:
-    (state, a line that says where it comes from, "" for a fresh one).
+    (state, a line that says where it comes from; "" for a fresh one).
 
   Raises:
     UserError: the checkpoint of `train.init_from` is missing, does not fit or cannot be read.
@@ -86,62 +91,122 @@ def first_state(system: base.System, abstract_state: base.TrainState) -> tuple[b
   key = jax.random.key(train.seed)
   init = optimizers.init_state(system)
   if not train.init_from:
-    return jax.jit(init, out_shardings=shardings, compiler_options=compiler_options)(key), ""
+    state = jax.jit(init, out_shardings=shardings, compiler_options=compiler_options)(key)
+    return _with_initial_weights(system, state, {}), ""
   folder, step = source(train.init_from)
-  taken, words = _take_over(system, abstract_state, folder, step)
+  taken, origin = _take_over(system, abstract_state, folder, step)
 
   def rest(key):
-    """What is not taken over; XLA computes nothing else."""
+    """The state without the leaves that are taken over, which XLA does not compute."""
     fresh = init(key)
-    drop = lambda name, network: network.replace(params=None, variables=None, ema=None) if name in taken else network
-    return fresh.replace(networks={name: drop(name, network) for name, network in fresh.networks.items()})
+    drop = lambda name, network: (
+      dataclasses.replace(network, **_without(_parts(network), taken[name])) if name in taken else network
+    )
+    return dataclasses.replace(fresh, networks={name: drop(name, network) for name, network in fresh.networks.items()})
 
   wanted = jax.eval_shape(rest, key)
-  placed = shardings.replace(
+  placed = dataclasses.replace(
+    shardings,
     networks={
-      name: jax.tree.map(lambda _, sharding: sharding, network, _like(network, shardings.networks[name]))
-      for name, network in wanted.networks.items()
-    }
+      name: dataclasses.replace(
+        network, **{part: _like(tree, getattr(wanted.networks[name], part)) for part, tree in _parts(network).items()}
+      )
+      for name, network in shardings.networks.items()
+    },
   )
   fresh = jax.jit(rest, out_shardings=placed, compiler_options=compiler_options)(key)
-  networks = {
-    name: network.replace(**taken[name]) if name in taken else network for name, network in fresh.networks.items()
-  }
-  return fresh.replace(networks=networks), words
+  join = lambda name, network: dataclasses.replace(
+    network, **{part: _joined(tree, getattr(network, part)) for part, tree in taken[name].items()}
+  )
+  networks = {name: join(name, network) if name in taken else network for name, network in fresh.networks.items()}
+  return _with_initial_weights(system, dataclasses.replace(fresh, networks=networks), taken), origin
 
 
-def _like(network, shardings):
-  """The shardings of those parts of a network that are there."""
-  parts = {part: None for part in ("params", "variables", "ema") if getattr(network, part) is None}
-  return shardings.replace(**parts)
+def _parts(network):
+  """The parts of a network that can be taken over, {field of `NetworkState`: tree}."""
+  parts = {"params": network.params, "variables": network.variables, "ema": network.ema}
+  return {name: tree for name, tree in parts.items() if tree is not None}
+
+
+_is_none = lambda leaf: leaf is None
+
+
+def _without(parts, taken):
+  """The parts with None in place of every leaf that was taken over."""
+  fresh = lambda taken, leaf: leaf if taken is None else None
+  return {part: jax.tree.map(fresh, taken[part], tree, is_leaf=_is_none) for part, tree in parts.items()}
+
+
+def _like(tree, wanted):
+  """A tree with None wherever `wanted` has None."""
+  return jax.tree.map(lambda wanted, leaf: leaf if wanted is not None else None, wanted, tree, is_leaf=_is_none)
+
+
+def _joined(taken, fresh):
+  """Leaves that were taken over, and fresh ones for the others."""
+  return jax.tree.map(lambda taken, fresh: fresh if taken is None else taken, taken, fresh, is_leaf=_is_none)
+
+
+def _with_initial_weights(system, state, taken):
+  """The state with the weights of `System.initial_weights`, except parameters that were taken over."""
+  for name, weights in system.initial_weights().items():
+    network = state.networks[name]
+    new = {
+      part: _overlaid(tree, weights, taken.get(name, {}).get(part))
+      for part, tree in _parts(network).items()
+      if part != "variables"
+    }
+    state = state.with_network(name, dataclasses.replace(network, **new))
+  return state
+
+
+def _overlaid(tree, weights, taken):
+  """A tree of parameters with the leaves of `weights`, a part of it. Leaves in `taken` stay."""
+  if not isinstance(weights, Mapping):
+    return tree if taken is not None else jax.device_put(np.asarray(weights, tree.dtype), tree.sharding)
+  inner = lambda name: None if taken is None else taken[name]
+  return {**tree, **{name: _overlaid(tree[name], value, inner(name)) for name, value in weights.items()}}
 
 
 def _take_over(system, abstract_state, folder, step):
-  """({network: {part: tree}}, words)."""
-  init_from = system.experiment.train.init_from
-  parts = lambda network: {
-    name: tree
-    for name, tree in (("params", network.params), ("variables", network.variables), ("ema", network.ema))
-    if tree is not None
-  }
-  needed = {name: parts(abstract_state.networks[name]) for name in system.sampled}
+  """Reads the source: ({network: {part: tree, None where a leaf starts fresh}}, description)."""
+  train = system.experiment.train
+  stored = _stored_experiment(folder, step)
   try:
+    begins_fresh = system.begins_fresh(stored) if stored else lambda name, path: False
+    needed = {name: _wanted(name, abstract_state.networks[name], begins_fresh) for name in system.sampled}
     _, found = checkpoint_reader.read(folder, {"networks": needed}, step)
   except UserError as error:
-    raise UserError(f"train.init_from={init_from}: {error}") from error
+    raise UserError(f"train.init_from={train.init_from}: {error}") from error
   taken = found["networks"]
-  words = f"{' and '.join(system.sampled)} with averages from {folder / str(step)}"
+  origin = f"{' and '.join(system.sampled)} with averages from {folder / str(step)}"
+  if train.init_from_ema:
+    for name in taken:
+      if "ema" in taken[name]:
+        taken[name]["params"] = jax.tree.map(jnp.copy, taken[name]["ema"])
+    origin += " (the averages for the parameters too)"
+  fresh = sum(
+    leaf is None for parts in taken.values() for leaf in jax.tree.leaves(parts.get("params"), is_leaf=_is_none)
+  )
+  if fresh:
+    origin += f", {fresh} parameter arrays of it fresh"
   for name in system.networks:
     if name in taken:
       continue
-    wanted = {"networks": {name: parts(abstract_state.networks[name])}}
+    wanted = {"networks": {name: _parts(abstract_state.networks[name])}}
     why_not = _why_not(system.experiment, folder, step, name, wanted)
     if why_not is None:
       taken |= checkpoint_reader.read(folder, wanted, step)[1]["networks"]
-      words += f"; {name} from there too"
+      origin += f"; {name} from there too"
     else:
-      words += f"; {name} fresh ({why_not})"
-  return taken, words
+      origin += f"; {name} fresh ({why_not})"
+  return taken, origin
+
+
+def _wanted(name, network, begins_fresh):
+  """The parts to read of a network, with None in place of leaves that start fresh."""
+  keep = lambda path, leaf: None if begins_fresh(name, path) else leaf
+  return {part: jax.tree_util.tree_map_with_path(keep, tree) for part, tree in _parts(network).items()}
 
 
 def _why_not(experiment, folder, step, name, wanted):
@@ -162,6 +227,6 @@ def _stored_experiment(folder, step):
 
 
 def _differences(stored: Experiment, now: Experiment, network: str) -> dict[str, tuple[Any, Any]]:
-  """{field: (stored value, value now)} of a network's configuration, where its weights mean something else."""
+  """{field: (stored value, present value)} of a network's configuration, where they change what its weights mean."""
   before, after = stored.identity(network), now.identity(network)
   return {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}

@@ -1,12 +1,13 @@
-"""Muon (K. Jordan, 2024): the momentum of a matrix, orthogonalised, so that a step moves all its directions alike.
+"""Muon (K. Jordan, 2024): orthogonalizes the momentum of each matrix, so that all its singular values move alike.
 
-Every weight of the networks is a matrix from inputs (of a convolution: rows, columns and channels) to outputs, or a stack
-of such, one for each kernel or expert. An update has a root mean square of about 1, that of Adam's (arXiv 2502.16982),
-whatever the matrix's shape: one learning rate serves both.
+Every weight of the networks is a matrix from inputs (of a convolution: rows, columns and channels) to outputs, or a
+stack of matrices, one for each kernel or expert. The root mean square of an update is about 1, as with Adam (arXiv
+2502.16982),
+for all shapes: one learning rate fits both.
 
-Newton and Schulz's iteration X <- (a + b X X' + c (X X')^2) X needs products as large as X each time. Here it runs on
-X X' alone, the smaller side squared, where the matrices of all weights with as many rows go through it as one; X is read
-at the beginning and at the end.
+The Newton-Schulz iteration X <- (a + b X X' + c (X X')^2) X needs products as large as X each time. Here it runs on
+X X' (the smaller side squared) only, with all matrices of equal size in one batch. X is read at the start and at the
+end.
 
   S matrices of a stack, I inputs, O outputs, D the smaller of both, N matrices that are iterated together
 """
@@ -38,50 +39,52 @@ class MomentumState(NamedTuple):
 def for_matrices(
   cfg: Optimizer, label: Label, in_use: Callable[[KeyPath], bool], others: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-  """Muon for all weights, `others` for biases, norms and what else there is.
+  """Muon for the matrices, another optimizer for all other parameters.
 
   Args:
-    cfg: its configuration.
-    label: of the parameters; its `matrix` says which are weights.
-    in_use: key path -> whether the parameter is trained at present; the others' gradients are not looked at.
-    others: optax transformation.
+    cfg: the configuration.
+    label: labels of the parameters; their `matrix` selects the matrices.
+    in_use: key path -> whether the parameter is trained at present; gradients of others are ignored.
+    others: the optimizer of the other parameters.
 
   Returns:
-    `optax.GradientTransformationExtraArgs` whose updates are the direction of ascent; `keep` is as of `optimizers.make`.
+    A transformation whose updates point along the gradient. It takes `keep` as that of `optimizers.make` does.
   """
   beta = cfg.momentum
 
-  def init(weights):
-    return MomentumState(jax.tree.map(jnp.zeros_like, weights))
+  def init(params):
+    return MomentumState(jax.tree.map(jnp.zeros_like, params))
 
-  def rescale(gradients, state, params=None, *, keep):
+  def update(updates, state, params=None, **extra_args):
     del params
-    used = jax.tree_util.tree_map_with_path(lambda path, g: g if in_use(path) else jnp.zeros_like(g), gradients)
+    keep = extra_args["keep"]
+    used = jax.tree_util.tree_map_with_path(lambda path, g: g if in_use(path) else jnp.zeros_like(g), updates)
     mean = lambda momentum, gradient: beta * momentum + (1 - beta) * gradient
     momentum = jax.tree.map(mean, state.momentum, used)
-    # Nesterov's: the gradient counts once more. What is kept is not waited for: that depends on every gradient.
+    # Nesterov's momentum. It does not go through `keep`, which would wait for every gradient.
     updates = orthogonalize(jax.tree.map(mean, momentum, used), cfg.iterations)
     return updates, MomentumState(jax.tree.map(keep, momentum, state.momentum))
 
   def labels(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: _MATRIX if label(path).matrix else _OTHER, params)
 
-  return optax.partition({_MATRIX: optax.GradientTransformationExtraArgs(init, rescale), _OTHER: others}, labels)
+  return optax.partition({_MATRIX: optax.GradientTransformationExtraArgs(init, update), _OTHER: others}, labels)
 
 
-def orthogonalize(tree, iterations):
-  """The nearest matrix with orthogonal rows or columns to every matrix of a tree, nearly, with a root mean square of 1.
+def orthogonalize(tree: Any, iterations: int) -> Any:
+  """Approximates, for every matrix of a tree, the nearest matrix with orthogonal rows or columns, with root mean square
+  1.
 
   Args:
-    tree: of weights [..., I, O], stacked along one more axis in front where the number of axes is odd.
-    iterations: of Newton and Schulz; singular values below about 4**-iterations of a matrix's norm stay small.
+    tree: weights [..., I, O]; with an odd number of axes the first one is a stack.
+    iterations: Newton-Schulz iterations; singular values below about 4**-iterations of a matrix's norm stay small.
 
   Returns:
-    The same of updates; zero where a matrix is zero.
+    A tree of the same shapes; zero where a matrix is zero.
   """
   weights, structure = jax.tree.flatten(tree)
   stacks = [_unit_norm(_as_stack(weight)) for weight in weights]
-  sizes = collections.defaultdict(list)  # {padded D: numbers of weights}
+  sizes: dict[int, list[int]] = collections.defaultdict(list)  # {padded D: numbers of weights}
   for number, stack in enumerate(stacks):
     sizes[-(-min(stack.shape[1:]) // _SIDE) * _SIDE].append(number)
   for side, numbers in sizes.items():
@@ -107,14 +110,16 @@ def _as_stack(weight):
 
 
 def _unit_norm(stack):
-  """A matrix smaller than `_SMALLEST` stays below a norm of 1: what is left of the momentum of an expert or a kernel that
-  nothing chooses any more fades away, and where squares are zero in float32 nothing is divided by their sum."""
+  """Scales matrices to a norm of 1, or below 1 if the norm is less than `_SMALLEST`.
+
+  So the momentum of an expert or kernel that is no longer used fades away, and no norm of zero is divided by.
+  """
   norm = jnp.sqrt(jnp.sum(jnp.square(stack), axis=(1, 2), keepdims=True))
   return stack / jnp.maximum(norm, _SMALLEST)
 
 
 def _product(left, right):
-  """Of batches of matrices, in full precision: a small singular value of X is its square's last digits in X X'."""
+  """Batched matrix product in full precision: in X X' a small singular value of X is in the last digits."""
   return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -137,10 +142,10 @@ def _inverse_root(square, iterations):
   """Nearly (X X')^(-1/2) of X X'. [N, D, D] -> [N, D, D]."""
   a, b, c = _COEFFICIENTS
   identity = jnp.eye(square.shape[-1])
-  root = None
-  for i in range(iterations):
-    polynomial = a * identity + b * square + c * _product(square, square)
-    root = polynomial if root is None else _product(polynomial, root)
-    if i + 1 < iterations:
-      square = _product(polynomial, _product(square, polynomial))
+  polynomial = lambda square: a * identity + b * square + c * _product(square, square)
+  root = factor = polynomial(square)
+  for _ in range(iterations - 1):
+    square = _product(factor, _product(square, factor))
+    factor = polynomial(square)
+    root = _product(factor, root)
   return root

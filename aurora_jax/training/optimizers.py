@@ -20,11 +20,11 @@ from aurora_jax.training import muon
 
 
 class RmsState(NamedTuple):
-  """What Adam without a first moment remembers.
+  """State of Adam without a first moment.
 
   Attributes:
-    count: int32, updates so far; with stages [stages], those since each began.
-    nu: mean of squared gradients, not corrected, as the parameters.
+    count: int32, number of updates; with stages [stages], the number since each stage began.
+    nu: moving averages of squared gradients, without bias correction; a tree like the parameters.
   """
 
   count: jax.Array
@@ -32,7 +32,7 @@ class RmsState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-  """`RmsState` with `mu`, the mean of gradients, not corrected."""
+  """`RmsState` with `mu`, the moving averages of gradients, without bias correction."""
 
   count: jax.Array
   mu: Any
@@ -44,24 +44,24 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a network: Adam, or Muon for its matrices; decoupled weight decay on labelled parameters.
 
-  The learning rate is applied by `Updates`, so that the state holds no schedule.
+  `Updates` applies the learning rate, so the state holds no schedule.
 
   Args:
     cfg: the optimizer's configuration.
-    label: of the network's parameters.
-    schedule: progressive growing. Parameters that a stage does not use stay as they are, with what is remembered of them.
-    resolution: of the present stage; ignored without stages.
+    label: labels of the network's parameters.
+    schedule: progressive growing. A stage leaves parameters that it does not use as they are, with their moments.
+    resolution: resolution of the present stage; ignored without stages.
 
   Returns:
-    A transformation whose updates are the direction of ascent. Its `update` takes `keep`: (new array, old array) -> the one
-    to keep, the same choice for all arrays. Each array is chosen where it is made and the next is made from it: one pass
-    over memory. Chosen at the end, all second moments would exist twice.
+    A transformation whose updates point along the gradient. Its `update` takes `keep`, a function of (new array, old
+    array) that chooses the new ones or the old ones, alike for all arrays. Each moment is chosen where it is computed,
+    in one pass over memory. With a choice at the end, all second moments would exist twice.
   """
   in_use = lambda path: not schedule.resolutions or label(path).stage <= resolution
   first = _adam(cfg, label, schedule, resolution, in_use)
   if cfg.method == "muon":
     first = muon.for_matrices(cfg, label, in_use, others=first)
-  parts = [first]
+  parts: list[optax.GradientTransformation] = [first]
   if cfg.weight_decay:
     mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: label(path).decay and in_use(path), params)
     parts.append(optax.add_decayed_weights(cfg.weight_decay, mask))
@@ -69,10 +69,10 @@ def make(
 
 
 def _adam(cfg, label, schedule, resolution, in_use):
-  """Adam; a first moment of zero is not stored.
+  """Adam. With beta1 = 0 it stores no first moment.
 
-  With stages, each stage's parameters have the bias correction of their own age: by that of the whole run, the first steps
-  of new layers would be 1 / sqrt(1 - beta2) times too long. The moments of layers trained before go on.
+  With stages, the bias correction counts the updates since a parameter's stage began. With the count of the whole run,
+  the first steps of new layers would be 1 / sqrt(1 - beta2) times too long.
   """
   stages = schedule.resolutions
 
@@ -81,8 +81,9 @@ def _adam(cfg, label, schedule, resolution, in_use):
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)
     return AdamState(count, zeros(), zeros()) if cfg.beta1 else RmsState(count, zeros())
 
-  def rescale(gradients, state, params=None, *, keep):
+  def update(updates, state, params=None, **extra_args):
     del params
+    keep = extra_args["keep"]
     running = np.asarray([reached <= resolution for reached in stages], np.int32) if stages else np.int32(1)
     count = keep(state.count + running, state.count)
 
@@ -90,8 +91,8 @@ def _adam(cfg, label, schedule, resolution, in_use):
       mean = lambda path, value, before: keep(decay * before + (1 - decay) * value, before) if in_use(path) else before
       return jax.tree_util.tree_map_with_path(mean, values, old)
 
-    mu = averaged(cfg.beta1, gradients, state.mu) if cfg.beta1 else gradients
-    nu = averaged(cfg.beta2, jax.tree.map(jnp.square, gradients), state.nu)
+    mu = averaged(cfg.beta1, updates, state.mu) if cfg.beta1 else updates
+    nu = averaged(cfg.beta2, jax.tree.map(jnp.square, updates), state.nu)
 
     def divide(path, mean, square):
       if not in_use(path):
@@ -101,10 +102,10 @@ def _adam(cfg, label, schedule, resolution, in_use):
         mean = mean / (1 - cfg.beta1**age).astype(mean.dtype)
       return mean / (jnp.sqrt(square / (1 - cfg.beta2**age).astype(square.dtype)) + cfg.eps)
 
-    updates = jax.tree_util.tree_map_with_path(divide, mu, nu)
-    return updates, AdamState(count, mu, nu) if cfg.beta1 else RmsState(count, nu)
+    ascent = jax.tree_util.tree_map_with_path(divide, mu, nu)
+    return ascent, AdamState(count, mu, nu) if cfg.beta1 else RmsState(count, nu)
 
-  return optax.GradientTransformationExtraArgs(init, rescale)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def learning_rate_factor(cfg: Optimizer, step: jax.Array, total_steps: jax.Array | int) -> jax.Array:
@@ -119,10 +120,11 @@ def learning_rate_factor(cfg: Optimizer, step: jax.Array, total_steps: jax.Array
 
 
 def ema_decay(cfg: Ema, step: jax.Array, batch_size: int) -> jax.Array:
-  """Decay of the moving average at a step: a half-life in images, short at the start (StyleGAN2-ADA's ramp-up)."""
+  """Decay of the moving average at a step. The half-life, in images, ramps up at the start (StyleGAN2-ADA)."""
   half_life = jnp.float32(cfg.half_life_images)
   if cfg.ramp_up:
-    half_life = jnp.minimum(half_life, cfg.ramp_up * (step + 1).astype(jnp.float32) * batch_size)
+    seen = step + 1 if cfg.ramp_up_includes_batch else step
+    half_life = jnp.minimum(half_life, cfg.ramp_up * seen.astype(jnp.float32) * batch_size)
   return 0.5 ** (batch_size / jnp.maximum(half_life, 1e-8))
 
 
@@ -134,7 +136,7 @@ class Updates:
 
     Args:
       system: at its present stage.
-      total_steps: of the run; may be traced.
+      total_steps: steps of the run; may be traced.
     """
     experiment = system.experiment
     self._system, self._total_steps = system, total_steps
@@ -145,23 +147,33 @@ class Updates:
       for name, network in system.networks.items()
     }
 
-  def __call__(self, state, network, gradients, metrics, *, healthy=True, variables=None, log_name=None):
+  def __call__(
+    self,
+    state: base.TrainState,
+    network: str,
+    gradients: base.PyTree,
+    metrics: base.Metrics,
+    *,
+    all_finite: jax.Array | bool = True,
+    variables: base.PyTree | None = None,
+    log_name: str | None = None,
+  ) -> tuple[base.TrainState, jax.Array | bool, base.Metrics]:
     """See `base.Update`."""
     settings, old, guard = self._system.networks[network], state.networks[network], self._guard
     cfg, label, log_name = settings.optimizer, settings.label, log_name or settings.log_name
     metrics = metrics | guard.norms(f"grad_norm/{log_name}", gradients, label)
-    healthy = healthy & guard.healthy(metrics)
-    keep = guard.keeper(healthy)
+    all_finite = all_finite & guard.all_finite(metrics)
+    keep = guard.keeper(all_finite)
     if cfg.clip_norm:
       scale = jnp.minimum(1.0, cfg.clip_norm / jnp.maximum(metrics[f"grad_norm/{log_name}"], 1e-12))
       gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
     if cfg.l2:
       gradients = jax.tree.map(lambda g, p: g + cfg.l2 * p, gradients, old.params)
-    rate = cfg.learning_rate * learning_rate_factor(cfg, state.step, self._total_steps)
+    lr = cfg.learning_rate * learning_rate_factor(cfg, state.step, self._total_steps)
     ascent, opt_state = self._optimizers[network].update(gradients, old.opt_state, old.params, keep=keep)
 
     def scaled(path, step, param):
-      return rate * (cfg.bias_lr_factor if label(path).bias else 1.0) * step.astype(param.dtype)
+      return lr * (cfg.bias_lr_factor if label(path).bias else 1.0) * step.astype(param.dtype)
 
     moves = jax.tree_util.tree_map_with_path(scaled, ascent, old.params)
     params = jax.tree.map(lambda param, move: keep(param - move, param), old.params, moves)
@@ -170,9 +182,9 @@ class Updates:
       decay = ema_decay(settings.ema, state.step, self._batch_size)
       ema = jax.tree.map(lambda mean, value: keep(mean + (1 - decay) * (value - mean), mean), ema, params)
     others = old.variables if variables is None else jax.tree.map(keep, variables, old.variables)
-    metrics |= guard.norms(f"update_norm/{log_name}", moves, label) | guard.verdict(log_name, healthy)
-    metrics[f"learning_rate/{log_name}"] = rate
-    return state.with_network(network, base.NetworkState(params, others, opt_state, ema)), healthy, metrics
+    metrics |= guard.norms(f"update_norm/{log_name}", moves, label) | guard.verdict(log_name, all_finite)
+    metrics[f"learning_rate/{log_name}"] = lr
+    return state.with_network(network, base.NetworkState(params, others, opt_state, ema)), all_finite, metrics
 
 
 def init_state(system: base.System) -> Callable[[jax.Array], base.TrainState]:

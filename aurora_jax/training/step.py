@@ -18,7 +18,7 @@ from aurora_jax.training import optimizers
 
 
 def state_shardings(system: base.System, state: base.TrainState) -> base.TrainState:
-  """Where every leaf of a training state (arrays or shapes) is stored."""
+  """The sharding of every leaf of a training state (arrays or shapes), as a tree of the same structure."""
   layout = system.layout
 
   def network(name, tree):
@@ -31,7 +31,8 @@ def state_shardings(system: base.System, state: base.TrainState) -> base.TrainSt
       None if tree.ema is None else of(tree.ema),
     )
 
-  return base.TrainState(layout.replicated, {name: network(name, tree) for name, tree in state.networks.items()})
+  step = jax.tree.map(lambda _: layout.replicated, state.step)
+  return base.TrainState(step, {name: network(name, tree) for name, tree in state.networks.items()})
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
@@ -49,7 +50,7 @@ def abstract_state(system: base.System) -> base.TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-  """What is the same in every step of a run but no constant of the programs.
+  """Values that are equal in all steps of a run, but arguments of the programs.
 
   Attributes:
     seed: uint32 [2], data of the run's PRNG key.
@@ -64,7 +65,7 @@ jax.tree_util.register_dataclass(Constants, data_fields=("seed", "total_steps"),
 
 
 def constants(system: base.System) -> Constants:
-  """The constants of a run, on every device."""
+  """The constants of a run, replicated on all devices."""
   train = system.experiment.train
   values = Constants(jax.random.key_data(jax.random.key(train.seed)), jnp.int32(train.total_steps))
   return jax.device_put(values, system.layout.replicated)
@@ -73,7 +74,8 @@ def constants(system: base.System) -> Constants:
 class Program:
   """One phase, jitted: (state, frozen, batch, constants, repeat) -> (state, metrics).
 
-  The state is donated, but not on a CPU: there XLA copies what it updates in place, which costs a quarter of a small step
+  The state is donated, but not on a CPU: there XLA copies what it updates in place, which costs a quarter of a small
+    step
   (benchmarks/README.md).
   """
 
@@ -100,13 +102,13 @@ class Program:
 
   @property
   def runs_per_step(self) -> float:
-    """How often it runs in a step, on average."""
+    """Average number of runs per step."""
     return self.repeats / self.every
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The programs of a step and what they take.
+  """The programs of a step and their arguments.
 
   Attributes:
     system: at the present stage.
@@ -125,8 +127,8 @@ class Step:
     """Batches that a step reads: repeats of a phase have one each."""
     return max(program.repeats for program in self.programs)
 
-  def abstract_arguments(self, frozen: Any) -> tuple:
-    """What every program takes, as shapes with shardings. `frozen`: arrays or shapes."""
+  def abstract_arguments(self, frozen: Any) -> tuple[Any, ...]:
+    """Arguments of every program, as shapes with shardings. `frozen`: arrays or shapes."""
     layout, train = self.system.layout, self.system.experiment.train
     whole = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.replicated)
     return (
@@ -197,4 +199,4 @@ class CompiledStep:
           batch = {name: batches[repeat][name] for name in self._inputs}
           name = program.name if program.repeats == 1 else f"{program.name}/{repeat}"
           state, metrics[name] = run(state, self._frozen, batch, self._constants, self._repeats[repeat])
-    return state.replace(step=self._advance(state.step)), metrics
+    return dataclasses.replace(state, step=self._advance(state.step)), metrics

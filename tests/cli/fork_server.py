@@ -3,7 +3,8 @@
 The real command spends seconds importing; a fork of a process that has done so, and has neither a JAX backend nor
 threads, begins at once and is otherwise the same: `cli.main.main` of its own, to be killed like any other.
 
-    python tests/cli/fork_server.py [MODULE]    reads a JSON list per line (log file, arguments); writes the child's pid, and
+    python tests/cli/fork_server.py [MODULE]    reads a JSON list per line (log file, arguments); writes the child's
+    pid, and
                                                 its exit status (negative: the signal) when it has ended. MODULE.prepare
                                                 takes the place of `training.setup.prepare`
 """

@@ -1,4 +1,6 @@
-"""In the place of `training.setup`: the real loader's pictures, and tests/training/toy.py in the place of the networks."""
+"""In the place of `training.setup`: the real loader's pictures, and tests/training/toy.py in the place of the
+networks.
+"""
 
 import time
 

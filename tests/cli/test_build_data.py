@@ -34,7 +34,7 @@ def built(folder, out, *arguments, **environment):
   """The lines that building a data set from a folder says on stdout, but for the last; on stderr only progress."""
   done = run("--source", "folder", "--path", folder, "--out", out, "--resolution", "16", *arguments, **environment)
   assert done.returncode == 0, done.stderr
-  assert re.fullmatch(r"(folder: pictures: \d+ of \d+\n)*", done.stderr)
+  assert re.fullmatch(r"(folder: images: \d+ of \d+\n)*", done.stderr)
   return done.stdout.splitlines()[:-1]
 
 
@@ -64,10 +64,10 @@ def test_openmoji(tmp_path):
   manifest = json.loads((out / "manifest.json").read_text())
   splits = manifest["splits"]
   assert train == (
-    f"train: {splits['train']['examples']} pictures, {splits['train']['captions']} image-text pairs, 4 files"
+    f"train: {splits['train']['examples']} images, {splits['train']['captions']} image-text pairs, 4 files"
   )
   assert heldout == (
-    f"heldout: {splits['heldout']['examples']} pictures, {splits['heldout']['captions']} image-text pairs, 1 file"
+    f"heldout: {splits['heldout']['examples']} images, {splits['heldout']['captions']} image-text pairs, 1 file"
   )
   assert rejected == "rejected: none"
   assert re.fullmatch(f"{re.escape(str(out))}: written in [0-9.]+ s", written)
@@ -107,11 +107,11 @@ def test_folder(pictures, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[:5] == [
-    "train: 4 pictures, 8 image-text pairs, 2 files",
-    "heldout: 2 pictures, 4 image-text pairs, 1 file",
+    "train: 4 images, 8 image-text pairs, 2 files",
+    "heldout: 2 images, 4 image-text pairs, 1 file",
     "rejected: 2 (listed in manifest.json)",
     "  alone.jpg: no caption file alone.txt",
-    "  text.png: not a readable picture: 18 bytes of no known format",
+    "  text.png: not a readable image: 18 bytes of no known format",
   ]
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   assert manifest["name"] == "pets" and manifest["rejected"]["count"] == 2
@@ -124,12 +124,12 @@ def test_fewer_held_out_than_asked_for(pictures, tmp_path):
   done = run("--source", "folder", "--path", pictures, "--out", tmp_path / "out", "--heldout", "0.9")
   assert done.returncode == 0, done.stderr
   said = re.search(
-    r"^held out (\d) of the 5 pictures asked for: the captions share too few words for more$", done.stdout, re.MULTILINE
+    r"^held out (\d) of the 5 images asked for: the captions share too few words for more$", done.stdout, re.MULTILINE
   )
   assert 1 <= int(said[1]) <= 3
   without = run("--source", "folder", "--path", pictures, "--out", tmp_path / "none", "--heldout", "0")
   assert without.returncode == 0 and "held out" not in without.stdout
-  assert without.stdout.startswith("train: 6 pictures, 12 image-text pairs")
+  assert without.stdout.startswith("train: 6 images, 12 image-text pairs")
 
 
 def test_same_command_same_files(pictures, tmp_path):
@@ -152,7 +152,7 @@ def test_out_is_there_already(pictures, tmp_path):
   "arguments, words",
   [
     (("--source", "folder"), "--source folder needs --path DIR"),
-    (("--source", "folder", "--path", "nowhere"), "picture folder nowhere does not exist"),
+    (("--source", "folder", "--path", "nowhere"), "image folder nowhere does not exist"),
     (
       ("--source", "folder", "--path", "pictures", "--skin-tones", "named"),
       "--skin-tones named is for --source openmoji",
@@ -215,7 +215,7 @@ def test_a_name_that_is_not_utf8(tmp_path):
   put(tmp_path / "in", "blue.png", "blue square")
   put(tmp_path / "in", b"caf\xe9.png", "red square")
   assert built(tmp_path / "in", tmp_path / "out") == [
-    "train: 2 pictures, 2 image-text pairs, 2 files",
+    "train: 2 images, 2 image-text pairs, 2 files",
     "rejected: none",
     "files seen: 4",
     "  images stored: 2",
@@ -287,7 +287,7 @@ def test_nothing_is_said_of_broken_exif(tmp_path):
   put(tmp_path / "in", "good.jpg", "white square")
   put(tmp_path / "in", "exif.jpg", "red square", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff broken")
   assert built(tmp_path / "in", tmp_path / "out", PYTHONWARNINGS="always")[:2] == [
-    "train: 2 pictures, 2 image-text pairs, 2 files",
+    "train: 2 images, 2 image-text pairs, 2 files",
     "rejected: none",
   ]
 
@@ -301,7 +301,7 @@ def test_what_captions_hold(tmp_path):
   put(folder, "nothing.png", "\u200b\ufeff")
   put(folder, "some.png", "green square\n\x1b]0;title\x07\n")
   assert built(folder, tmp_path / "out", LC_ALL="C.UTF-8") == [
-    "train: 3 pictures, 3 image-text pairs, 3 files",
+    "train: 3 images, 3 image-text pairs, 3 files",
     "rejected: 3 (listed in manifest.json)",
     r"  escape.png: caption file escape.txt has the control character \x1b: a\x1b[31mred\x07 \u202e square",
     r"  nothing.png: caption file nothing.txt has no visible character: \u200b\ufeff",
@@ -324,8 +324,8 @@ def test_what_surprises_is_said(tmp_path):
   for number in range(5):
     put(tmp_path / "in", f"{number}.png", "red square", image=(1 + number, 40))
   assert built(tmp_path / "in", tmp_path / "out", "--heldout", "0.4")[1:3] == [
-    "all 5 pictures have the same main caption: a prompt will have nothing to choose",
-    "enlarged: 5 pictures of less than 16 pixels, the smallest 1x40 (0.png)",
+    "all 5 images have the same main caption: a prompt will have nothing to choose",
+    "enlarged: 5 images of less than 16 pixels, the smallest 1x40 (0.png)",
   ]
 
 

@@ -92,7 +92,7 @@ def test_train_then_go_on_then_inspect(experiment, prepare, tmp_path, capsys):
     "(small)",
     "step 9 of 9",
     "restarts   1",
-    "step 6  went on",
+    "step 6  resumed",
     "with train.total_steps 6 -> 9",
     "all steps are done",
     "saved      step 6 (",
@@ -124,6 +124,39 @@ def test_a_changed_experiment(experiment, prepare, tmp_path, capsys):
   assert main.main(changed + ["--allow-config-change", "loss.clip_weight"]) == 0
   stored = json.loads((tmp_path / "run/config.json").read_text())
   assert stored["loss"]["clip_weight"] == 0.5
+
+
+def test_a_data_set_that_was_replaced_is_refused_unless_it_is_allowed(experiment, prepare, tmp_path, capsys):
+  def data_set(checksum):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    shard = {"file": "x", "examples": 3, "bytes": 10, "sha256": checksum}
+    manifest = {"resolution": 8, "splits": {"train": {"examples": 3, "shards": [shard]}}}
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+
+  command = ["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]
+  command += [f"--config.data.path={tmp_path / 'data'}"]
+  data_set("a")
+  assert main.main(command) == 0
+  assert main.main(command + ["--config.train.total_steps=7"]) == 0
+  data_set("b")
+  capsys.readouterr()
+  assert main.main(command + ["--config.train.total_steps=9"]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and f"data.path: what is at {tmp_path / 'data'} is not what was there" in error
+  assert len(prepare) == 2  # refused before anything was loaded
+  assert main.main(["inspect", str(tmp_path / "run")]) == 0
+  assert "changed    data.path: what is at" in capsys.readouterr().out
+  allowed = ["--config.train.total_steps=9", "--allow-config-change", "data.path"]
+  assert main.main(command + allowed) == 0
+  assert "data.path: what is at" in capsys.readouterr().err
+  assert main.main(command + ["--config.train.total_steps=10"]) == 0  # recorded
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_at_once(experiment, prepare, tmp_path, capsys):
+  (tmp_path / "run").mkdir()
+  with workdir.locked(tmp_path / "run"):
+    assert main.main(["train", "--config", str(experiment), "--workdir", str(tmp_path / "run")]) == 2
+  assert "another process is training in it" in capsys.readouterr().err and not prepare
 
 
 def test_nan_is_status_3(experiment, monkeypatch, tmp_path, capsys):
@@ -183,7 +216,7 @@ def test_inspect_tells_data_sets_and_experiments(tmp_path, experiment, capsys):
   build.build(sources.folder(str(pictures)), str(tmp_path / "data"), resolution=8, shards=2, heldout_fraction=0.0)
   assert main.main(["inspect", str(tmp_path / "data")]) == 0
   said = capsys.readouterr().out
-  assert "3 pictures" in said and "red dot" in said and "broken" in said and "8x8" in said
+  assert "3 images" in said and "red dot" in said and "broken" in said and "8x8" in said
 
   shard = sorted((tmp_path / "data").glob("*.tfrecord"))[0]
   shard.write_bytes(shard.read_bytes()[:-3])
@@ -237,6 +270,6 @@ def test_inspect_says_whether_a_run_is_going_on(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
   assert main.main(["inspect", str(tmp_path)]) == 0
   assert "its process was killed" in capsys.readouterr().out
-  with workdir.held(tmp_path):
+  with workdir.locked(tmp_path):
     assert main.main(["inspect", str(tmp_path)]) == 0
   assert "a process is training in it now" in capsys.readouterr().out

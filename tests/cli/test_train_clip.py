@@ -79,10 +79,10 @@ def test_trains_measures_and_writes(data, tmp_path):
   assert done.returncode == 0, done.stderr
   train, heldout, written = done.stdout.splitlines()
   for line, name in ((train, "train"), (heldout, "heldout")):
-    expected = rf"real pictures, {name}: the right caption first among 20: [\d.]+%, among all 20: [\d.]+%"
+    expected = rf"real images, {name}: the right caption first among 20: [\d.]+%, among all 20: [\d.]+%"
     assert re.fullmatch(expected, line)
   assert re.fullmatch(f"{re.escape(str(out))}: 5 steps in [0-9.]+ s .*", written)
-  assert re.search(r"^train-clip: step 5 of 5: loss \d\.\d+, right caption of 8: [\d.]+%$", done.stderr, re.MULTILINE)
+  assert re.search(r"^train-clip: step 5 of 5  loss \d\.\d+, right caption of 8: [\d.]+%$", done.stderr, re.MULTILINE)
   assert "Traceback" not in done.stderr
   assert [path.name for path in out.parent.iterdir()] == ["small"]
 

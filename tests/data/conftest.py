@@ -12,7 +12,7 @@ SHAPES = ("square", "circle", "heart", "star", "moon")
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory):
-  """20 pictures of 16 x 16 random pixels, each with two captions, the first one of two words."""
+  """20 images of 16 x 16 random pixels, each with two captions, the first one of two words."""
   folder = tmp_path_factory.mktemp("pictures")
   generator = np.random.default_rng(7)
   for colour in COLOURS:
@@ -25,7 +25,7 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_folder(picture_folder, tmp_path_factory):
-  """A data set of those pictures: 16 x 16, 3 shards of training, 1 held out."""
+  """A data set of those images: 16 x 16, 3 shards of training, 1 held out."""
   out = tmp_path_factory.mktemp("data") / "shapes"
   build.build(sources.folder(picture_folder), out, resolution=16, shards=3, heldout_fraction=0.2, name="shapes")
   return out

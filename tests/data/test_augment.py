@@ -31,7 +31,7 @@ def reduced(pixels):
 
 
 def centre(pixels):
-  """Centre of the darkness of each channel, in fractions of the side, float [3, 2] (x, y)."""
+  """Center of the darkness of each channel, in fractions of the side, float [3, 2] (x, y)."""
   darkness = 255.0 - pixels
   y, x = (np.mgrid[: len(pixels), : len(pixels)] + 0.5) / len(pixels)
   return np.stack([(darkness * axis[..., None]).sum((0, 1)) / darkness.sum((0, 1)) for axis in (x, y)], axis=-1)
@@ -93,7 +93,7 @@ def test_white_comes_in(side):
 
 
 def test_doubled_pictures_do_not_flicker():
-  # A pattern that is grey at the asked resolution stays grey wherever it is shifted to.
+  # A pattern that is gray at the asked resolution stays gray wherever it is shifted to.
   pixels = np.zeros((2 * RESOLUTION, 2 * RESOLUTION, 3), np.uint8)
   pixels[::2, ::2] = pixels[1::2, 1::2] = 255
   for draw in np.linspace(0, 1, 17):

@@ -479,6 +479,6 @@ def test_no_readable_picture(tmp_path):
   def render(item, resolution):
     raise images.ImageError("no")
 
-  with pytest.raises(UserError, match="made up for a test has no readable picture: 42 rejected, the first is 0: no"):
+  with pytest.raises(UserError, match="made up for a test has no readable image: 42 rejected, the first is 0: no"):
     build(source_of(grid(), render), tmp_path / "out", resolution=4, shards=1)
   assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Colours are those of the image's ICC profile, in sRGB."""
+"""Colors are those of the image's ICC profile, in sRGB."""
 
 import concurrent.futures
 import io

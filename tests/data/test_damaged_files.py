@@ -1,4 +1,4 @@
-"""A thousand tfrecord files with random damage: nothing but the documented errors, and only what was written gets through."""
+"""A thousand tfrecord files with random damage: only the documented errors occur, and only intact records are read."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def _damaged(rng, data, times, cuts=()):
 
 @pytest.fixture(name="folder")
 def _folder(tmp_path):
-  """A data set of one shard with small pictures."""
+  """A data set of one shard with small images."""
   rng = np.random.default_rng(0)
   pictures = [images.encode_png(Image.fromarray(rng.integers(0, 255, (2, 2, 3), np.uint8))) for _ in range(RECORDS)]
   folder = tmp_path / "data"
@@ -155,7 +155,7 @@ def test_a_thousand_damaged_files(folder, in_time):
     if stored is None:
       index.unlink(missing_ok=True)  # Of a shard that seemed whole one was made.
     try:
-      readers = [opened, Dataset.open(folder, tolerate_damage=True)]
+      readers = [opened, Dataset.open(folder, tolerate_corruption=True)]
       assert len(readers[1]) == RECORDS
     except UserError as error:  # More records than ever were: another shard.
       assert "the manifest says 6" in str(error)
@@ -190,11 +190,11 @@ def test_damage_beneath_a_right_checksum(folder, in_time):
     dataset = Dataset.open(folder)
     for number in range(RECORDS):
       try:
-        picture, example = dataset.picture(number)
+        picture, example = dataset.image(number)
         assert picture.mode == "RGB" and all(caption.strip() for caption in example.captions)
       except tfrecords.RecordError as error:
         reasons.add(error.reason.split(" (")[0].split(":")[0])
-  assert {"not a tf.train.Example", "not a readable picture", "no feature 'image' with one value"} <= reasons
+  assert {"not a tf.train.Example", "not a readable image", "no feature 'image' with one value"} <= reasons
 
 
 def test_every_record_is_looked_at(data_folder, tmp_path):
@@ -210,7 +210,7 @@ def test_every_record_is_looked_at(data_folder, tmp_path):
   shards[1].unlink()
   tfrecords.index_path(shards[1]).unlink()
   told = []
-  opened = Dataset.open(folder, tolerate_damage=True)
+  opened = Dataset.open(folder, tolerate_corruption=True)
   assert opened.problems == [f"shard {shards[1]} is missing"] and len(opened) == 16
   found = list(corrupt_records.verify(opened, lambda done, total: told.append((done, total))))
   counts = [entry["examples"] for entry in opened.manifest["splits"]["train"]["shards"]]
@@ -228,6 +228,6 @@ def test_manifests_that_are_damaged(data_folder, tmp_path):
     (folder / "manifest.json").write_bytes(_damaged(rng, manifest, 1))
     for tolerate in (False, True):
       try:
-        Dataset.open(folder, tolerate_damage=tolerate)
+        Dataset.open(folder, tolerate_corruption=tolerate)
       except UserError as error:
         assert "\n" not in str(error)

@@ -222,7 +222,7 @@ def test_what_can_be_had_of_damaged_shards(copy, data_folder):
   path.write_bytes(data)
   with pytest.raises(UserError, match="truncated"):
     Dataset.open(copy)
-  dataset = Dataset.open(copy, tolerate_damage=True)
+  dataset = Dataset.open(copy, tolerate_corruption=True)
   assert len(dataset) == 16 and len(dataset.problems) == 3
   for words, problem in zip(
     ("it is truncated", "is missing", "record 2 at byte .* has a broken header"), dataset.problems

@@ -1,4 +1,4 @@
-"""Five hundred damaged images and captions of all formats: each is accounted for, in our own words, and nothing else is said."""
+"""Five hundred damaged images and captions of all formats: each is reported by our own messages alone."""
 
 import io
 import json
@@ -45,9 +45,9 @@ FORMATS = (
 
 # All that may be said: lines on the terminal, and reasons in the manifest.
 LINES = (
-  r"(train|heldout): \d+ pictures, \d+ image-text pairs, \d+ files?",
-  r"held out \d+ of the \d+ pictures asked for: the captions share too few words for more",
-  r"enlarged: \d+ pictures? of less than 16 pixels, the smallest \d+x\d+ \(.*\)",
+  r"(train|heldout): \d+ images, \d+ image-text pairs, \d+ files?",
+  r"held out \d+ of the \d+ images asked for: the captions share too few words for more",
+  r"enlarged: \d+ images? of less than 16 pixels, the smallest \d+x\d+ \(.*\)",
   r"(rejected|passed over|captions left out): \d+ \(listed in manifest.json\)",
   r"files seen: \d+",
   r"  [a-z ]+: \d+",
@@ -60,11 +60,11 @@ REASONS = (
   r"caption file .* looks like UTF-16 without a byte-order mark \(save it as UTF-8\)",
   r"caption file .* has (the control character \\x[0-9a-f]{2}|no visible character): .*",
   r"a caption has (the control character \\x[0-9a-f]{2}|no visible character): .*",
-  r"not a readable picture: (an empty file|\d+ bytes of no known format|it needs too much memory)",
-  r"not a readable picture: ([A-Z0-9]+|its) data are (damaged|cut off)",
-  r"not a readable picture: [0-9,]+ pixels, at most 178,956,970 are read",
-  r"not a readable picture: (some of its values are not finite|its values go from .* to .*)",
-  r"not a readable picture: the format is none that is read \(.*\)",
+  r"not a readable image: (an empty file|\d+ bytes of no known format|it needs too much memory)",
+  r"not a readable image: ([A-Z0-9]+|its) data are (damaged|cut off)",
+  r"not a readable image: [0-9,]+ pixels, at most 178,956,970 are read",
+  r"not a readable image: (some of its values are not finite|its values go from .* to .*)",
+  r"not a readable image: the format is none that is read \(.*\)",
   r"hidden|not an image|no image of this name|a link that leads nowhere",
 )
 
@@ -105,7 +105,7 @@ def _encoded(rng, kind, mode, options):
 
 
 def _damaged(rng, data):
-  """Half of the files stay whole; the others are cut, filled with noise in places, or end in what does not belong there."""
+  """Half of the files stay intact. The others are cut, partly overwritten with noise, or have bytes appended."""
   if rng.integers(2):
     return data
   data = bytearray(data)
@@ -199,7 +199,7 @@ def test_five_hundred_damaged_files(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   for line in done.stderr.decode().splitlines():
-    assert re.fullmatch(r"folder: pictures: \d+ of \d+", line), line
+    assert re.fullmatch(r"folder: images: \d+ of \d+", line), line
   said = done.stdout.decode()
   assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
   for line in said.splitlines():
@@ -219,7 +219,7 @@ def test_five_hundred_damaged_files(tmp_path):
     dataset = Dataset.open(tmp_path / "out", split)
     assert len(dataset) == entry["examples"]
     for number in range(len(dataset)):
-      picture, example = dataset.picture(number)
+      picture, example = dataset.image(number)
       assert picture.size == (16, 16) and picture.mode == "RGB"
       assert not any(re.search(r"[\x00-\x1f\x7f-\x9f]", caption) for caption in example.captions)
       keys.append(example.key)

@@ -66,7 +66,7 @@ def test_nothing_else_can_be_meant(tmp_path, image, caption):
 @pytest.mark.parametrize(
   "names, expected",
   [
-    # What is spelt alike goes first; the rest is not guessed.
+    # What is spelled alike goes first; the rest is not guessed.
     (["a.png", "A.png", "a.txt", "A.txt"], {"a.png": "a.txt", "A.png": "A.txt"}),
     (["a.png", "A.png", "a.txt"], {"a.png": "a.txt"}),
     (["a.png", "A.png", "á.txt"], {}),
@@ -265,7 +265,7 @@ def test_every_file_is_counted(tmp_path):
   assert dict(found.rejected) == {
     "b.png": "no caption file b.txt",
     "disguised": "no caption file disguised.txt",
-    "f.heic": "not a readable picture: the format is none that is read (.heic)",
+    "f.heic": "not a readable image: the format is none that is read (.heic)",
   }
   assert dict(found.passed_over) == {
     ".h": "hidden",

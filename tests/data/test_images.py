@@ -1,4 +1,4 @@
-"""Pictures of every mode come out as RGB, upright, on white."""
+"""Images of every mode come out as RGB, upright, on white."""
 
 import io
 import struct
@@ -197,7 +197,7 @@ def test_floats(values, expected):
 
 @pytest.mark.parametrize("values, words", [([0, np.nan], "not finite"), ([0, 1e6], "its values go from 0 to 1e")])
 def test_floats_that_are_no_image(values, words):
-  with pytest.raises(images.ImageError, match=f"not a readable picture: .*{words}"):
+  with pytest.raises(images.ImageError, match=f"not a readable image: .*{words}"):
     images.decode_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
 
 
@@ -322,7 +322,7 @@ def test_reasons_are_our_own_words():
   ):
     with pytest.raises(images.ImageError) as caught:
       images.open_image(data)
-    assert str(caught.value) == f"not a readable picture: {words}"
+    assert str(caught.value) == f"not a readable image: {words}"
 
 
 def test_other_programs_are_not_started():
@@ -344,7 +344,7 @@ def test_other_programs_are_not_started():
   ids=["empty", "text", "truncated PNG", "truncated JPEG", "header only", "too few pixels"],
 )
 def test_not_readable(data):
-  with pytest.raises(images.ImageError, match="not a readable picture: ."):
+  with pytest.raises(images.ImageError, match="not a readable image: ."):
     images.decode_image(data)
 
 

@@ -1,4 +1,4 @@
-"""IndexSampler of captions and pairs within a batch, on a data set where some captions have several pictures."""
+"""IndexSampler of captions and pairs within a batch, on a data set where some captions have several images."""
 
 import collections
 import itertools
@@ -64,7 +64,7 @@ def test_pairs(folder, captions, visit, pairs):
     before, numbers = plain(3, BATCH, step, np.arange(BATCH)), paired(3, BATCH, step, np.arange(BATCH))
     own = BATCH - pairs
     np.testing.assert_array_equal(numbers[:own], before[:own])
-    several = [n for n in numbers[1 : own - 1] if COUNTS[captions[n]] > 1]  # no neighbour of the last slots
+    several = [n for n in numbers[1 : own - 1] if COUNTS[captions[n]] > 1]  # no neighbor of the last slots
     for k, number in enumerate(numbers[own:]):
       if k >= len(several):
         assert number == before[own + k]
@@ -82,9 +82,7 @@ def test_pairs_of_warped_pictures(folder, captions):
   visits, own, alone = IndexSampler(dataset, pairs=2, warped=True), BATCH - 2, 0
   for step in range(200):
     numbers = visits(3, BATCH, step, np.arange(BATCH))
-    for first, second in zip(
-      numbers[1:], numbers[own:]
-    ):  # each of the first two that are no neighbour of a pair's slot
+    for first, second in zip(numbers[1:], numbers[own:]):  # each of the first two that are no neighbor of a pair's slot
       assert captions[first] == captions[second]
       assert (first == second) == (COUNTS[captions[first]] == 1)
       alone += first == second

@@ -196,7 +196,7 @@ def test_augmentation_differs_at_each_visit(dataset):
 
 
 def test_mild_augmentation_is_mild(tmp_path):
-  # From pictures at the asked resolution and at twice that; a gradient, which a small shift changes a little.
+  # From images at the asked resolution and at twice that; a gradient, which a small shift changes a little.
   for path in ("a", "b"):
     Image.linear_gradient("L").convert("RGB").save(tmp_path / f"{path}.png")
     (tmp_path / f"{path}.txt").write_text(path)
@@ -245,12 +245,12 @@ _FAULTS = {
   ),
   "no picture": (
     lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"\x89PNG", b"\x89JPG")),
-    "not a readable picture",
+    "not a readable image",
     True,
   ),
   "cut picture": (
     lambda path, record: _rewrite(path, record, lambda payload: payload.replace(b"IDAT", b"IDAX")),
-    "not a readable picture",
+    "not a readable image",
     True,
   ),
   "wrong size": (
@@ -292,14 +292,14 @@ def test_unreadable_records_are_replaced_and_told(data_folder, tmp_path, fault):
   # Only that record, and in its places the first readable one of the permutation of that step and slot.
   for place, number in enumerate(np.concatenate([batch["index"] for batch in got])):
     if place in wanted:
-      candidates = [shuffle.stand_in(1, 16, place // 4, place % 4, attempt) for attempt in range(16)]
+      candidates = [shuffle.replacement_index(1, 16, place // 4, place % 4, attempt) for attempt in range(16)]
       assert number == next(other for other in candidates if other != damaged)
     else:
       assert number == stream[place]
 
 
 def _damaged_copy(data_folder, tmp_path):
-  """A copy in which a third of the records has a flipped byte, one shard is cut off and one is gone; (Dataset, good)."""
+  """(Dataset, good) of a copy in which a third of the records has a flipped byte, one shard is cut and one is gone."""
   folder = shutil.copytree(data_folder, tmp_path / "copy")
   shards = sorted(folder.glob("*-train-*.tfrecord"))
   opened = Dataset.open(folder)

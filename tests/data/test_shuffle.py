@@ -73,14 +73,14 @@ def test_far_steps_cost_nothing():
 
 def test_stand_ins():
   walks = {
-    (seed, step, slot): tuple(shuffle.stand_in(seed, 10, step, slot, attempt) for attempt in range(10))
+    (seed, step, slot): tuple(shuffle.replacement_index(seed, 10, step, slot, attempt) for attempt in range(10))
     for seed in range(2)
     for step in (0, 1, 10**12)
     for slot in range(3)
   }
   assert all(sorted(walk) == list(range(10)) for walk in walks.values())
   assert len(set(walks.values())) == len(walks)
-  assert shuffle.stand_in(0, 1, 5, 3, 0) == 0
+  assert shuffle.replacement_index(0, 1, 5, 3, 0) == 0
 
 
 def test_uniform_depends_on_each_coordinate():

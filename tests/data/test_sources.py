@@ -136,7 +136,7 @@ def test_openmoji_with_packages_of_another_kind(monkeypatch):
       sources.openmoji()
 
 
-# ------------------------------------------------------------------------------------------- a folder of pictures
+# ------------------------------------------------------------------------------------------- a folder of images
 
 
 def save(path, caption="a caption", image=None):
@@ -206,7 +206,7 @@ def test_folder_lists_subfolders_that_cannot_be_read(tmp_path, monkeypatch):
   [
     (lambda folder: None, "pictures does not exist"),
     (lambda folder: folder.write_text("x"), "pictures is not a folder"),
-    (lambda folder: folder.mkdir(), "has no picture .* with a caption file"),
+    (lambda folder: folder.mkdir(), "has no image .* with a caption file"),
     (lambda folder: save(folder / "a.png", None), "1 rejected, the first is a.png: no caption file a.txt"),
   ],
 )

@@ -49,7 +49,7 @@ def golden():
 
 
 class Scripted(NamedTuple):
-  """A sampler and what the text head makes of the golden's two texts, each read by itself, as the released scripts do."""
+  """A sampler and the text head's output for the golden's two texts, each encoded by itself as in the release."""
 
   sampler: sampling.Sampler
   weights: sampling.Weights
@@ -58,13 +58,13 @@ class Scripted(NamedTuple):
   text: np.ndarray
   plain: Plain
 
-  def sample(self, given, **options):
-    return self.sampler.sample_conditions(self.weights, self.conditions, given, **options)
+  def sample(self, drawn, **options):
+    return self.sampler.sample_conditions(self.weights, self.conditions, drawn, **options)
 
-  def walk(self, given, *, steps=9, move_all=False, psi):
+  def walk(self, drawn, *, steps=9, move_all=False, psi):
     path = interpolation.path(self.conditions, steps, () if move_all else self.sampler.system.fixed_text)
     spread = lambda part: {name: np.broadcast_to(v, (steps, *v.shape[1:])) for name, v in part.items()}
-    noise = latents.Latents(spread(given.values), spread(given.means))
+    noise = latents.Latents(spread(drawn.values), spread(drawn.means))
     return self.sampler.sample_conditions(self.weights, path, noise, psi=psi).images.swapaxes(0, 1)
 
 
@@ -96,9 +96,9 @@ def test_the_goldens_latents_give_the_goldens_images(golden):
   )
   conditions = {"global_text": np.asarray(texts[0]), "local_text": np.asarray(texts[1])}
   sampler = sampling.Sampler(system_of(cfg), batch_size=2)
-  given = latents.Latents({"z": io["in.z"][:, None]}, {})
+  drawn = latents.Latents({"z": io["in.z"][:, None]}, {})
   weights = sampling.Weights({"generator": variables}, {})
-  images = sampler.sample_conditions(weights, conditions, given, psi=[0.7, 1.0]).images
+  images = sampler.sample_conditions(weights, conditions, drawn, psi=[0.7, 1.0]).images
   for k, name in enumerate(("out.image_trunc0.7", "out.image")):
     released = io[name].transpose(0, 2, 3, 1)
     assert relative(images[:, 0, k], released) < 1e-5
@@ -110,13 +110,13 @@ def draw(scripted, seed, prompts, count, means):
 
 def test_double_truncation_is_the_released_scripts(scripted):
   plain = scripted.plain
-  given, sweep = draw(scripted, 4, 2, 2, 16), (0.0, 0.05, 0.2, 0.8)
-  images = scripted.sample(given, psi=sweep).images
+  drawn, sweep = draw(scripted, 4, 2, 2, 16), (0.0, 0.05, 0.2, 0.8)
+  images = scripted.sample(drawn, psi=sweep).images
   for p in range(2):
     global_text, local_text = plain.encode(scripted.text[p : p + 1], scripted.eot[p : p + 1])
-    mean = sum(plain.w(z, global_text) for z in given.means["z"][p]) / 16
+    mean = sum(plain.w(z, global_text) for z in drawn.means["z"][p]) / 16
     for n in range(2):
-      w = plain.w(given.values["z"][p, n], global_text)
+      w = plain.w(drawn.values["z"][p, n], global_text)
       for k, psi in enumerate(sweep):
         once = plain.average + psi * (w - plain.average)
         twice = mean + psi * (once - mean)
@@ -136,24 +136,24 @@ def test_the_released_sampling_script_showed_the_same_images(scripted, tmp_path)
   script = load_file(GOLDENS / "tiny16.scripts.safetensors")
   path = tmp_path / "latents.npz"
   np.savez(path, z=script["sample.z"], mean_z=script["sample.mean_z"])
-  given = latents.fit(latents.load(path), path, 2, scripted.sampler.system.draw_latents)
-  images = scripted.sample(given, psi=script["sample.psi"]).images
+  drawn = latents.fit(latents.load(path), path, 2, scripted.sampler.system.draw_latents)
+  images = scripted.sample(drawn, psi=script["sample.psi"]).images
   assert bytes_that_differ(images, script["sample.images"]) < 1e-3
 
 
 @pytest.mark.parametrize("name, move_all", [("local", False), ("global_mean", True)])
 def test_the_released_interpolation_script_showed_the_same_images(scripted, name, move_all):
   script = load_file(GOLDENS / "tiny16.scripts.safetensors")
-  given = latents.Latents({"z": script[f"{name}.z"][None]}, {"z": script[f"{name}.mean_z"][None]})
-  images = scripted.walk(given, move_all=move_all, psi=float(script[f"{name}.psi"][0]))
+  drawn = latents.Latents({"z": script[f"{name}.z"][None]}, {"z": script[f"{name}.mean_z"][None]})
+  images = scripted.walk(drawn, move_all=move_all, psi=float(script[f"{name}.psi"][0]))
   assert bytes_that_differ(images[0], script[f"{name}.images"]) < 1e-3
 
 
 @pytest.mark.parametrize("move_all, means", [(False, 0), (True, 0), (False, 3), (True, 3)])
 def test_interpolation_is_the_released_scripts(scripted, move_all, means):
   plain, steps, psi = scripted.plain, 4, 0.6
-  given = draw(scripted, 1, 1, 2, means)
-  images = scripted.walk(given, steps=steps, move_all=move_all, psi=psi)
+  drawn = draw(scripted, 1, 1, 2, means)
+  images = scripted.walk(drawn, steps=steps, move_all=move_all, psi=psi)
   assert images.shape == (2, steps, 16, 16, 3)
   (source, source_local), (target, target_local) = (
     map(np.asarray, plain.encode(scripted.text[p : p + 1], scripted.eot[p : p + 1])) for p in range(2)
@@ -163,13 +163,13 @@ def test_interpolation_is_the_released_scripts(scripted, move_all, means):
     local_text = (source_local + weight * (target_local - source_local)).astype(np.float32)
     global_text = (source + weight * (target - source)).astype(np.float32) if move_all else source
     for n in range(2):
-      w = plain.average + psi * (plain.w(given.values["z"][0, n], global_text) - plain.average)
+      w = plain.average + psi * (plain.w(drawn.values["z"][0, n], global_text) - plain.average)
       if means:
-        mean = sum(plain.w(z, global_text) for z in given.means["z"][0]) / means
+        mean = sum(plain.w(z, global_text) for z in drawn.means["z"][0]) / means
         w = mean + psi * (w - mean)
       assert relative(images[n, step], plain.image(w, local_text)) < 1e-5
   twice = lambda part: {name: np.repeat(v, 2, 0) for name, v in part.items()}
-  sampled = scripted.sample(latents.Latents(twice(given.values), twice(given.means)), psi=psi).images
+  sampled = scripted.sample(latents.Latents(twice(drawn.values), twice(drawn.means)), psi=psi).images
   assert relative(images[:, 0], sampled[0]) < 1e-5
   at_the_end = relative(images[:, -1], sampled[1])
   assert at_the_end < 1e-5 if move_all else at_the_end > 1e-3

@@ -51,10 +51,10 @@ def test_a_run_whose_config_names_no_clip(home):
 
 def test_a_walk_ends_where_sampling_goes(home):
   model, seen = trained_generator.load(home / "run", prompts_at_once=4, images=8), []
-  given = latents.draw(model.system.draw_latents, 0, [0], 2, 3)
+  drawn = latents.draw(model.system.draw_latents, 0, [0], 2, 3)
   walk = model.interpolate(
     ["red circle", "green bar"],
-    given,
+    drawn,
     steps=4,
     move_all=True,
     psi=0.5,
@@ -62,7 +62,7 @@ def test_a_walk_ends_where_sampling_goes(home):
   )
   assert walk.shape == (2, 4, 16, 16, 3) and seen == [(8, 8)]
   twice = lambda part: {name: np.repeat(array, 2, axis=0) for name, array in part.items()}
-  both = latents.Latents(twice(given.values), twice(given.means))
-  ends = model.sample(["red circle", "green bar"], given=both, psi=0.5).images
+  both = latents.Latents(twice(drawn.values), twice(drawn.means))
+  ends = model.sample(["red circle", "green bar"], latents=both, psi=0.5).images
   np.testing.assert_allclose(walk[:, [0, -1]], ends.swapaxes(0, 1), rtol=1e-3, atol=1e-3 * np.abs(ends).max())
   assert np.abs(walk[:, 1] - walk[:, 2]).max() > 1e-2 * np.abs(ends).max()

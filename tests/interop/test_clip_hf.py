@@ -49,7 +49,7 @@ def random_bundle(activation="quick_gelu", eot_id=None, **image):
 
 @pytest.fixture(scope="module")
 def bundle():
-  return random_bundle(mean=(0.9, 0.8, 0.7), deviation=(0.2, 0.3, 0.4))
+  return random_bundle(mean=(0.9, 0.8, 0.7), std=(0.2, 0.3, 0.4))
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def edit_config(folder, change):
 
 def their_outputs(model, tokens, images, config):
   torch = pytest.importorskip("torch")
-  mean, deviation = np.asarray(config.image.mean), np.asarray(config.image.deviation)
-  pixels = ((images + 1) / 2 - mean) / deviation
+  mean, std = np.asarray(config.image.mean), np.asarray(config.image.std)
+  pixels = ((images + 1) / 2 - mean) / std
   pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
   with torch.no_grad():
     text = model.text_model(input_ids=torch.tensor(tokens).long())
@@ -308,7 +308,7 @@ def test_a_temperature_of_one_element(folder, bundle):
   rewrite(folder, lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)})
   assert_same(clip_hf.load(folder), bundle)
   rewrite(folder, lambda state: state | {"logit_scale": np.zeros(2, np.float32)})
-  with pytest.raises(UserError, match=r"misshapen: logit_scale \[2\] instead of \[\]"):
+  with pytest.raises(UserError, match=r"misshapen: logit_scale is \(2,\), expected \(\)"):
     clip_hf.load(folder)
 
 
@@ -501,6 +501,82 @@ def test_save_is_whole_or_not_at_all(bundle, tmp_path, monkeypatch):
   assert_same(clip_hf.load(tmp_path / "empty"), bundle)
 
 
+# What train-clip has always written: Hugging Face's names, never those of our configuration, which have changed.
+EARLIER_CONFIG = {
+  "architectures": ["CLIPModel"],
+  "model_type": "clip",
+  "dtype": "float32",
+  "projection_dim": 16,
+  "logit_scale_init_value": 2.659260036932778,
+  "text_config": {
+    "model_type": "clip_text_model",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+    "projection_dim": 16,
+    "vocab_size": 530,
+    "max_position_embeddings": 10,
+    "bos_token_id": 528,
+    "eos_token_id": 529,
+    "pad_token_id": 0,
+  },
+  "vision_config": {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+    "projection_dim": 16,
+    "num_channels": 3,
+    "image_size": 24,
+    "patch_size": 8,
+  },
+}
+EARLIER_PROCESSOR = {
+  "image_processor_type": "CLIPImageProcessor",
+  "do_resize": True,
+  "size": {"shortest_edge": 24},
+  "resample": 3,
+  "do_center_crop": True,
+  "crop_size": {"height": 24, "width": 24},
+  "do_rescale": True,
+  "rescale_factor": 1 / 255,
+  "do_normalize": True,
+  "image_mean": [0.8, 0.7, 0.6],
+  "image_std": [0.3, 0.2, 0.1],
+  "do_convert_rgb": True,
+}
+
+
+def test_a_folder_of_an_earlier_version(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(EARLIER_CONFIG))
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(EARLIER_PROCESSOR))
+  tower = dict(activation="quick_gelu", layer_norm_epsilon=1e-5)
+  config = clip_hf.read_config(tmp_path)
+  assert config == clip.ClipConfig(
+    text=clip.TextConfig(
+      width=24, layers=2, heads=3, mlp_width=40, vocabulary_size=530, context_length=10, eot_id=529, **tower
+    ),
+    image=clip.ImageConfig(
+      width=32, layers=3, heads=4, mlp_width=48, size=24, patch=8, mean=(0.8, 0.7, 0.6), std=(0.3, 0.2, 0.1), **tower
+    ),
+    embedding_width=16,
+  )
+
+
+def test_the_stored_form_is_that_of_earlier_versions(folder, bundle):
+  stored = json.loads((folder / "preprocessor_config.json").read_text())
+  assert stored == EARLIER_PROCESSOR | {"image_mean": [0.9, 0.8, 0.7], "image_std": [0.2, 0.3, 0.4]}
+  stored = json.loads((folder / "config.json").read_text())
+  assert stored.keys() == EARLIER_CONFIG.keys()
+  assert all(stored[tower].keys() == EARLIER_CONFIG[tower].keys() for tower in ("text_config", "vision_config"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Damaged input
 
@@ -516,14 +592,14 @@ def test_misfits_are_named_together(folder):
     clip_hf.load(folder)
   message = str(raised.value)
   assert str(folder) in message and "\n" not in message
-  assert "missing: logit_scale, text_model.final_layer_norm.bias;" in message
-  assert "left over: extra.weight;" in message
-  assert "misshapen: visual_projection.weight [16, 31] instead of [16, 32]" in message
+  assert "2 missing: text_model.final_layer_norm.bias, logit_scale;" in message
+  assert "1 left over: extra.weight;" in message
+  assert "1 misshapen: visual_projection.weight is (16, 31), expected (16, 32)" in message
 
 
 def test_weights_of_another_size(folder):
   edit_config(folder, lambda values: values["vision_config"].update(hidden_size=64))
-  with pytest.raises(UserError, match=r"do not fit its config.json; misshapen: .* and [0-9]+ more$"):
+  with pytest.raises(UserError, match=r"do not fit its config.json; [0-9]+ misshapen: .*, \.\.\.$"):
     clip_hf.load(folder)
 
 

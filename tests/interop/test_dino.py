@@ -10,7 +10,9 @@ import transformers
 from safetensors.numpy import save_file
 
 from aurora_jax.errors import UserError
+from aurora_jax.interop import clip_hf
 from aurora_jax.interop import dino as dino_interop
+from aurora_jax.models import clip as clip_lib
 from aurora_jax.models import dino
 from aurora_jax.models.dino import DinoConfig
 
@@ -129,8 +131,8 @@ def test_misfits_are_one_error():
   with pytest.raises(UserError) as error:
     dino_interop.import_dino(state_dict, PLAIN, "here")
   assert str(error.value) == (
-    "the weights in here are not those of this DINO; missing: norm.bias; left over: blocks.7.odd; "
-    "misshapen: blocks.0.norm1.weight is [3] instead of [128]"
+    "the weights in here are not those of this DINO; 1 missing: norm.bias; 1 left over: blocks.7.odd; "
+    "1 misshapen: blocks.0.norm1.weight is (3,), expected (128,)"
   )
 
 
@@ -139,7 +141,7 @@ def test_a_part_of_query_key_and_value_is_missed():
   tensors = {name: value.numpy() for name, value in module.state_dict().items()}
   del tensors["encoder.layer.0.attention.k_proj.weight"]
   cfg = DinoConfig(image_size=16, patch=4, width=12, depth=2, heads=3, mlp_width=48, layer_scale=True)
-  with pytest.raises(UserError, match=r"blocks.0.attn.qkv.weight is \[24, 12\] instead of \[36, 12\]"):
+  with pytest.raises(UserError, match=r"blocks.0.attn.qkv.weight is \(24, 12\), expected \(36, 12\)"):
     dino_interop.import_dino(tensors, cfg)
 
 
@@ -162,3 +164,47 @@ def test_other_files_and_folders_are_refused(tmp_path):
   save_file(state_dict, tmp_path / "odd.safetensors")
   with pytest.raises(UserError, match="width 128 is not a multiple of dino.heads 3"):
     dino_interop.load(tmp_path / "odd.safetensors", heads=3)
+
+
+def test_the_image_tower_of_a_clip_stands_in(tmp_path):
+  """As a DINO, with its color statistics in the patch embedding, it computes what CLIP does; a round trip is exact."""
+  tower = dict(width=12, layers=2, heads=3, mlp_width=20)
+  sizes = clip_lib.ClipConfig(
+    text=clip_lib.TextConfig(**tower, vocabulary_size=50),
+    image=clip_lib.ImageConfig(**tower, size=16, patch=4, mean=(0.5, 0.8, 0.3), std=(0.3, 0.2, 0.1)),
+    embedding_width=7,
+  )
+  rng = np.random.default_rng(0)
+  draw = lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+  variables = jax.tree.map(draw, clip_lib.abstract_variables(sizes))
+  bundle = dino_interop.from_clip(clip_hf.ClipBundle(sizes, variables, None))
+  assert jax.tree.map(np.shape, bundle.variables) == jax.tree.map(np.shape, dino.abstract_variables(bundle.config))
+  images = rng.uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+
+  @jax.jit
+  def both(images):
+    out = bundle.module().apply(bundle.variables, dino.normalize_colors(images), taps=(0,))
+    projected = out.final[:, 0] @ variables["params"]["image_projection"]["kernel"]
+    return projected, clip_lib.Clip(sizes).apply(variables, images, method="encode_image")
+
+  ours, expected = both(images)
+  assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+  state_dict = dino_interop.export_dino(bundle.variables, bundle.config)
+  assert state_dict["norm_pre.weight"].shape == (12,)
+  again = dino_interop.import_dino(state_dict, bundle.config)
+  jax.tree.map(np.testing.assert_array_equal, again, bundle.variables)
+  assert not dino_interop.is_clip(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+  assert dino_interop.is_clip(tmp_path)
+
+
+def test_a_released_discriminator_holds_a_dino(tmp_path):
+  """StyleGAN-T's discriminator has it under a prefix, beside its heads."""
+  tensors = {
+    f"dino.model.model.{name}": torch.tensor(value)
+    for name, value in dino_interop.export_dino(random_variables(PLAIN), PLAIN).items()
+  }
+  torch.save({"G": {"x": torch.zeros(1)}, "D": tensors | {"heads.0.cls.bias": torch.zeros(3)}}, tmp_path / "all.pth")
+  read = dino_interop.load(tmp_path / "all.pth", heads=PLAIN.heads)
+  expected = dino_interop.import_dino({name: value.numpy() for name, value in tensors.items()}, PLAIN)
+  jax.tree.map(np.testing.assert_array_equal, read.variables, expected)

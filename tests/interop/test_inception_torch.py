@@ -24,7 +24,8 @@ class Oracle:
   def __init__(self, patch):
     found = importlib.util.find_spec("torch_fidelity")
     assert found, (
-      "torch-fidelity is not installed: bash launch/setup.sh --dev, or pip install --no-deps -r requirements-oracles.txt"
+      "torch-fidelity is not installed: bash launch/setup.sh --dev, or pip install --no-deps "
+      "-r requirements-oracles.txt"
     )
     # The package imports all of itself and with it torchvision, which is not there (requirements-oracles.txt).
     package = types.ModuleType("torch_fidelity")
@@ -39,7 +40,7 @@ class Oracle:
     generator = torch.Generator().manual_seed(0)
     for name, value in self.model.state_dict().items():
       if name.endswith("conv.weight"):
-        value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)  # pictures reach the other end
+        value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)  # images reach the other end
       elif name.endswith(("bn.weight", "running_var")):
         value.uniform_(0.5, 1.5, generator=generator)
       elif value.is_floating_point():
@@ -88,7 +89,7 @@ def test_features_are_torch_fidelitys(oracle, variables, side):
   ours = np.asarray(jax.jit(inception.Inception().apply)(variables, loader.to_float(pixels)))
   assert ours.shape == (len(pixels), inception.WIDTH) and ours.dtype == np.float32
   assert np.abs(ours - theirs).max() < 1e-5 * theirs.max()
-  # What tells pictures apart is far larger than that.
+  # What tells images apart is far larger than that.
   assert min(np.abs(theirs[a] - theirs[b]).max() for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-2 * theirs.max()
 
 
@@ -100,7 +101,7 @@ def test_pictures_are_enlarged_as_by_tensorflow_1(oracle, side):
 
 
 def test_pictures_count_as_their_bytes(monkeypatch):
-  """What lies between two bytes goes to the nearer one, and what lies outside to the last, as in a saved picture."""
+  """What lies between two bytes goes to the nearer one, and what lies outside to the last, as in a saved image."""
   seen = []
   monkeypatch.setattr(inception, "resize", lambda pixels: seen.append(pixels) or pixels)
   monkeypatch.setattr(inception, "_LAYERS", ())
@@ -138,14 +139,15 @@ def _without(*names):
     (_without("Mixed_7c.branch_pool.bn.running_var"), "missing: Mixed_7c.branch_pool.bn.running_var"),
     (lambda state: state.update({"AuxLogits.fc.bias": torch.zeros(1000)}), "left over: AuxLogits.fc.bias"),
     (lambda state: state.update(epoch=3), "left over: epoch"),
-    (lambda state: state.update({"fc.bias": torch.zeros(1000)}), "misshapen: fc.bias [1000] instead of [1008]"),
+    (lambda state: state.update({"fc.bias": torch.zeros(1000)}), "1 misshapen: fc.bias is (1000,), expected (1008,)"),
     (lambda state: state.update({"fc.bias": "none"}), "missing: fc.bias"),
-    (lambda state: _without(*[name for name in state if name.startswith("Mixed_6e")])(state), "and 46 more"),
+    (lambda state: _without(*[name for name in state if name.startswith("Mixed_6e")])(state), "50 missing: "),
     (
       lambda state: state.update(
         {name: state.pop(name)[..., 0] for name in ("fc.weight", "Conv2d_2a_3x3.conv.weight")}
       ),
-      "misshapen: fc.weight [1008] instead of [1008, 2048], Conv2d_2a_3x3.conv.weight [32, 32, 3] instead of [32, 32, 3, 3]",
+      "2 misshapen: fc.weight is (1008,), expected (1008, 2048), "
+      "Conv2d_2a_3x3.conv.weight is (32, 32, 3), expected (32, 32, 3, 3)",
     ),
   ],
 )

@@ -94,12 +94,12 @@ def test_images_of_other_sizes_are_resized(variables, images):
 
 
 def test_colours_are_normalised(variables):
-  # A picture of the mean colour is all zeros to the tower; one deviation more is all ones.
-  mean, deviation = np.asarray(IMAGE.mean), np.asarray(IMAGE.deviation)
-  plain = ImageConfig(**(dataclasses.asdict(IMAGE) | {"mean": (0.5,) * 3, "deviation": (0.5,) * 3}))
+  # An image of the mean color is all zeros to the tower; one standard deviation more is all ones.
+  mean, std = np.asarray(IMAGE.mean), np.asarray(IMAGE.std)
+  plain = ImageConfig(**(dataclasses.asdict(IMAGE) | {"mean": (0.5,) * 3, "std": (0.5,) * 3}))
   plain = dataclasses.replace(CONFIG, image=plain)  # takes [-1, 1] as it comes
   for value in (0.0, 1.0):
-    image = np.broadcast_to(2 * (mean + value * deviation) - 1, (1, 16, 16, 3)).astype(np.float32)
+    image = np.broadcast_to(2 * (mean + value * std) - 1, (1, 16, 16, 3)).astype(np.float32)
     as_it_comes = np.full((1, 16, 16, 3), value, np.float32)
     np.testing.assert_allclose(
       apply(variables, image, method="encode_image"),

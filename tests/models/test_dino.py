@@ -1,4 +1,4 @@
-"""DINO and DINOv2 against transformers' modules with random weights: every block, the final norm, the gradient to the image."""
+"""DINO and DINOv2 against transformers' modules with random weights: blocks, final norm, gradient to the image."""
 
 import dataclasses
 import types

@@ -1,4 +1,4 @@
-"""Modulated convolutions against per-sample filters in torch, deformable ones against recorded arrays of the goldens."""
+"""Modulated convolutions against per-sample filters in torch, deformable ones against arrays of the goldens."""
 
 import jax
 import jax.numpy as jnp

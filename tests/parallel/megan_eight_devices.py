@@ -1,6 +1,7 @@
 """MEGAN on eight devices; `test_megan_eight_devices.py` runs it in a process that has them.
 
-Every phase of a step, from one state, gives on a mesh what it gives on one device, and a device does its share of the work.
+Every phase of a step, from one state, gives on a mesh what it gives on one device, and a device does its share of the
+work.
 
     python -m pytest tests/parallel/megan_eight_devices.py        (in an environment with eight devices, see there)
 """
@@ -25,8 +26,10 @@ MESHES = [(2, 4, False), (8, 1, True)]
 
 
 def experiment(data=1, expert=1, fsdp=False):
-  """A high rate and a high epsilon, so that an update shows the size of its gradient: with Adam's usual epsilon the first
-  one is only the gradient's sign, a coin toss where it is zero but for rounding (biases in front of a batch norm)."""
+  """A high rate and a high epsilon, so that an update shows the size of its gradient: with Adam's usual epsilon the
+  first one is only the gradient's sign, a coin toss where it is zero but for rounding (biases in front of a batch
+  norm).
+  """
   adam = lambda l2: Optimizer(learning_rate=0.02, beta2=0.9, eps=1e-2, l2=l2)
   return config.Experiment(
     generator=config.Generator(resolution=SIDE, z_dim=16, channels=4, generators=GENERATORS, bn_at_eval="running"),
@@ -166,7 +169,7 @@ def test_images_are_those_of_one_device():
     system = placed(*case)[0]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed(*case)[1].state)
     weights = sampling.weights_of(system, jax.device_put(first_state(), shardings), {})
-    return sampling.Sampler(system, BATCH)(weights, [""], latents=11, choices=True)
+    return sampling.Sampler(system, BATCH)(weights, [""], latents_per_prompt=11, choices=True)
 
   one, many = sample(), sample(*MESHES[0])
   np.testing.assert_allclose(many.images, one.images, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Runs `eight_devices.py` in a process with eight CPU devices; one process, so that its programs are compiled once."""
+"""Runs `eight_devices.py` and `exchange_eight_devices.py` in one process with eight CPU devices."""
 
 import os
 import pathlib
@@ -14,16 +14,17 @@ FLAGS = (
 
 
 def test_on_eight_devices():
-  file = pathlib.Path(__file__).with_name("eight_devices.py")
+  folder = pathlib.Path(__file__).parent
+  files = [str(folder / name) for name in ("exchange_eight_devices.py", "eight_devices.py")]
   done = subprocess.run(
-    [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", str(file)],
+    [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *files],
     capture_output=True,
     text=True,
     check=False,
     timeout=1800,
-    cwd=file.parents[2],
-    # The last, and the last flag, as hosts.join has it: a step's programs, on their way at once, would wait for each other.
-    # And threads enough, as in test_two_processes.py: a collective holds one until all devices are there.
+    cwd=folder.parents[1],
+    # The last, and the last flag, as hosts.join has it: a step's programs, on their way at once, would wait for each
+    # other. And threads enough, as in test_two_processes.py: a collective holds one until all devices are there.
     env=os.environ
     | {
       "XLA_FLAGS": FLAGS,
@@ -34,7 +35,7 @@ def test_on_eight_devices():
     },
   )
   assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-  cases = 43 if os.environ.get("ALL_MESHES") else 23
+  cases = 42 if os.environ.get("ALL_MESHES") else 22
   assert int(re.search(r"(\d+) passed", done.stdout)[1]) == cases and "skipped" not in done.stdout
   # The partitioner says so when it can do no better than to copy whole activations to every device.
   assert "nvoluntary full rematerialization" not in done.stdout + done.stderr

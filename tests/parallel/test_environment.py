@@ -1,4 +1,4 @@
-"""Who is who in a job, by what each kind of environment says."""
+"""The processes of a job, by what each kind of environment says."""
 
 import pytest
 
@@ -64,7 +64,7 @@ def test_slurm():
 
 
 @pytest.mark.parametrize(
-  "words,nodes",
+  "node_list,nodes",
   [
     ("node1", ("node1",)),
     ("a,b", ("a", "b")),
@@ -73,8 +73,8 @@ def test_slurm():
     ("r[1-2]n[1-2]", ("r1n1", "r1n2", "r2n1", "r2n2")),
   ],
 )
-def test_names_of_nodes(words, nodes):
-  assert environment.expand_nodes(words) == nodes
+def test_names_of_nodes(node_list, nodes):
+  assert environment.expand_nodes(node_list) == nodes
 
 
 def test_cloud_tpu_on_gke():
@@ -107,21 +107,21 @@ def test_kubernetes():
 
 
 @pytest.mark.parametrize(
-  "environ,flags,words",
+  "environ,flags,message",
   [
     ({}, ("here:1", None, 0), "--coordinator and --process without --processes"),
     ({}, ("here", 2, 0), "coordinator 'here' .from flags. is not HOST:PORT"),
     ({}, ("here:1", 2, 2), "process 2 of 2 .from flags.: processes count from 0"),
     ({}, ("here:1", 2, -1), "process -1 of 2"),
     ({}, ("here:1", 0, 0), "process 0 of 0"),
-    (PODS | {"JAX_NUM_PROCESSES": "four"}, (None, None, None), "JAX_NUM_PROCESSES=four is no number"),
+    (PODS | {"JAX_NUM_PROCESSES": "four"}, (None, None, None), "JAX_NUM_PROCESSES=four is not a number"),
     (PODS | {"JAX_NUM_PROCESSES": ""}, (None, None, None), "JAX_COORDINATOR_ADDRESS=aurora.* needs JAX_NUM_PROCESSES"),
     ({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "2"}, (None, None, None), "pod 2 of an indexed Job, but"),
     (STEP | {"SLURM_STEP_NODELIST": ""}, (None, None, None), "SLURM_STEP_NODELIST '' names no nodes"),
   ],
 )
-def test_what_makes_no_sense_is_refused(environ, flags, words):
-  with pytest.raises(UserError, match=words) as error:
+def test_contradictions_are_refused(environ, flags, message):
+  with pytest.raises(UserError, match=message) as error:
     find(environ, flags)
   assert "\n" not in str(error.value)
 

@@ -1,4 +1,6 @@
-"""Runs `megan_eight_devices.py` in a process with eight CPU devices; one process, so that its programs are compiled once."""
+"""Runs `megan_eight_devices.py` in a process with eight CPU devices; one process, so that its programs are compiled
+once.
+"""
 
 import os
 import pathlib

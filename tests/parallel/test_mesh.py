@@ -1,4 +1,4 @@
-"""Meshes and sharding rules, without any device: what divides what, what is refused, where a parameter lies."""
+"""Meshes and sharding rules on abstract devices: meshes that fit, meshes that are refused, shardings of parameters."""
 
 import dataclasses
 import itertools
@@ -85,7 +85,7 @@ def test_rules_name_axes_and_find_collisions():
 
 
 @pytest.mark.parametrize(
-  "wanted,devices,words",
+  "wanted,devices,parts",
   [
     (
       experiment(2, 3),
@@ -105,11 +105,11 @@ def test_rules_name_axes_and_find_collisions():
     (experiment(0, 3), 8, ["mesh.data=2 x mesh.expert=3 makes 6 devices, there are 8"]),
   ],
 )
-def test_a_mesh_that_does_not_divide_is_refused_with_the_table(wanted, devices, words):
+def test_a_mesh_that_does_not_divide_is_refused_with_the_table(wanted, devices, parts):
   with pytest.raises(UserError) as error:
     build(wanted, devices)
   assert "\n" not in str(error.value)
-  for part in words:
+  for part in parts:
     assert part in str(error.value)
 
 
@@ -134,7 +134,7 @@ def leaves(layout, tree):
   return [(jax.tree_util.keystr(path), leaf, sharding) for (path, leaf), sharding in zip(flat, stored, strict=True)]
 
 
-def test_each_expert_lives_along_its_run_with_its_optimiser_state_and_average(state):
+def test_each_expert_lives_along_its_run_with_its_optimizer_state_and_average(state):
   layout = build(experiment(16, 16, fsdp=True, batch=256), 256)
   runs = {4: ("expert0",), 8: ("expert0", "expert1"), 16: ("expert0", "expert1", "expert2")}
   found = 0

@@ -16,6 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from parallel import tiny_clip
 from PIL import Image
 
 from aurora_jax import config_files
@@ -55,69 +56,31 @@ def get_config(variant=""):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """A data set in which two records that the first three steps do not look at have a flipped byte, and a CLIP."""
+  """A data set in which two records have a flipped byte, none of those that the first three steps read; and a CLIP."""
   home = tmp_path_factory.mktemp("home")
   (home / "small.py").write_text(CONFIG)
-  (home / "pictures").mkdir()
+  (home / "images").mkdir()
   rng = np.random.default_rng(0)
   for i in range(RECORDS):
-    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(home / f"pictures/{i}.png")
-    (home / f"pictures/{i}.txt").write_text(f"picture number {i}\n")
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(home / f"images/{i}.png")
+    (home / f"images/{i}.txt").write_text(f"image number {i}\n")
+  options = {
+    "source": "folder",
+    "path": home / "images",
+    "out": home / "data",
+    "resolution": 8,
+    "shards": 3,
+    "heldout": 0,
+  }
   assert (
-    main.main(
-      [
-        "build-data",
-        "--source",
-        "folder",
-        "--path",
-        str(home / "pictures"),
-        "--out",
-        str(home / "data"),
-        "--resolution",
-        "8",
-        "--shards",
-        "3",
-        "--heldout",
-        "0",
-      ]
-    )
-    == 0
+    main.main(["build-data", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]) == 0
   )
-  assert (
-    main.main(
-      [
-        "train-clip",
-        "--data",
-        str(home / "data"),
-        "--out",
-        str(home / "clip"),
-        "--steps",
-        "1",
-        "--resolution",
-        "8",
-        "--image-width",
-        "32",
-        "--text-width",
-        "32",
-        "--image-layers",
-        "1",
-        "--text-layers",
-        "1",
-        "--heads",
-        "2",
-        "--embedding-width",
-        "16",
-        "--batch-size",
-        "4",
-      ]
-    )
-    == 0
-  )
-  damage(home / "data")
+  tiny_clip.save(home / "clip", [f"image number {i}" for i in range(RECORDS)])
+  corrupt(home / "data")
   return home
 
 
-def damage(folder):
+def corrupt(folder):
   maker = loader.BatchMaker(Dataset.open(folder), 8, BATCH, 0)
   early = {number for step in range(STEPS) for number in maker(step)["index"]}
   names = sorted(folder.glob("*.tfrecord"))
@@ -140,9 +103,8 @@ def start(home, run, devices, *more, records="records", largest_file=None):
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     "RECORDS": str(home / records),
     "PYTHONPATH": str(ROOT),
-    # Threads of XLA's CPU client, otherwise as many as cores or devices. A collective holds its
-    # thread until all devices are there; with few threads, devices that begin two of them in
-    # different orders wait for each other for ever.
+    # Threads of XLA's CPU client; by default as many as cores or devices. A collective holds its thread until all
+    # devices have joined. With few threads, devices that begin two collectives in different orders deadlock.
     "NPROC": "32",
     "PJRT_NPROC": "32",
   }
@@ -277,25 +239,25 @@ def test_each_record_is_read_once(home, one, two):
   assert {step: parts[0][step] + parts[1][step] for step in range(STEPS)} == whole
 
 
-def test_the_first_process_alone_talks_and_writes(home, one, two):
+def test_only_the_primary_process_prints_and_writes(home, one, two):
   (_, first, _), (_, second, _) = two
-  # Gloo's threads say, interleaved, "[Gloo] Rank 1 is connected to 1 peer ranks. ..."; whether it comes out depends on timing.
+  # Gloo's threads may print "[Gloo] Rank 1 is connected to 1 peer ranks. ...", interleaved with other output.
   gloo = ("[Gloo]", "peer ranks")
-  assert [line for line in second.splitlines() if line.strip() and not any(words in line for words in gloo)] == []
-  for words in (
+  assert [line for line in second.splitlines() if line.strip() and not any(part in line for part in gloo)] == []
+  for text in (
     "2 processes (found by flags)",
     "devices: 4 x cpu (cpu); 2 processes by flags",
     "mesh: data 2, expert 2; 1 of 4 images per device",
     "(SIGTERM); saved in",
   ):
-    assert words in first, first
+    assert text in first, first
   run = home / "two"
   kinds = [row["kind"] for row in lines(run / "metrics.jsonl")]
   assert kinds[:7] == ["start", "samples", "train", "train", "train", "samples", "train"] and kinds[-1] == "stop"
   assert kinds.count("start") == kinds.count("stop") == 1
   assert len(list((run / "tensorboard").iterdir())) == 1
-  pictures = {path.name for path in (run / "samples").iterdir()}
-  assert len(pictures) == kinds.count("samples") and {"step-00000000.png", "step-00000003.png"} <= pictures
+  images = {path.name for path in (run / "samples").iterdir()}
+  assert len(images) == kinds.count("samples") and {"step-00000000.png", "step-00000003.png"} <= images
   assert {path.name for path in run.iterdir()} == {path.name for path in one.iterdir()} - {"report.html"} | {
     "skipped_records.jsonl"
   }
@@ -305,8 +267,10 @@ def test_the_first_process_alone_talks_and_writes(home, one, two):
 
 @pytest.fixture(scope="module")
 def moved(home, one):
-  """Two processes go on from a checkpoint of one, and the second one's disk takes no file as large as its next checkpoint.
-  Returns (exit status, stdout, stderr) of that one and stdout of the first, which waits for it and is ended."""
+  """Two processes go on from a checkpoint of one, and the second one's disk takes no file as large as its next
+  checkpoint. Returns (exit status, stdout, stderr) of that one and stdout of the first, which waits for it and is
+  ended.
+  """
   shutil.copytree(one, home / "moved", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
   job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
   first = start(home, "moved", 2, *job, 0, records="moved-records-0")
@@ -321,7 +285,9 @@ def moved(home, one):
 
 
 def test_two_processes_go_on_from_a_checkpoint_of_one(home, one, moved):
-  """The state that they restore is the one that was saved, bit by bit; the loss of the next step the uninterrupted one's."""
+  """The state that they restore is the one that was saved, bit by bit; the loss of the next step the uninterrupted
+  one's.
+  """
   assert "going on from the checkpoint of step 2, to 3" in moved[-1]
 
   pieces = {}  # of both processes: {leaf: {where: SHA-256}}
@@ -381,18 +347,18 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, two):
       assert row["data/skipped"] == sum(first < row["step"] for first in met.values())
 
 
-def test_a_process_that_never_comes_is_named(home):
+def test_a_missing_process_is_named(home):
   port = free_port()
   address = f"127.0.0.1:{port}"
   job = ("--coordinator", address, "--processes", 3, "--join-seconds", 4)
   done = finish([start(home, "alone", 1, *job, "--process", 0), start(home, "alone", 1, *job, "--process", 2)], 200)
   for status, _, error in done:
     assert status == 2 and len(error.strip().splitlines()) == 1, error
-    assert f"process 1 of 3 did not come to {address} within 4 s; there are processes 0 (" in error
+    assert f"process 1 of 3 did not connect to {address} within 4 s; present: processes 0 (" in error
   assert not (home / "alone").exists()
 
 
-def test_what_one_process_cannot_read_ends_both(home, tmp_path):
+def test_an_error_of_one_process_ends_both(home, tmp_path):
   port = free_port()
   job = ("--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process")
   (tmp_path / "run").write_text("")
@@ -405,7 +371,7 @@ def test_what_one_process_cannot_read_ends_both(home, tmp_path):
   assert not (home / "bad").exists()
 
 
-def test_who_falls_back_to_the_cpu_alone_does_not_wait_for_the_others(home):
+def test_a_process_without_its_accelerator_ends_without_waiting_for_the_others(home):
   job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
   first, second = start(home, "fallen", 2, *job, 0), start(home, "fallen", 2, *job, 1, "--require", "gpu")
   try:

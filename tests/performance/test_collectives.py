@@ -64,7 +64,7 @@ ENTRY %main (p0: f32[4,8]) -> f32[4,8] {
   %permute = (f32[10]{0}, f32[10]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p0), source_target_pairs={{0,4},{4,0}}
   ROOT %out = f32[4,8] copy(%p0)
 }
-"""
+"""  # noqa: E501
 
 
 def _by(found, kind, fallback=False):

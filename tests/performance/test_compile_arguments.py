@@ -1,4 +1,4 @@
-"""`compile` gives the programs the very arguments that `train` does: same shapes, types and places."""
+"""`compile` gives the programs the same arguments as `train`: the same shapes, types and shardings."""
 
 import dataclasses
 import pathlib
@@ -6,13 +6,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from parallel import tiny_clip
 from PIL import Image
 
 from aurora_jax import config_files
 from aurora_jax.data import build, sources
-from aurora_jax.data.tokenizer import Tokenizer
-from aurora_jax.interop import clip_hf
-from aurora_jax.models import clip as clip_lib
 from aurora_jax.systems.aurora import system as system_lib
 from aurora_jax.training import setup
 from aurora_jax.training import step as step_lib
@@ -21,31 +19,17 @@ _TINY = pathlib.Path(__file__).parents[1] / "parallel/tiny_pod.py"
 _CAPTIONS = ("red dot", "blue dot", "grey dot")
 
 
-@pytest.fixture(name="experiment")
-def _experiment(tmp_path):
-  """The tiny experiment on one device, with a data set of three pictures and a CLIP of random weights."""
-  pictures = tmp_path / "pictures"
-  pictures.mkdir()
+@pytest.fixture(name="experiment", scope="module")
+def _experiment(tmp_path_factory):
+  """The tiny experiment on one device, with a data set of three images and a CLIP of random weights."""
+  tmp_path = tmp_path_factory.mktemp("home")
+  images = tmp_path / "images"
+  images.mkdir()
   for i, name in enumerate(_CAPTIONS):
-    Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(pictures / f"{name}.png")
-    (pictures / f"{name}.txt").write_text(name)
-  build.build(sources.folder(str(pictures)), str(tmp_path / "data"), resolution=8, shards=1, heldout_fraction=0.0)
-  tokenizer = Tokenizer.train(list(_CAPTIONS), 520, 12)
-  sizes = clip_lib.ClipConfig(
-    text=clip_lib.TextConfig(
-      width=32,
-      layers=1,
-      heads=2,
-      mlp_width=64,
-      vocabulary_size=tokenizer.vocabulary_size,
-      context_length=12,
-      eot_id=tokenizer.end_id,
-    ),
-    image=clip_lib.ImageConfig(width=32, layers=1, heads=2, mlp_width=64, size=16, patch=8),
-    embedding_width=16,
-  )
-  weights = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), clip_lib.abstract_variables(sizes))
-  clip_hf.save(tmp_path / "clip", clip_hf.ClipBundle(sizes, weights, tokenizer))
+    Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(images / f"{name}.png")
+    (images / f"{name}.txt").write_text(name)
+  build.build(sources.folder(str(images)), str(tmp_path / "data"), resolution=8, shards=1, heldout_fraction=0.0)
+  tiny_clip.save(tmp_path / "clip", _CAPTIONS)
   return config_files.load(
     [
       f"--config={_TINY}",

@@ -1,5 +1,6 @@
-"""`compile`: its numbers against arithmetic by hand, its report's fields, and the command as a user runs it."""
+"""`compile`: its numbers against arithmetic by hand, the fields of its report, and the command as a user runs it."""
 
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 
 from aurora_jax import config, config_files
 from aurora_jax.cli import compile as compile_command
+from aurora_jax.cli import main
 from aurora_jax.parallel import mesh
 from aurora_jax.performance import advice, collectives, topology
 from aurora_jax.performance import compile_report as training_compile
@@ -24,7 +26,9 @@ from aurora_jax.training import step as step_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TINY = "tests/parallel/tiny_pod.py"
-_CHIP = topology.Chip("test", 1000, bfloat16=4.0, float32=2.0, memory_rate=10.0, link_rate=100.0, network_rate=5.0)
+_CHIP = topology.Chip(
+  "test", 1000, bfloat16=4.0, float32=2.0, highest=0.5, memory_rate=10.0, link_rate=100.0, network_rate=5.0
+)
 
 # DESIGN's contract on a compile report.
 _FIELDS = {
@@ -74,6 +78,7 @@ def check_contract(report, devices):
   assert {"parameters", "optimizer", "ema", "temporaries", "total", "limit"} <= set(sizes)
   assert sizes["total"] == sum(size for name, size in sizes.items() if name not in ("total", "limit"))
   assert report["fits"] == (sizes["total"] <= sizes["limit"])
+  assert sum(report["flops_per_device_by_precision"].values()) == pytest.approx(report["flops_per_device"])
   assert report["devices"] == devices and np.prod(list(report["mesh"].values())) == devices
   assert 0 < report["useful_flops_per_device"] <= report["flops_per_device"] <= report["worst_routing_flops_per_device"]
   assert {"arithmetic", "memory", "interconnect", "bound", "assumptions"} == set(report["step_seconds_bound"])
@@ -162,17 +167,23 @@ def test_compiles_for_absent_hardware(tmp_path, name, devices, chip):
 
 
 @pytest.mark.parametrize(
-  "arguments, said",
+  "arguments, message",
   [
     (["--config", _TINY, "--topology", "v9-8"], "no topology 'v9-8'"),
-    (["--config", _TINY, "--topology", "cpu-3"], "makes 2 devices, there are 3"),
     (["--config", "no/such.py", "--topology", "cpu-2"], "config file not found: no/such.py"),
     (["--config", _TINY, "--topology", "cpu-2", "--report", "no/such/r.json"], "no folder no/such"),
   ],
 )
-def test_bad_input_is_one_line(arguments, said):
-  done = command(*arguments)
-  assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
+  monkeypatch.chdir(_ROOT)
+  assert main.main(["compile", *arguments]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1, error
+
+
+def test_a_mesh_that_does_not_divide_the_topology_is_one_line():
+  done = command("--config", _TINY, "--topology", "cpu-3")
+  assert done.returncode == 2 and "makes 2 devices, there are 3" in done.stderr and done.stderr.count("\n") == 1
 
 
 def _collective(kind, size, groups):
@@ -195,10 +206,12 @@ def test_seconds_on_links():
 
 
 def test_the_largest_of_three_is_the_bound():
-  bound = parallel_compile.step_seconds(_CHIP, "bfloat16", flops=8.0, traffic=50.0, link=1.0)
+  bound = parallel_compile.step_seconds(_CHIP, flops={"bfloat16": 8.0}, traffic=50.0, link=1.0)
   assert (bound["arithmetic"], bound["memory"], bound["interconnect"], bound["bound"]) == (2.0, 5.0, 1.0, 5.0)
-  assert parallel_compile.step_seconds(_CHIP, "float32", 80.0, 50.0, None)["bound"] == 40.0
-  assert parallel_compile.step_seconds(topology.Chip("?", 1), "float32", 1.0, 1.0, None)["bound"] is None
+  assert parallel_compile.step_seconds(_CHIP, {"float32": 80.0}, 50.0, None)["bound"] == 40.0
+  mixed = {"bfloat16": 8.0, "float32": 4.0, "float32, highest": 3.0}
+  assert parallel_compile.step_seconds(_CHIP, mixed, 50.0, None)["arithmetic"] == 2.0 + 2.0 + 6.0
+  assert parallel_compile.step_seconds(topology.Chip("?", 1), {"float32": 1.0}, 1.0, None)["bound"] is None
 
 
 class _Program:
@@ -219,7 +232,8 @@ class _Program:
 
 def _compiled(name, executable, used=None):
   memory = executable and parallel_compile.memory_of(executable)
-  return training_compile.Compiled(name, memory, None, None, 1.0, 10, 10, "" if executable else "Used ...", used, 0)
+  refusal = "" if executable else "Used ..."
+  return training_compile.Compiled(name, memory, None, None, 1.0, 10, {"float32": 10}, 10, refusal, used, 0)
 
 
 _RESIDENT = {"parameters": 40, "optimizer": 20, "ema": 12, "buffers": 4, "frozen": 8, "batch": 16}
@@ -258,64 +272,48 @@ def test_a_refusal_is_understood_and_other_errors_are_not_hidden():
     training_compile._refusal(jax.errors.JaxRuntimeError("INTERNAL: no"))
 
 
-_PER_SAMPLE = """
+# Compiles some functions for topologies of one platform, in one process: loading a compiler takes seconds.
+_FUNCTIONS = """
 import sys
 from aurora_jax.performance import topology
-name = topology.parse(sys.argv[1])
-topology.prepare_environment(name)
+names = [topology.parse(text) for text in sys.argv[1:]]
+topology.prepare_environment(names[0])
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from aurora_jax.ops import modulated_conv
-devices = topology.load(name).devices
-mesh = Mesh(devices, "batch")
-shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes)))
-run = jax.grad(lambda *arguments: modulated_conv.modulated_conv(*arguments).astype("float32").sum(), (0, 1, 2, 3))
-batch = 2 * len(devices)
-x, weight = shape((batch, 16, 16, 8), "batch"), shape((2, 3, 3, 8, 16))
-style, mix = shape((batch, 8), "batch"), shape((batch, 2), "batch")
-print(jax.jit(run).lower(x, weight, style, mix).compile().as_text())
-"""
-
-
-@pytest.mark.parametrize("machine", ["v5e:2x2", "a100-8"])
-def test_filters_of_their_own_stay_with_their_samples(machine):
-  """Forward and back, no device sees another one's samples or filters; the gradients of the weights alone are summed."""
-  done = subprocess.run(
-    [sys.executable, "-c", _PER_SAMPLE, machine],
-    capture_output=True,
-    text=True,
-    check=False,
-    cwd=_ROOT,
-    env=os.environ | with_compilers(),
-    timeout=600,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert " all-reduce" in done.stdout and "all-gather" not in done.stdout and "all-to-all" not in done.stdout
-
-
-_CUT_OVER_ALL = """
-import sys
-from aurora_jax.performance import topology
-name = topology.parse(sys.argv[1])
-topology.prepare_environment(name)
-import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from aurora_jax.parallel import mesh as mesh_lib
-axes = "data", "expert0", "expert1"
-mesh = jax.make_mesh((1, 4, 4), axes, axis_types=(AxisType.Auto,) * 3, devices=topology.load(name).devices)
-layout = mesh_lib.Layout(mesh, mesh_lib.Rules(batch=axes, experts=axes[1:], dense=axes[1:]))
-def loss(weight, x):
-  weight = layout.gather({"w": weight}, lambda path: mesh_lib.ParamLabel())["w"]
-  return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).var()
-weight = jax.ShapeDtypeStruct((3, 3, 256, 256), "bfloat16", sharding=layout.parameter(mesh_lib.ParamLabel(), (3, 3, 256, 256)))
-x = jax.ShapeDtypeStruct((64, 8, 8, 256), "bfloat16", sharding=layout.batch)
-print(jax.jit(jax.grad(loss), out_shardings=weight.sharding).lower(weight, x).compile().as_text())
-"""
+
+def per_sample(devices):
+  mesh = Mesh(devices, "batch")
+  shape = lambda sizes, *axes: jax.ShapeDtypeStruct(sizes, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+  run = jax.grad(lambda *arguments: modulated_conv.modulated_conv(*arguments).astype("float32").sum(), (0, 1, 2, 3))
+  batch = 2 * len(devices)
+  x, weight = shape((batch, 16, 16, 8), "batch"), shape((2, 3, 3, 8, 16))
+  style, mix = shape((batch, 8), "batch"), shape((batch, 2), "batch")
+  return jax.jit(run).lower(x, weight, style, mix)
+
+def sharded_over_all(devices):
+  axes = "data", "expert0", "expert1"
+  mesh = jax.make_mesh((1, 4, 4), axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  layout = mesh_lib.Layout(mesh, mesh_lib.Rules(batch=axes, experts=axes[1:], dense=axes[1:]))
+  def loss(weight, x):
+    weight = layout.unshard({"w": weight}, lambda path: mesh_lib.ParamLabel())["w"]
+    return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).var()
+  sharding = layout.parameter(mesh_lib.ParamLabel(), (3, 3, 256, 256))
+  weight = jax.ShapeDtypeStruct((3, 3, 256, 256), "bfloat16", sharding=sharding)
+  x = jax.ShapeDtypeStruct((64, 8, 8, 256), "bfloat16", sharding=layout.batch)
+  return jax.jit(jax.grad(loss), out_shardings=sharding).lower(weight, x)
+
+for name, function in zip(names, (per_sample, sharded_over_all)):
+  print(function(topology.load(name).devices).compile().as_text(), "END OF PROGRAM")
+"""  # noqa: E501
 
 
-def test_gradients_of_what_is_cut_over_all_devices_are_reduce_scattered():
+@functools.cache
+def compiled_functions(*topologies):
+  """The texts of the compiled functions: `per_sample` for the first topology, `sharded_over_all` for a second one."""
   done = subprocess.run(
-    [sys.executable, "-c", _CUT_OVER_ALL, "v5e:4x4"],
+    [sys.executable, "-c", _FUNCTIONS, *topologies],
     capture_output=True,
     text=True,
     check=False,
@@ -324,14 +322,26 @@ def test_gradients_of_what_is_cut_over_all_devices_are_reduce_scattered():
     timeout=600,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  found, _ = collectives.of_program(done.stdout, {"data": 1, "expert0": 4, "expert1": 4})
+  return done.stdout.split("END OF PROGRAM")
+
+
+@pytest.mark.parametrize("topologies", [("v5e:2x2", "v5e:4x4"), ("a100-8",)], ids=str)
+def test_per_sample_filters_stay_with_their_samples(topologies):
+  """Forward and backward, no device sees another one's samples or filters. Only gradients of the weights are summed."""
+  text = compiled_functions(*topologies)[0]
+  assert " all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
+
+
+def test_gradients_of_parameters_that_are_sharded_over_all_devices_are_reduce_scattered():
+  text = compiled_functions("v5e:2x2", "v5e:4x4")[1]
+  found, _ = collectives.of_program(text, {"data": 1, "expert0": 4, "expert1": 4})
   assert {c.kind for c in found if c.size > 1000} == {"all-gather", "reduce-scatter"}, found
 
 
-@pytest.mark.parametrize("width, words", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
-def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, words):
+@pytest.mark.parametrize("width, model", [(768, "ViT-L/14"), (512, "ViT-B/32"), (32, "train-clip")])
+def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, model):
   sizes, said = text_encoder.clip_config("", width)
-  assert sizes.text.width == width and words in said and "not set" in said
+  assert sizes.text.width == width and model in said and "not set" in said
   assert text_encoder.clip_config("no/such", width) == (
     sizes,
     said.replace("text.clip is not set", "nothing at text.clip=no/such"),

@@ -44,11 +44,27 @@ def test_loops_and_branches():
   assert flop_count.count(gradient, shape(4, 4)) == 4 * once  # forward, forward again, two products backward
 
 
+def test_by_precision():
+  """A product is "highest" only if both operands ask for it; branches and loops keep the kinds apart."""
+
+  def products(flag, x, y):
+    x = jax.lax.dot(x, x, precision=jax.lax.Precision.HIGHEST)
+    x = jax.lax.dot(x, x, precision=(jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT))
+    y = jax.lax.fori_loop(0, 3, lambda i, y: y @ y, y)
+    return x, jax.lax.cond(flag, lambda y: y @ y @ y, lambda y: y, y)
+
+  arguments = jax.ShapeDtypeStruct((), bool), shape(4, 4), jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)
+  jaxpr, once = jax.make_jaxpr(products)(*arguments).jaxpr, 2 * 4**3
+  counted = flop_count.by_precision(jaxpr)
+  assert counted == {flop_count.HIGHEST: once, "float32": once, "bfloat16": 5 * once}
+  assert flop_count.of_jaxpr(jaxpr) == counted.total()
+
+
 def test_a_loop_without_known_trips_is_refused():
   def until(x):
     return jax.lax.while_loop(lambda y: jnp.sum(y) < 1, lambda y: y @ y, x)
 
-  with pytest.raises(ValueError, match="trips are not known"):
+  with pytest.raises(ValueError, match="number of trips is unknown"):
     flop_count.count(until, shape(4, 4))
 
 

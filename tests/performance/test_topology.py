@@ -76,6 +76,7 @@ def test_every_chip_has_all_its_numbers():
   for name, chip in topology.CHIPS.items():
     assert chip.memory > 2**33 and 1e14 < chip.float32 <= chip.bfloat16 < 1e15 and chip.link_rate > 1e11, name
     assert chip.peak("bfloat16") == chip.bfloat16 and chip.peak("float32") == chip.float32
+    assert chip.peak("float32, highest") == chip.highest and 1e13 < chip.highest < chip.float32
     # A product of two matrices of this size needs far more arithmetic than memory traffic.
     assert chip.bfloat16 / chip.memory_rate > 100
     assert (chip.network_rate is not None) == name.startswith("a100")

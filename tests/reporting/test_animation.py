@@ -9,7 +9,7 @@ from aurora_jax.reporting import animation
 
 
 def walk(latents, steps, side=8):
-  """Images [L, S, side, side, 3] of one colour each: red rises with the step, green with the latent."""
+  """Images [L, S, side, side, 3] of one color each: red rises with the step, green with the latent."""
   images = np.full((latents, steps, side, side, 3), -1.0, np.float32)
   images[..., 0] = np.linspace(-1, 1, steps)[None, :, None, None]
   images[..., 1] = np.linspace(-1, 0.5, latents)[:, None, None, None]

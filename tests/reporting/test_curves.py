@@ -176,11 +176,11 @@ def test_expert_loads(tmp_path):
   assert loads[1].shares.tolist() == [[1.0], [1.0]]
 
 
-def test_sample_pictures_come_in_order_of_steps(tmp_path):
+def test_sample_sheets_come_in_order_of_steps(tmp_path):
   for name in ("step-00000200.png", "step-00010000.png", "step-00000030.png", ".step-1.png", "notes.txt", "grid.png"):
     Image.new("RGB", (2, 2)).save(tmp_path / name, format="PNG")
-  found, count = curves.sample_pictures(tmp_path)
+  found, count = curves.sample_sheets(tmp_path)
   assert [step for step, _ in found] == [30, 200, 10000] and count == 3
-  found, count = curves.sample_pictures(tmp_path, most=2)
+  found, count = curves.sample_sheets(tmp_path, most=2)
   assert [step for step, _ in found] == [30, 10000] and count == 3
-  assert curves.sample_pictures(tmp_path / "missing") == ([], 0)
+  assert curves.sample_sheets(tmp_path / "missing") == ([], 0)

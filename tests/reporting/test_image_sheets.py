@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from aurora_jax.errors import UserError
-from aurora_jax.reporting import image_sheets
+from aurora_jax.reporting import captions, image_sheets
 
 
-def flat(colours, side=8):
-  """Images [n, side, side, 3] in [-1, 1], each of one colour."""
-  return np.broadcast_to(np.asarray(colours, np.float32)[:, None, None], (len(colours), side, side, 3))
+def flat(colors, side=8):
+  """Images [n, side, side, 3] in [-1, 1], each of one color."""
+  return np.broadcast_to(np.asarray(colors, np.float32)[:, None, None], (len(colors), side, side, 3))
 
 
 def test_to_uint8_is_the_released_rule():
@@ -36,12 +36,12 @@ def test_default_scale(resolution, scale):
 
 
 def test_rows_hold_all_latents_of_a_prompt_on_one_line():
-  colours = np.array([[[1, -1, -1], [-1, 1, -1]], [[-1, -1, 1], [1, 1, -1]], [[-1, 1, 1], [1, -1, 1]]], np.float32)
-  images = np.broadcast_to(colours[:, :, None, None], (3, 2, 8, 8, 3))
+  colors = np.array([[[1, -1, -1], [-1, 1, -1]], [[-1, -1, 1], [1, 1, -1]], [[-1, 1, 1], [1, -1, 1]]], np.float32)
+  images = np.broadcast_to(colors[:, :, None, None], (3, 2, 8, 8, 3))
   grid = np.asarray(image_sheets.captioned_rows(images, ["one", "two", "three"], scale=4, columns=2))
-  centre = np.array([[np.argwhere((grid == (c + 1) * 127.5).all(-1)).mean(0) for c in row] for row in colours])
-  assert (centre[:, 0, 0] == centre[:, 1, 0]).all() and (centre[:, 0, 1] < centre[:, 1, 1]).all()
-  assert centre[0, 0, 0] == centre[1, 0, 0] < centre[2, 0, 0]  # two cards side by side, the third below
+  center = np.array([[np.argwhere((grid == (c + 1) * 127.5).all(-1)).mean(0) for c in row] for row in colors])
+  assert (center[:, 0, 0] == center[:, 1, 0]).all() and (center[:, 0, 1] < center[:, 1, 1]).all()
+  assert center[0, 0, 0] == center[1, 0, 0] < center[2, 0, 0]  # two cards side by side, the third below
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_rows_refuse_what_does_not_fit(images, captions):
 
 
 class TestWrap:
-  font = image_sheets.typeface(12)
+  font = captions.typeface(12)
 
   def wrap(self, caption, width=96):
-    lines = image_sheets.wrap_caption(caption, self.font, width)
+    lines = captions.wrap_caption(caption, self.font, width)
     assert all(self.font.getlength(line) <= width for line in lines), lines
     return lines
 
@@ -94,18 +94,18 @@ class TestWrap:
     assert self.wrap("\u732b", 200) == ["?"]
 
 
-def test_expert_map_uses_one_colour_per_expert():
+def test_expert_map_uses_one_color_per_expert():
   index = np.array([[0, 1], [3, 0]])
-  picture = np.asarray(image_sheets.expert_map(index, 4, scale=3))
-  assert picture.shape == (6, 6, 3)
-  assert (picture[::3, ::3] == image_sheets.expert_colours(4)[index]).all()
-  assert (picture[:3, :3] == picture[0, 0]).all()
+  image = np.asarray(image_sheets.expert_map(index, 4, scale=3))
+  assert image.shape == (6, 6, 3)
+  assert (image[::3, ::3] == image_sheets.expert_colors(4)[index]).all()
+  assert (image[:3, :3] == image[0, 0]).all()
 
 
 @pytest.mark.parametrize("experts, apart", [(4, 150), (8, 100), (16, 60), (40, 5)])
-def test_expert_colours_differ(experts, apart):
-  colours = image_sheets.expert_colours(experts).astype(int)
-  distance = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(experts, dtype=int)
+def test_expert_colors_differ(experts, apart):
+  colors = image_sheets.expert_colors(experts).astype(int)
+  distance = np.abs(colors[:, None] - colors[None]).sum(-1) + 999 * np.eye(experts, dtype=int)
   assert distance.min() >= apart
 
 
@@ -119,8 +119,8 @@ def test_save_png_makes_folders_and_replaces(tmp_path):
   path = tmp_path / "new" / "grid.png"
   image_sheets.save_png(Image.new("RGB", (2, 2), "red"), path)
   image_sheets.save_png(Image.new("RGB", (3, 2), "blue"), path)
-  with Image.open(path) as picture:
-    assert picture.size == (3, 2) and picture.getpixel((0, 0)) == (0, 0, 255)
+  with Image.open(path) as image:
+    assert image.size == (3, 2) and image.getpixel((0, 0)) == (0, 0, 255)
   assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
 
 
@@ -137,8 +137,8 @@ def test_table_has_a_row_per_latent_and_a_column_per_value():
   images[..., 2] += np.arange(4)[:, None, None] / 2
   table = np.asarray(image_sheets.captioned_table(images, ["one", "two"], ["a", "b", "c", "d"], scale=4))
   shown = image_sheets.to_uint8(images)
-  centre = np.array([np.argwhere((table == shown[index][0, 0]).all(-1)).mean(0) for index in np.ndindex(2, 3, 4)])
-  rows, columns = centre.reshape(6, 4, 2)[..., 0], centre.reshape(6, 4, 2)[..., 1]
+  center = np.array([np.argwhere((table == shown[index][0, 0]).all(-1)).mean(0) for index in np.ndindex(2, 3, 4)])
+  rows, columns = center.reshape(6, 4, 2)[..., 0], center.reshape(6, 4, 2)[..., 1]
   assert (rows == rows[:, :1]).all() and (np.diff(rows[:, 0]) > 0).all()
   assert (columns == columns[:1]).all() and (np.diff(columns[0]) > 0).all()
   with pytest.raises(ValueError, match="3 headers for 4 columns"):
@@ -161,7 +161,11 @@ def test_a_place_is_checked_before_the_work(tmp_path):
   (tmp_path / "file").write_text("in the way")
   (tmp_path / "folder.png").mkdir()
   image_sheets.check_place(tmp_path / "new" / "deep" / "x.PNG", ".png")
-  for path, words in (("x.jpg", "must end in .png"), ("file/x.png", "not a folder"), ("folder.png", "it is a folder")):
-    with pytest.raises(UserError, match=words):
+  for path, message in (
+    ("x.jpg", "must end in .png"),
+    ("file/x.png", "not a folder"),
+    ("folder.png", "it is a folder"),
+  ):
+    with pytest.raises(UserError, match=message):
       image_sheets.check_place(tmp_path / path, ".png")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from aurora_jax.errors import UserError
-from aurora_jax.evaluation import judge
+from aurora_jax.evaluation.color import check_color
+from aurora_jax.evaluation.examples import ColorExample, ExpertExample, HeldOutExample
 from aurora_jax.reporting import report
 
 RED, GREEN, WHITE = [1.0, -1, -1], [-1.0, 1, -1], [1.0, 1, 1]
@@ -57,13 +58,13 @@ class Page(html.parser.HTMLParser):
     return {attrs["id"] for _, attrs in self.elements if "id" in attrs}
 
 
-def flat(colour, *lead):
-  return np.broadcast_to(np.array(colour, np.float32), lead + (8, 8, 3))
+def flat(color, *lead):
+  return np.broadcast_to(np.array(color, np.float32), lead + (8, 8, 3))
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-  """A run's folder with two sample pictures and a short log."""
+  """A run's folder with two sample sheets and a short log."""
   run = tmp_path / "runs" / "tiny"
   (run / "samples").mkdir(parents=True)
   (run / "config.json").write_text(
@@ -96,8 +97,8 @@ def run_dir(tmp_path):
     }
   )
   (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  for step, colour in ((10, "red"), (30, "blue")):
-    Image.new("RGB", (64, 32), colour).save(run / "samples" / f"step-{step:08d}.png")
+  for step, color in ((10, "red"), (30, "blue")):
+    Image.new("RGB", (64, 32), color).save(run / "samples" / f"step-{step:08d}.png")
   return run
 
 
@@ -105,18 +106,18 @@ def full_panels():
   real, made = flat(RED), flat(RED, 2)
   return report.Panels(
     expert_examples=(
-      report.ExpertExample(
+      ExpertExample(
         NASTY,
         real,
         {"r8_block0_layer0": np.arange(16) % 4, "r16_block1_layer0": np.zeros((4, 4), int)},
         {"r8_block0_layer0": 4, "r16_block1_layer0": 8},
       ),
     ),
-    heldout=(report.HeldOutExample(NASTY, real, made), report.HeldOutExample("two words", real, made)),
-    colours=(
-      report.ColourExample(judge.check_colour("red heart", made, real), real, made),
-      report.ColourExample(judge.check_colour("green circle", made, flat(GREEN)), flat(GREEN), made),
-      report.ColourExample(judge.check_colour("white flag", flat(WHITE, 2), real), real, flat(WHITE, 2)),
+    heldout=(HeldOutExample(NASTY, real, made), HeldOutExample("two words", real, made)),
+    colors=(
+      ColorExample(check_color("red heart", made, real), real, made),
+      ColorExample(check_color("green circle", made, flat(GREEN)), flat(GREEN), made),
+      ColorExample(check_color("white flag", flat(WHITE, 2), real), real, flat(WHITE, 2)),
     ),
     notes=(NASTY,),
   )
@@ -129,17 +130,17 @@ def read(path):
 
 def test_a_full_page(run_dir):
   source, page = read(report.write_report(run_dir, full_panels()))
-  words = {title: " ".join(text.split()) for title, text in page.sections.items()}
-  assert "87.5 %" in words["The judge's figures"] and "chance 3.1 %" in words["The judge's figures"]
-  assert "among all 1,918" in words["The judge's figures"] and "oddity" in words["The judge's figures"]
-  assert "two words" in words["Held-out prompts"] and "alert" in words["Held-out prompts"]
-  assert "right, 0\u00b0 apart" in words["Colour prompts"]
-  assert "wrong, 120\u00b0 apart" in words["Colour prompts"]
-  assert "wrong, no hue" in words["Colour prompts"] and "no coloured pixels" in words["Colour prompts"]
-  assert "8 px, block 0, layer 0" in words["Which expert each pixel went to"]
-  assert "16 px, block 1, layer 0" in words["Which expert each pixel went to"]
-  assert "busiest 75 % (expert 1), idlest 25.0 % (expert 0)" in words["Load of the experts"]
-  assert all("yet" not in text for text in words.values()), words
+  content = {title: " ".join(text.split()) for title, text in page.sections.items()}
+  assert "87.5 %" in content["The judge's figures"] and "chance 3.1 %" in content["The judge's figures"]
+  assert "among all 1,918" in content["The judge's figures"] and "oddity" in content["The judge's figures"]
+  assert "two words" in content["Held-out prompts"] and "alert" in content["Held-out prompts"]
+  assert "right, 0\u00b0 apart" in content["Color prompts"]
+  assert "wrong, 120\u00b0 apart" in content["Color prompts"]
+  assert "wrong, no hue" in content["Color prompts"] and "no colored pixels" in content["Color prompts"]
+  assert "8 px, block 0, layer 0" in content["Expert of each pixel"]
+  assert "16 px, block 1, layer 0" in content["Expert of each pixel"]
+  assert "busiest 75 % (expert 1), least busy 25.0 % (expert 0)" in content["Load of the experts"]
+  assert all("yet" not in text for text in content.values()), content
   for fact in ("tiny &lt;run&gt;", "480", "1 min 5 s", "4 at 8, 8 at 16"):
     assert fact in source
   assert {"sample-slider", "sample-image", "sample-label", "sample-play", "data"} <= page.ids()

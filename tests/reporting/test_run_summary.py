@@ -75,11 +75,11 @@ STORY = [
 
 @pytest.fixture(name="run")
 def _run(tmp_path):
-  def make(rows, name="run"):
+  def make(rows, name="run", config="openmoji_32.py"):
     folder = tmp_path / name
     folder.mkdir()
     experiment = config_files.load(
-      [f"--config={_ROOT / 'configs/openmoji_32.py'}", "--config.train.total_steps=100", "--config.train.batch_size=10"]
+      [f"--config={_ROOT / 'configs' / config}", "--config.train.total_steps=100", "--config.train.batch_size=10"]
     )
     (folder / "config.json").write_text(config_files.to_json(experiment))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
@@ -97,16 +97,16 @@ def test_the_story_of_an_eventful_run(run):
     for i in range(3)
   ]
   (folder / "skipped_records.jsonl").write_text("".join(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in skips))
-  lines = list(run_summary.tell(folder))
+  lines = list(run_summary.lines(folder))
   said = "\n".join(lines)
   assert len(lines) < 40 and all(len(line) <= 100 for line in lines if str(folder) not in line), said
-  for words in (
+  for expected in (
     "43 %: step 43 of 100, 430 images in batches of 10",
-    "speed      40.0 images/s in the last window, 40.0 in the middle one; 25 s of training, 14 s to go",
+    "speed      40.0 images/s in the last window, 40.0 in the median; 25 s of training, 14 s to go",
     "restarts   2",
     "history    2026-11-22 19:20  step  0  started on 8 tpu",
-    "step 30  killed; 10 steps done again",
-    "2026-11-22 21:00  step 20  went on on 4 tpu",
+    "step 30  killed; 10 steps repeated",
+    "2026-11-22 21:00  step 20  resumed on 4 tpu",
     "with mesh.data 8 -> 4",
     "2026-11-22 22:00  step 33  stopped: SIGTERM; saved",
     "2026-11-22 22:20  step 43  stopped: 10 steps in a row were skipped",
@@ -124,22 +124,22 @@ def test_the_story_of_an_eventful_run(run):
     "entropy of experts",
     "diversity, prompt",
     "next       read the skipped steps above",
-    "the same `train` command goes on (67 steps left)",
+    "the same `train` command continues (67 steps left)",
   ):
-    assert words in said, (words, said)
+    assert expected in said, (expected, said)
   assert "r8_conv" not in said
 
 
 def test_a_run_under_way_a_killed_one_and_one_that_never_was(run):
   folder = run(STORY[:3])
-  assert "step 20  its process was killed" in "\n".join(run_summary.tell(folder))
-  with workdir.held(folder):
-    said = "\n".join(run_summary.tell(folder))
+  assert "step 20  its process was killed" in "\n".join(run_summary.lines(folder))
+  with workdir.locked(folder):
+    said = "\n".join(run_summary.lines(folder))
   assert "a process is training in it now" in said and " killed" not in said and "tensorboard --logdir" in said
-  said = "\n".join(run_summary.tell(run([], "empty")))
+  said = "\n".join(run_summary.lines(run([], "empty")))
   assert "history    not started" in said and "warnings   none" in said and "skipped    no step, no record" in said
   with pytest.raises(UserError, match="run folder not found"):
-    list(run_summary.tell(folder / "nowhere"))
+    list(run_summary.lines(folder / "nowhere"))
 
 
 def test_figures_of_another_command_do_not_hide_how_training_ended(run):
@@ -149,7 +149,7 @@ def test_figures_of_another_command_do_not_hide_how_training_ended(run):
     row("stop", 100, 9.0, reason="done"),
     row("judge", 100, 9.0, **{"judge/top1_of_32": 0.875, "judge/heldout_top1_of_32": 0.5}),
   ]
-  said = "\n".join(run_summary.tell(run(rows)))
+  said = "\n".join(run_summary.lines(run(rows)))
   assert "step 100  all steps are done" in said and "killed" not in said
   assert "right among 32: training captions 88 %, held out 50 %" in said
 
@@ -162,6 +162,13 @@ def test_many_events_and_warnings_still_fit(run):
       row("stop", step, 1.0, reason="time"),
       row("resume", step, 1.0),
     ]
-  lines = list(run_summary.tell(run(rows)))
+  lines = list(run_summary.lines(run(rows)))
   assert len(lines) < 40 and any("more, see metrics.jsonl" in line for line in lines)
   assert any("sign 49" in line for line in lines) and not any("sign 45" in line for line in lines)
+
+
+def test_images_of_a_system_that_reads_several_batches_per_step(run):
+  rows = [row("start", 0, 0.0), row("train", 20, 10.0, images=400, images_per_second=80.0)]
+  summary = "\n".join(run_summary.lines(run(rows, config="megan_openmoji_32.py")))
+  assert "step 20 of 100, 400 images in batches of 10, 2 per step" in summary
+  assert "80.0 images/s in the last window, 80.0 in the median; 10 s of training, 20 s to go" in summary

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, on any mesh, whole or not at all."""
+"""Checkpoints: exact, on any mesh, complete or not at all."""
 
 import functools
 import json

@@ -1,4 +1,6 @@
-"""A run that the first version wrote: its configuration, checkpoint and metrics are read, sampled from and gone on with."""
+"""A run that the first version wrote: its configuration, checkpoint and metrics are read, sampled from and gone on
+with.
+"""
 
 import dataclasses
 import pathlib
@@ -127,7 +129,7 @@ def test_it_makes_the_images_that_it_made(run):
   for name, variables in (("image", averaged), ("raw_image", parameters)):
     np.testing.assert_allclose(apply(variables), golden[name], rtol=0, atol=1e-5 * scale)
   assert np.abs(golden["image"] - golden["raw_image"]).max() > 1e-4 * scale  # which of them it was would be seen
-  sampled = trained.sample(["a red circle", "a blue one"], latents=2).images
+  sampled = trained.sample(["a red circle", "a blue one"], latents_per_prompt=2).images
   assert sampled.shape == (2, 2, 8, 8, 3) and np.isfinite(sampled).all()
   assert np.abs(sampled[0] - sampled[1]).max() > 1e-4 < np.abs(sampled[:, 0] - sampled[:, 1]).max()
 
@@ -172,8 +174,8 @@ def test_a_run_can_begin_with_it(run, experiment, abstract):
   beginning = dataclasses.replace(experiment.train, init_from=str(run.checkpoints / "2"))
   other = dataclasses.replace(experiment, train=beginning)
   initialize.check(other)
-  state, words = initialize.first_state(System(other), abstract)
-  assert words.endswith("discriminator from there too") and int(state.step) == 0
+  state, message = initialize.first_state(System(other), abstract)
+  assert message.endswith("discriminator from there too") and int(state.step) == 0
   _, old = checkpoint_reader.read(run.checkpoints, abstract, 2)
   for name, network in old.networks.items():
     for part in ("params", "variables", "ema"):

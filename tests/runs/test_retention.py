@@ -1,4 +1,4 @@
-"""What is kept of a run's checkpoints, and why."""
+"""Which checkpoints of a run are retained, and why."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_reasons():
     50: ["newest 2"],
     60: ["newest 2", "every 30"],
   }
-  assert retention.Policy(0).reasons([3, 8]) == {3: ["all are kept"], 8: ["all are kept"]}
+  assert retention.Policy(0).reasons([3, 8]) == {3: ["all are retained"], 8: ["all are retained"]}
   assert retention.Policy(5).reasons([]) == {}
   assert retention.Policy(1).reasons([0, 7]) == {0: [], 7: ["newest"]}
 
@@ -80,9 +80,9 @@ def test_a_run_keeps_them_and_inspect_says_why(tmp_path, capsys):
   ]  # nothing else is left
   assert main.main(["inspect", str(tmp_path)]) == 0
   said = " ".join(capsys.readouterr().out.split())
-  for words in ("step 2 (", "), best by judge = 0.7 step 6 (", "), every 6 step 12 (", "), newest 2 step 16 ("):
-    assert words in said, said
-  # What was not kept before cannot come back, and what is no longer wanted goes with the next save.
+  for expected in ("step 2 (", "), best by judge = 0.7 step 6 (", "), every 6 step 12 (", "), newest 2 step 16 ("):
+    assert expected in said, said
+  # A removed checkpoint cannot come back; one that is no longer wanted is removed at the next save.
   toy.run(tmp_path, **keep | {"train.total_steps": 18, "train.keep_checkpoints": 1, "train.keep_best": "lower:jugde"})
   assert checkpoint_reader.steps(folder.checkpoints) == [6, 12, 18]
   assert main.main(["inspect", str(tmp_path)]) == 0
@@ -90,7 +90,7 @@ def test_a_run_keeps_them_and_inspect_says_why(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "field,value,words",
+  "field,value,message",
   [
     ("train.keep_best", "fid", "'lower:NAME' or 'higher:NAME' of a metric, got 'fid'"),
     ("train.keep_best", "lower:", "got 'lower:'"),
@@ -99,8 +99,8 @@ def test_a_run_keeps_them_and_inspect_says_why(tmp_path, capsys):
     ("train.keep_every", 5, "5 must be a multiple of train.checkpoint_every 4"),
   ],
 )
-def test_what_makes_no_sense_is_refused(field, value, words):
-  with pytest.raises(UserError, match=words):
+def test_what_makes_no_sense_is_refused(field, value, message):
+  with pytest.raises(UserError, match=message):
     toy.experiment(**{field: value})
 
 

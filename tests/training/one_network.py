@@ -31,9 +31,9 @@ class OneNetwork(base.System):
     ema = params if network.ema is not None else None
     return base.TrainState(jnp.int32(0), {"generator": base.NetworkState(params, {}, opt_state, ema)})
 
-  def step(self, state, gradients, healthy=True):
+  def step(self, state, gradients, all_finite=True):
     """The state after one more step, its number not counted."""
-    return self.update(state, "generator", gradients, {}, healthy=healthy)[0]
+    return self.update(state, "generator", gradients, {}, all_finite=all_finite)[0]
 
 
 def params(state):

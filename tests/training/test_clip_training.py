@@ -37,8 +37,8 @@ PLACES = {"left": (0, 4, 8, 12), "right": (8, 4, 16, 12), "top": (4, 0, 12, 8), 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """16 pictures: a square of one of four colours at one of four places."""
-  folder = tmp_path_factory.mktemp("pictures")
+  """16 images: a square of one of four colours at one of four places."""
+  folder = tmp_path_factory.mktemp("images")
   for (colour, rgb), (place, box) in itertools.product(COLOURS.items(), PLACES.items()):
     image = Image.new("RGB", (16, 16), "white")
     image.paste(rgb, box)
@@ -55,7 +55,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dots():
-  """64 times the same picture: a black square around the centre of a white one."""
+  """64 times the same image: a black square around the center of a white one."""
   images = np.ones((64, 16, 16, 3), np.float32)
   images[:, 6:10, 6:10] = -1
   return images
@@ -156,7 +156,7 @@ def test_learning_rate():
 def first_batch(settings, data):
   dataset = Dataset.open(data)
   tokenizer = clip.build_tokenizer(dataset.captions(), settings)
-  config = clip.clip_config(settings, tokenizer, clip.measure_colours(dataset, settings.resolution))
+  config = clip.clip_config(settings, tokenizer, clip.measure_colors(dataset, settings.resolution))
   with loader.train_batches(dataset, resolution=16, batch_size=12, seed=0, tokenizer=tokenizer) as batches:
     batch = next(batches)
   return config, {name: batch[name] for name in ("image", "tokens", "caption_id")}
@@ -186,7 +186,7 @@ def test_the_temperature_is_limited(data):
 
 
 def test_same_captions_are_no_negatives(data):
-  """A batch of one caption, of one picture under several names, has nothing to tell apart: no loss, no gradient."""
+  """A batch of one caption, of one image under several names, has nothing to tell apart: no loss, no gradient."""
   config, batch = first_batch(TINY, data)
   step = clip.make_step(config, TINY)
   for change in ({"tokens": np.repeat(batch["tokens"][:1], 12, axis=0)}, {"caption_id": np.zeros(12, np.int32)}):
@@ -205,7 +205,7 @@ def test_it_learns_and_the_same_steps_give_the_same_weights(data):
   assert np.mean([metrics["accuracy"] for _, _, metrics in seen[-10:]]) > 0.8
   assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(bundle.variables))
 
-  # Its own pictures find their captions.
+  # The images find their captions.
   images = loader.to_float(loader.load_images(dataset, 16))
   tokens = bundle.tokenizer([captions[0] for captions in dataset.captions()])
   text, image, _ = jax.jit(bundle.module().apply)(bundle.variables, tokens, images)

@@ -27,16 +27,14 @@ RECORDS, SET = 11, 5
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-  """A data set of random pictures, one caption each, and a CLIP."""
+  """A data set of random images, one caption each, and a CLIP."""
   home = tmp_path_factory.mktemp("home")
-  (home / "pictures").mkdir()
+  (home / "images").mkdir()
   rng = np.random.default_rng(0)
   for i in range(RECORDS):
-    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(home / f"pictures/{i}.png")
-    (home / f"pictures/{i}.txt").write_text(f"{' '.join(str(i) * 2)} red\n")
-  build.build(
-    sources.folder(home / "pictures"), home / "data", resolution=16, shards=2, heldout_fraction=0, name="small"
-  )
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(home / f"images/{i}.png")
+    (home / f"images/{i}.txt").write_text(f"{' '.join(str(i) * 2)} red\n")
+  build.build(sources.folder(home / "images"), home / "data", resolution=16, shards=2, heldout_fraction=0, name="small")
   random_run.make_clip(home / "clip")
   return home
 
@@ -159,8 +157,8 @@ def test_reference_is_the_distance_between_two_disjoint_sets(whole):
   assert distances.count == SET
   numbers = distances._places(np.arange(2 * SET))
   assert len(set(numbers.tolist())) == 2 * SET
-  pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  small = resample.image_pyramid(pictures, (8,))[8]
+  images = loader.to_float(loader.load_images(run.dataset, 16, numbers))
+  small = resample.image_pyramid(images, (8,))[8]
   features = np.asarray(run.system.clip.apply(run.distances._variables, small, method="encode_image"))
   sets = [frechet.Moments(features.shape[1]) for _ in range(2)]
   for moments, part in zip(sets, (features[:SET], features[SET:])):
@@ -176,8 +174,8 @@ def test_a_generator_that_drew_the_second_set_would_have_the_references_distance
   run = whole[1]
   reference = run.distances.reference(8, lambda: True)
   numbers = run.distances._places(np.arange(SET, 2 * SET))
-  pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  small = resample.image_pyramid(pictures, (8,))[8]
+  images = loader.to_float(loader.load_images(run.dataset, 16, numbers))
+  small = resample.image_pyramid(images, (8,))[8]
   features = np.asarray(run.system.clip.apply(run.distances._variables, small, method="encode_image"))
   tokens = run.system.tokenizer([run.dataset[int(number)].captions[0] for number in numbers])
   own = {row.tobytes(): feature for row, feature in zip(np.asarray(tokens, np.int32), features)}
@@ -222,8 +220,8 @@ def test_distances_by_inception(home, whole, inception_file, monkeypatch):
   variables = inception_torch.load(inception_file)
   features = jax.jit(lambda images: inception.Inception().apply(variables, images))
   numbers = distances._places(np.arange(2 * SET))
-  pictures = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  expected = np.asarray(features(resample.image_pyramid(pictures, (8,))[8]))
+  images = loader.to_float(loader.load_images(run.dataset, 16, numbers))
+  expected = np.asarray(features(resample.image_pyramid(images, (8,))[8]))
   for moments, part in zip((first, second), (expected[:SET], expected[SET:])):
     np.testing.assert_allclose(moments.mean, part.mean(0), atol=1e-4 * expected.max())
   assert np.abs(generated.mean - first.mean).max() > 1e-2 * expected.max()

@@ -76,7 +76,7 @@ def doubled(tree):
 
 @pytest.fixture
 def first_state(monkeypatch):
-  """experiment -> (state, words), with the first state made cheaply."""
+  """experiment -> (state, origin), with the first state made cheaply."""
   monkeypatch.setattr(initialize, "optimizers", types.SimpleNamespace(init_state=cheap_init))
   return lambda experiment: initialize.first_state(System(experiment), abstract(without_origin(experiment)))
 
@@ -94,8 +94,8 @@ def same(first, second):
 
 
 def test_networks_are_taken_over_and_optimizers_are_not(experiment, start, run, first_state):
-  state, words = first_state(beginning_with(experiment, run))
-  assert words.endswith("discriminator from there too") and str(run / "checkpoints" / "7") in words
+  state, origin = first_state(beginning_with(experiment, run))
+  assert origin.endswith("discriminator from there too") and str(run / "checkpoints" / "7") in origin
   fresh, nothing = first_state(experiment)
   assert nothing == "" and int(state.step) == 0
   assert jax.tree.structure(state) == jax.tree.structure(fresh)
@@ -118,15 +118,15 @@ def test_networks_are_taken_over_and_optimizers_are_not(experiment, start, run, 
 def test_another_discriminator_is_made_afresh(experiment, start, run, first_state):
   for fields in ({"residual_gain": 0.5}, {"channels_max": 64}):
     other = beginning_with(experiment, run, discriminator=fields)
-    state, words = first_state(other)
-    assert f"discriminator fresh (that one differs in discriminator.{next(iter(fields))})" in words
+    state, origin = first_state(other)
+    assert f"discriminator fresh (that one differs in discriminator.{next(iter(fields))})" in origin
     same(state.networks["generator"].params, start.networks["generator"].params)
     same(state.networks["discriminator"], first_state(without_origin(other))[0].networks["discriminator"])
   folder = run.parent / "converted" / "checkpoints"
   parts = {part: jax.tree.map(np.asarray, getattr(start.networks["generator"], part)) for part in PARTS}
   checkpoint_manager.write_parts(folder, 0, {"networks": {"generator": parts}}, config_files.to_mapping(experiment))
-  state, words = first_state(beginning_with(experiment, folder.parent))
-  assert "discriminator fresh (the checkpoint has none)" in words
+  state, origin = first_state(beginning_with(experiment, folder.parent))
+  assert "discriminator fresh (the checkpoint has none)" in origin
   for part in PARTS:
     same(getattr(state.networks["generator"], part), getattr(start.networks["generator"], part))
 

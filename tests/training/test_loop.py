@@ -49,11 +49,12 @@ def _start(workdir, *arguments, **environment):
 
 def _wait_for_step(workdir, step, process):
   """Waits until a line of at least this step is logged."""
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + 180  # a process on a busy machine takes long to start
   while time.monotonic() < deadline and process.poll() is None:
     if any(row["step"] >= step for row in metrics.read(pathlib.Path(workdir) / "metrics.jsonl")):
       return
     time.sleep(0.02)
+  process.kill()  # else `communicate` would wait for the last step
   raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
@@ -110,7 +111,10 @@ def test_logged_values_are_averages_over_the_steps_that_had_them(tmp_path):
     np.testing.assert_allclose(row["moe/load/layer/2"] - row["moe/load/layer/0"], 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("number,reason", [(signal.SIGINT, loop.INTERRUPT), (signal.SIGTERM, loop.TERMINATED)])
+@pytest.mark.parametrize(
+  "number,reason",
+  [(signal.SIGINT, loop.INTERRUPT), (signal.SIGTERM, loop.TERMINATED), (signal.SIGHUP, loop.TERMINATED)],
+)
 def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, reason):
   whole, whole_toy = uninterrupted
   first = toy.Toy(toy.experiment(), after_batch=_signal_at(5, number))
@@ -195,13 +199,13 @@ def test_samples_at_fixed_steps(tmp_path):
 def test_nan_in_one_batch_is_skipped_and_training_goes_on(tmp_path, capsys):
   states = []
 
-  class Watched(toy.Toy):
+  class Recording(toy.Toy):
     def step(self, step, state, batches):
       with jax.transfer_guard("allow"):
         states.append(jax.device_get(state))
         return super().step(step, state, batches)
 
-  _, outcome = toy.run(tmp_path, toy=Watched(toy.experiment(), nan_at=(6,)))
+  _, outcome = toy.run(tmp_path, toy=Recording(toy.experiment(), nan_at=(6,)))
   assert (outcome.reason, outcome.status) == (loop.DONE, 0)
   for before, after in zip(jax.tree.leaves(states[6].replace(step=0)), jax.tree.leaves(states[7].replace(step=0))):
     np.testing.assert_array_equal(before, after)
@@ -297,10 +301,10 @@ def test_a_differing_config_is_refused(tmp_path):
   before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
   with pytest.raises(UserError) as error:
     toy.run(tmp_path, **{"loss.clip_weight": 0.5, "generator.experts": {4: 2, 8: 4, 16: 8, 32: 16, 64: 16}})
-  words = str(error.value)
-  assert "loss.clip_weight 0.2 -> 0.5" in words and "--allow-config-change loss.clip_weight" in words
-  assert 'generator.experts {"8": 4, "16": 8, "32": 16, "64": 16} -> {"4": 2' in words
-  assert "train." not in words and "\n" not in words
+  message = str(error.value)
+  assert "loss.clip_weight 0.2 -> 0.5" in message and "--allow-config-change loss.clip_weight" in message
+  assert 'generator.experts {"8": 4, "16": 8, "32": 16, "64": 16} -> {"4": 2' in message
+  assert "train." not in message and "\n" not in message
   assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
   with pytest.raises(UserError, match="loss.clip_weight 0.2 -> 0.5"):
@@ -350,7 +354,7 @@ def test_an_unwritable_workdir(tmp_path, where):
 
 
 def test_one_trainer_at_a_time(tmp_path):
-  with workdir_lib.held(tmp_path):
+  with workdir_lib.locked(tmp_path):
     with pytest.raises(UserError, match="another process is training in it"):
       toy.run(tmp_path)
   assert toy.run(tmp_path)[1].reason == loop.DONE
@@ -369,10 +373,10 @@ def test_the_next_batch_is_fetched_while_a_step_runs(tmp_path):
   """Batch s+1 is asked for before the metrics of step s are, and never more than one ahead."""
   ahead = []
 
-  class Watched(toy.Toy):
+  class Recording(toy.Toy):
     def step(self, step, state, batches):
       ahead.append(len(self.seen) - step)
       return super().step(step, state, batches)
 
-  toy.run(tmp_path, toy=Watched(toy.experiment()))
+  toy.run(tmp_path, toy=Recording(toy.experiment()))
   assert set(ahead) == {1}

@@ -46,7 +46,9 @@ def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
 )
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
 def test_adam_l2_and_clipping_are_those_of_optax(fields, before_adam, beta1):
-  """Gradients of norms below and above the limit; both moments, all parameters, names that weight decay would look for."""
+  """Gradients of norms below and above the limit; both moments, all parameters, names that weight decay would look
+  for.
+  """
   system = OneNetwork(dataclasses.replace(PLAIN, beta1=beta1, beta2=0.95, eps=1e-3, **fields))
   rng = np.random.default_rng(0)
   draw = lambda size: {
@@ -80,7 +82,7 @@ def test_an_update_that_may_be_left_out_is_bitwise_nothing_then_and_needs_no_mem
 
   with monkeypatch.context() as without_norms:  # on a CPU, squares that are summed are arrays for a while
     without_norms.setattr(guard.Guard, "norms", lambda *args: {})
-    without_norms.setattr(guard.Guard, "healthy", lambda *args: True)
+    without_norms.setattr(guard.Guard, "all_finite", lambda *args: True)
     compiled = jax.jit(lambda *args: step(*args), donate_argnums=0).lower(begin, values, jnp.array(True)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4096  # not one array of second moments
   first = jax.jit(step)(begin, values, jnp.array(True))

@@ -65,9 +65,11 @@ def test_progress_survives_json_exactly():
 
 
 class Planted:
-  """Distances as of `frechet.Distances`: of the generator 10, 9, 8 ... by step. `interrupt`: the calls that send SIGINT."""
+  """Distances as of `frechet.Distances`: of the generator 10, 9, 8 ... by step. `interrupt`: the calls that send
+  SIGINT.
+  """
 
-  name, features, count, description = "frechet_toy", "toy features", 3, "toy features, 3 pictures"
+  name, features, count, description = "frechet_toy", "toy features", 3, "toy features, 3 images"
 
   def __init__(self, interrupt=()):
     self.calls, self._interrupt = 0, interrupt

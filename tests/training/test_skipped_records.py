@@ -1,4 +1,6 @@
-"""Damaged data while training: the record alone is skipped, listed and counted, up to a limit; nothing depends on a restart."""
+"""Damaged data while training: the record alone is skipped, listed and counted, up to a limit; nothing depends on a
+restart.
+"""
 
 import dataclasses
 import json
@@ -24,14 +26,14 @@ RECORDS, SHARDS = 40, 5
 
 @pytest.fixture(scope="module", name="whole")
 def _whole(tmp_path_factory):
-  """A data set of 40 pictures in 5 shards."""
-  pictures = tmp_path_factory.mktemp("pictures")
+  """A data set of 40 images in 5 shards."""
+  images = tmp_path_factory.mktemp("images")
   rng = np.random.default_rng(0)
   for number in range(RECORDS):
-    Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(pictures / f"{number}.png")
-    (pictures / f"{number}.txt").write_text(f"picture {number}\n")
+    Image.fromarray(rng.integers(0, 255, (4, 4, 3), np.uint8)).save(images / f"{number}.png")
+    (images / f"{number}.txt").write_text(f"picture {number}\n")
   out = tmp_path_factory.mktemp("data") / "data"
-  build.build(sources.folder(pictures), out, resolution=4, shards=SHARDS, heldout_fraction=0, name="x")
+  build.build(sources.folder(images), out, resolution=4, shards=SHARDS, heldout_fraction=0, name="x")
   return out
 
 
@@ -52,20 +54,20 @@ def flip(data, number, record):
 
 
 def break_everything(data):
-  """One fault of each kind: a flipped byte, no picture, an empty caption, a shard cut off, one gone. {number: reason}."""
+  """One fault of each kind: a flipped byte, no image, an empty caption, a shard cut off, one gone. {number: reason}."""
   flip(data, 0, 3)
   path = shard(data, 1)
   payloads = [tfrecords.read_record(path, *place) for place in tfrecords.load_index(path).tolist()]
   with tfrecords.ShardWriter(path) as writer:
     for record, payload in enumerate(payloads):
-      changes = {2: {"image": b"no picture"}, 5: {"captions": ("",)}}.get(record, {})
+      changes = {2: {"image": b"no image"}, 5: {"captions": ("",)}}.get(record, {})
       writer.write(schema.encode(dataclasses.replace(schema.decode(payload), **changes)))
   dataset = Dataset.open(data)
   os.truncate(shard(data, 2), int(tfrecords.load_index(shard(data, 2))[6, 0]) + 3)
   shard(data, 3).unlink()
   return dataset, {
     3: "wrong checksum",
-    10: "not a readable picture",
+    10: "not a readable image",
     13: "empty value",
     22: "is cut off",
     23: "is cut off",
@@ -205,7 +207,7 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
   dataset, faults = damaged
   limit = {"data.max_skipped": 0.2}  # 8 of 40
   trained, outcome = train(tmp_path / "run", dataset, **limit)
-  assert (outcome.reason, outcome.status) == (loop.DAMAGED_DATA, 2) and 0 < outcome.step < 12
+  assert (outcome.reason, outcome.status) == (loop.CORRUPT_RECORDS, 2) and 0 < outcome.step < 12
   assert len(trained.seen) == outcome.step + 1  # The batch that was too much is not trained on.
   assert checkpoint_reader.newest(tmp_path / "run/checkpoints") == outcome.step
   count = len(listed(tmp_path / "run"))
@@ -223,7 +225,7 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
 
   # Again: it stops where it is. With the data mended, or with a higher limit, it goes on.
   _, again = train(tmp_path / "run", dataset, **limit)
-  assert (again.reason, again.step) == (loop.DAMAGED_DATA, outcome.step) and len(listed(tmp_path / "run")) == count
+  assert (again.reason, again.step) == (loop.CORRUPT_RECORDS, outcome.step) and len(listed(tmp_path / "run")) == count
   shutil.copy(shard(whole, 3), shard(data, 3))
   capsys.readouterr()
   _, mended = train(tmp_path / "run", Dataset.open(data, "train", True), **limit)
@@ -249,7 +251,7 @@ def test_data_that_are_gone_stop_the_run(data, tmp_path, capsys):
     ),
   )
   _, outcome = toy.run(tmp_path / "run", toy=trained)
-  assert (outcome.reason, outcome.status) == (loop.DAMAGED_DATA, 2) and 3 <= outcome.step < 12
+  assert (outcome.reason, outcome.status) == (loop.CORRUPT_RECORDS, 2) and 3 <= outcome.step < 12
   assert checkpoint_reader.newest(tmp_path / "run/checkpoints") == outcome.step
   line = capsys.readouterr().err.strip().splitlines()[-1]
   assert "no record of data set" in line and "is cut off: 0 of" in line and f"stopped at step {outcome.step};" in line
@@ -308,11 +310,11 @@ def test_several_processes_know_the_same(damaged, tmp_path, monkeypatch):
   monkeypatch.setattr(skipped_records.hosts, "is_alone", lambda: False)
   followers = []
   for process in (1, 0):
-    monkeypatch.setattr(skipped_records.hosts, "is_first", lambda process=process: process == 0)
+    monkeypatch.setattr(skipped_records.hosts, "is_primary", lambda process=process: process == 0)
     monkeypatch.setattr(skipped_records.hosts, "from_all", lambda text: ["", ""])
     follower = skipped_records.follow(tmp_path / "list.jsonl", dataset, 0.2, resumed=False)
     follower.begin()
-    follower.met(skips[process])
+    follower.add(skips[process])
     assert not follower.count(99)  # not before all have told
     monkeypatch.setattr(
       skipped_records.hosts,

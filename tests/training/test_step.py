@@ -265,7 +265,9 @@ def test_r1_moves_the_discriminator_only(tiny):
 
 
 def test_lazy_r1_shrinks_rate_and_decay_of_the_discriminator(tiny):
-  """StyleGAN2, appendix B: by interval / (interval + 1), here 2 / 3. Adam's first step is the rate, whatever the gradient."""
+  """StyleGAN2, appendix B: by interval / (interval + 1), here 2 / 3. Adam's first step is the rate, whatever the
+  gradient.
+  """
   state, metrics = tiny.main(tiny.first, tiny.frozen, tiny.batch)
   configured, lazy = tiny.experiment.optimizer, 2 / 3
   for network, decay, rate in (
@@ -297,8 +299,8 @@ def test_the_same_step_is_the_same_bit_by_bit_and_the_next_one_draws_anew(tiny):
 
 
 def test_generator_descends_on_its_own_loss(tiny):
-  """Many steps of the generator against a discriminator that begins each step as the first one lower its adversarial and its
-  CLIP loss."""
+  """Many steps of the generator against a discriminator that begins each step as the first one lower its adversarial
+  and its CLIP loss."""
   state, found = tiny.first, []
   for _ in range(40):
     state = state.with_network("discriminator", tiny.first.networks["discriminator"])

@@ -66,8 +66,8 @@ def _step(state, batch, key, every_third, guarded):
 
   def loss(params):
     noise = jax.random.normal(jax.random.fold_in(key, state.step), batch["image"].shape)
-    pictures = batch["image"] + noise
-    return jnp.mean(jnp.square(pictures @ params["w"] + params["b"])) + batch["poison"][0] * jnp.sum(params["b"])
+    images = batch["image"] + noise
+    return jnp.mean(jnp.square(images @ params["w"] + params["b"])) + batch["poison"][0] * jnp.sum(params["b"])
 
   old = state.networks["generator"]
   value, gradient = jax.value_and_grad(loss)(old.params)
@@ -76,8 +76,8 @@ def _step(state, batch, key, every_third, guarded):
   ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, old.ema, params)
   metrics = {"loss/g": value + batch["poison"][0], "moe/load/layer": jnp.arange(3.0) + value}
   metrics |= guard.norms("grad_norm/g", gradient, _label)
-  healthy = guard.healthy(metrics)
-  metrics |= guard.verdict("g", healthy)
+  all_finite = guard.all_finite(metrics)
+  metrics |= guard.verdict("g", all_finite)
   if every_third:
     metrics["r1"] = 2.0 * value
   discriminator = state.networks["discriminator"]
@@ -86,7 +86,7 @@ def _step(state, batch, key, every_third, guarded):
     "generator": base.NetworkState(params, {}, opt, ema),
     "discriminator": discriminator.replace(params={"scale": scale}),
   }
-  after = jax.tree.map(guard.keeper(healthy), after, state.networks)
+  after = jax.tree.map(guard.keeper(all_finite), after, state.networks)
   return base.TrainState(state.step + 1, after), {"toy": metrics}
 
 
@@ -101,12 +101,22 @@ class Toy:
   after_batch: object = None
   seen: list = dataclasses.field(default_factory=list)
 
+  dataset = None
+  batch_sharding = None
+  batches_per_step = 1
+  headline = ()
+  log_names = {"g": "generator", "d": "discriminator"}
+  remedies = {}
+
   def __post_init__(self):
     self._key = jax.device_put(jax.random.key(self.experiment.train.seed))
 
   @property
   def abstract_state(self):
     return jax.eval_shape(functools.partial(_init, width=self.width), self._key)
+
+  def begin(self):
+    """Compiles nothing in the background."""
 
   def init(self):
     return _init(self._key, width=self.width)

@@ -40,7 +40,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 // ---- curves ----------------------------------------------------------------------------------------------------
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 52, right: 10, top: 8, bottom: 22 };
-const COLOURS = 8;
+const COLORS = 8;
 
 function element(name, attributes, parent, text) {
   const node = document.createElementNS(SVG, name);
@@ -50,7 +50,7 @@ function element(name, attributes, parent, text) {
   return node;
 }
 
-function words(value) {
+function format(value) {
   const size = Math.abs(value);
   let shown = String(+value.toPrecision(3));
   if (size !== 0 && (size < 0.001 || size >= 1e6)) shown = value.toExponential(1);
@@ -87,7 +87,7 @@ function logTicks(low, high) {
 }
 
 function smooth(values) {
-  // A Gaussian window centred on each point, so that the curve does not lag behind.
+  // A Gaussian window centered on each point, so that the curve does not lag behind.
   const width = Math.max(1, values.length / 60), reach = Math.ceil(2.5 * width);
   return values.map((_, i) => {
     let sum = 0, weight = 0;
@@ -141,8 +141,8 @@ function chart(host, spec, number) {
   const readouts = spec.series.map((s, n) => {
     const item = document.createElement("li");
     const mark = document.createElement("i");
-    mark.style.background = "var(--s" + (n % COLOURS) + ")";
-    if (n >= COLOURS) mark.style.opacity = 0.55;  // dashed
+    mark.style.background = "var(--s" + (n % COLORS) + ")";
+    if (n >= COLORS) mark.style.opacity = 0.55;  // dashed
     const value = document.createElement("b");
     item.append(mark, s.name.replaceAll("_", " ") + " ", value);
     legend.append(item);
@@ -159,7 +159,7 @@ function chart(host, spec, number) {
     spec.series.forEach((s, n) => {
       const values = smoothed[n] || s.values;
       const index = cursor === null ? values.length - 1 : nearest(s.steps, cursor);
-      readouts[n].textContent = words(cursor === null ? values[index] : s.values[index]);
+      readouts[n].textContent = format(cursor === null ? values[index] : s.values[index]);
     });
     when.textContent = cursor === null ? "" : "step " + Math.round(cursor).toLocaleString("en");
     if (!line) return;
@@ -182,7 +182,7 @@ function chart(host, spec, number) {
       const y = toY(t);
       if (y < MARGIN.top - 1 || y > MARGIN.top + tall + 1) continue;
       element("line", { class: "rule", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }, svg);
-      element("text", { x: MARGIN.left - 7, y: y + 4, "text-anchor": "end" }, svg, words(t));
+      element("text", { x: MARGIN.left - 7, y: y + 4, "text-anchor": "end" }, svg, format(t));
     }
     for (const t of roundTicks(first, last, Math.max(2, Math.floor(inner / 72)))) {
       const x = toX(t);
@@ -202,7 +202,7 @@ function chart(host, spec, number) {
     spec.series.forEach((s, n) => {
       const place = (v, i) => (i ? "L" : "M") + toX(s.steps[i]).toFixed(1) + " " + toY(v).toFixed(1);
       const path = (values) => values.map(place).join("");
-      const stroke = `stroke: var(--s${n % COLOURS})` + (n < COLOURS ? "" : "; stroke-dasharray: 5 3");
+      const stroke = `stroke: var(--s${n % COLORS})` + (n < COLORS ? "" : "; stroke-dasharray: 5 3");
       if (smoothed[n]) element("path", { class: "raw", d: path(s.values), style: stroke }, area);
       element("path", { d: path(smoothed[n] || s.values), style: stroke }, area);
     });

@@ -71,10 +71,11 @@ class Generator:
   router_z_weight: float = 0.001  # released
   router_balance_weight: float = 0.001  # released
   w_average_decay: float = 0.998  # of the running average of w, for truncation (Hammer's default)
-  # Attention over more than this many query positions is computed in chunks of this size with rematerialisation.
+  # Attention over more than this many query positions is computed in chunks of this size with rematerialization.
   attention_chunk: int = 1024
   remat: bool = False  # recompute each block in the backward pass
-  # With remat: an attention block's layers are a loop. Less to compile for TPUs, more memory on GPUs (benchmarks/README.md).
+  # With remat: an attention block's layers are a loop. Less to compile for TPUs, more memory on GPUs
+  # (benchmarks/README.md).
   loop_layers: bool = False
   compute_dtype: str = "float32"
 
@@ -124,23 +125,24 @@ class Generator:
     )
 
   @property
-  def resolutions(self):
+  def resolutions(self) -> tuple[int, ...]:
     """All resolutions of the synthesis network, ascending: (4, 8, ...)."""
     return tuple(2**k for k in range(2, self.resolution.bit_length()))
 
-  def channels(self, resolution):
+  def channels(self, resolution: int) -> int:
     """Feature channels at a resolution."""
     return min(self.channels_base // resolution, self.channels_max)
 
-  def for_sampling(self, backend):
-    """The same generator as it is sampled from: results as the released scripts give them, ways that suit the machine.
+  def for_sampling(self, backend: str) -> "Generator":
+    """The configuration for sampling. Its results are those of the released scripts, and no sample depends on its
+    batch.
 
-    Every sample is by itself, whatever the batch. On a CPU experts and attention work in pieces that fit its cache.
+    On a CPU experts and attention work in pieces that fit its cache.
 
     Args:
       backend: "cpu", "gpu" or "tpu".
     """
-    changes = {"remat": False}
+    changes: dict[str, Any] = {"remat": False}
     if self.text_attention == "uniform":
       changes["text_attention"] = "independent"
     if backend == "cpu":
@@ -173,7 +175,7 @@ class Discriminator:
   text_lr_multiplier: float = 0.01
   residual_gain: float = 0.7071067811865476  # StyleGAN2's residual discriminator: 1/sqrt(2)
   minibatch_std: int = 0  # group size of the minibatch standard deviation; 0 turns it off (GigaGAN A2, T2I-64)
-  # The last exit sees how much a picture differs from another one of its caption in the batch (PacGAN, arXiv 1712.04086;
+  # The last exit sees how much an image differs from another one of its caption in the batch (PacGAN, arXiv 1712.04086;
   # not in the paper), see `data.pairs`.
   compare_pairs: bool = False
   remat: bool = False
@@ -198,11 +200,11 @@ class Discriminator:
       require(r in resolutions, f"discriminator.attention_depth names resolution {r}, there are {resolutions}")
 
   @property
-  def resolutions(self):
+  def resolutions(self) -> tuple[int, ...]:
     """All resolutions of the trunk, descending: (64, ..., 4)."""
     return tuple(2**k for k in range(self.resolution.bit_length() - 1, 1, -1))
 
-  def channels(self, resolution):
+  def channels(self, resolution: int) -> int:
     """Feature channels at a resolution."""
     return min(self.channels_base // resolution, self.channels_max)
 
@@ -218,23 +220,24 @@ class Loss:
   early_exit_adversarial: float = 0.01  # GigaGAN A2 (recalled); the last exit weighs 1
   early_exit_matching: float = 0.05
   matching_weight: float = 1.0  # mismatched pairs in the discriminator's step, GigaGAN eq. 8
-  matching_real: float = 1.0  # its share on real pictures with another caption ...
+  matching_real: float = 1.0  # its share on real images with another caption ...
   matching_fake: float = 1.0  # ... and on generated ones: GigaGAN's equation has both with the same weight
   generator_matching_weight: float = 0.0  # the paper does not say; 0 is the safe reading
   r1_gamma: float = 0.2048  # GigaGAN A2, start of its range
-  # GigaGAN A2. A step of its own every so many, times as much; rate and beta2 of the discriminator shrink by
-  # interval / (interval + 1) for it (StyleGAN2, appendix B). 1: in every step.
+  # GigaGAN A2. R1 runs once in so many steps, weighted by as much; learning rate and beta2 of the discriminator shrink
+  # by interval / (interval + 1) for it (StyleGAN2, appendix B). 1: in every step.
   r1_interval: int = 16
   r1_levels: tuple[int, ...] = ()  # pyramid levels that R1 covers; (): all that enter the discriminator (choice)
-  # GigaGAN A2 (recalled 0.2-1.0), StyleGAN-T 0.2. It is that of the loss over the global batch. The released `clip_model.py`
-  # passes back only the part of the gradient that belongs to a GPU's own rows, and data-parallel training takes the mean
-  # over W GPUs: a weight tuned there acts as weight / W here.
+  # GigaGAN A2 (recalled 0.2-1.0), StyleGAN-T 0.2. It is that of the loss over the global batch. The released
+  # `clip_model.py` passes back only the part of the gradient that belongs to a GPU's own rows, and data-parallel
+  # training takes the mean over W GPUs: a weight tuned there acts as weight / W here.
   clip_weight: float = 0.2
-  # The loss is the mean over pyramid levels of at least this many pixels; smaller ones carry hardly any signal for CLIP.
+  # The loss is the mean over pyramid levels of at least this many pixels; smaller ones carry hardly any signal for
+  # CLIP.
   clip_min_resolution: int = 16
   clip_logit_scale: float = 0.0  # 0 takes CLIP's own temperature (released)
-  clip_bank: int = 0  # further negatives: this many training captions beside the batch's own (0: batch only)
-  clip_augment: bool = False  # shift, noise and colour shift before the image tower
+  clip_bank: int = 0  # further negatives: this many training captions besides the batch's own (0: batch only)
+  clip_augment: bool = False  # shift, noise and color shift before the image tower
   moe_weight: float = 1.0  # on the sum over layers that the generator returns
 
 
@@ -314,8 +317,8 @@ class Experiment(config_lib.Experiment):
     """The experiment whose networks and losses end at `resolution`, a stage of progressive growing.
 
     Its networks take the parameters of the whole experiment and ignore those of higher resolutions. Losses keep the
-    levels that exist; where none remains, R1 covers all levels and the CLIP loss is off. Data, learning rates and lengths
-    stay as they are.
+    levels that exist; where none remains, R1 covers all levels and the CLIP loss is off. Data, learning rates and
+    lengths stay as they are.
 
     Args:
       resolution: one of `schedule.resolutions`.

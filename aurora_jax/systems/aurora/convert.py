@@ -1,15 +1,16 @@
-"""Whole checkpoints to and from the released PyTorch code: its weight files, and folders of ours.
+"""Converts weight files of the released PyTorch code to run folders, and back.
 
-A released file holds `generator_smooth` (the average) and `generator`, or one of them, or a bare state dict. Ours
-becomes the folder of a run with one checkpoint of step 0 that has the parts `generator`, `ema` and `buffers`: to sample
-from, to look at, to begin a training with (`train.init_from`).
+A released file holds `generator_smooth` (the moving average) and `generator`, or one of them, or a bare state dict. It
+becomes a run folder with one checkpoint, of step 0, that has the generator only. Such a folder serves for sampling, and
+as the start of a training run (`train.init_from`).
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -22,7 +23,10 @@ from aurora_jax.runs import checkpoint_manager, checkpoint_reader
 from aurora_jax.runs import workdir as workdir_lib
 from aurora_jax.systems import stages
 from aurora_jax.systems.aurora import released
-from aurora_jax.systems.aurora.config import Discriminator, Experiment
+from aurora_jax.systems.aurora.config import Discriminator, Experiment, Generator
+
+# Takes a description, gives a context manager that yields a function of (done, total); see runs/progress.py.
+Progress = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
 
 # Our parts and their names in a released file.
 _NAMES = {"ema": "generator_smooth", "generator": "generator"}
@@ -31,11 +35,10 @@ _PARTS = {"ema": "ema", "generator": "params", "buffers": "variables/buffers"}
 WEIGHTS = ("ema", "generator", "both")
 
 
-@contextlib.contextmanager
-def no_stage(words):
-  """The stage that shows nothing: yields a function of (done, total)."""
-  del words
-  yield lambda done, total: None
+def no_progress(description: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+  """A `Progress` that shows nothing."""
+  del description
+  return contextlib.nullcontext(lambda done, total: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Converted:
   """What was written.
 
   Attributes:
-    path: where.
-    step: the checkpoint's step.
+    path: the file or folder.
+    step: step of the checkpoint.
     weights: {our part: its released name, "" for a bare state dict}.
-    values: numbers in one set of weights.
+    values: number of values in one set of weights.
     notes: lines that the user should read.
   """
 
@@ -61,17 +64,25 @@ class Converted:
 # Released to ours
 
 
-def import_released(path, workdir, experiment, weights="both", *, overwrite=False, stage=no_stage):
-  """Writes a run's folder from a released weight file. All of it appears, or nothing.
+def import_released(
+  path: str | os.PathLike,
+  workdir: str | os.PathLike,
+  experiment: Experiment,
+  weights: str = "both",
+  *,
+  overwrite: bool = False,
+  progress: Progress = no_progress,
+) -> Converted:
+  """Writes a run folder from a released weight file. The folder appears whole or not at all.
 
   Args:
     path: .pth, .pt, .bin or .safetensors.
     workdir: the folder to make.
-    experiment: `config.Experiment` whose generator fits; it becomes the folder's config.json.
-    weights: "both": each of the file's sets becomes its own part, the only one both parts; "ema" or "generator": that
-      one becomes both.
+    experiment: an experiment with this generator; it becomes the folder's config.json.
+    weights: "ema" or "generator": this set becomes parameters and average. "both": each set becomes its own part; the
+      only set of a file becomes both.
     overwrite: replace an earlier conversion in `workdir`.
-    stage: `cli.progress.progress` or the like.
+    progress: shows the progress.
 
   Returns:
     `Converted`.
@@ -87,7 +98,7 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
     if part == "generator" and sets.get("ema", (None,))[0] == name:
       variables[part] = variables["ema"]  # the same arrays, not a copy
       continue
-    with stage(f"reading {name or path}") as update:
+    with progress(f"reading {name or path}") as update:
       try:
         variables[part] = released.import_generator(state_dict, experiment.generator, update)
       except UserError as error:
@@ -96,7 +107,7 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
   for name in _differing(buffers, variables["generator"]["buffers"]):
     if name != "w_avg":
       raise UserError(f"{path}: {name} of generator_smooth and generator differ, where one network has one")
-    notes.append("w_avg of generator_smooth and of generator differ; the former is kept")
+    notes.append("w_avg of generator_smooth and of generator differ; the former is used")
   network = {
     "params": variables["generator"]["params"],
     "ema": variables["ema"]["params"],
@@ -105,8 +116,8 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
   parts = {"networks": {"generator": network}}
   origin = {part: name for part, (name, _) in sets.items()}
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
-  with stage(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.whole_folder(workdir) as beside:
-    folder = workdir_lib.RunFolder(beside)
+  with progress(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.atomic_folder(workdir) as tmp_path:
+    folder = workdir_lib.RunFolder(tmp_path)
     checkpoint_manager.write_parts(
       folder.checkpoints,
       0,
@@ -119,16 +130,16 @@ def import_released(path, workdir, experiment, weights="both", *, overwrite=Fals
   return Converted(workdir, 0, origin, values, tuple(notes))
 
 
-def experiment_of(generator, name, clip=""):
-  """An experiment around a released generator, for a checkpoint that comes without a config file of ours.
+def experiment_of(generator: Generator, name: str, clip: str = "") -> Experiment:
+  """The experiment for released weights that come without a config file of this project.
 
   Args:
-    generator: `config.Generator`.
-    name: of the experiment.
+    generator: configuration of the generator.
+    name: name of the experiment.
     clip: the CLIP folder.
 
   Returns:
-    `config.Experiment` with a discriminator of the same resolution.
+    An experiment with a discriminator of the same resolution.
   """
   resolutions, default = generator.resolutions, Discriminator()
   discriminator = Discriminator(
@@ -190,17 +201,25 @@ def _check_target_folder(workdir, overwrite):
 # Ours to released
 
 
-def export_released(workdir, path, weights="ema", step=None, *, overwrite=False, stage=no_stage):
-  """Writes a run's generator under the released names, and beside it, as .json, the released constructor's arguments.
+def export_released(
+  workdir: str | os.PathLike,
+  path: str | os.PathLike,
+  weights: str = "ema",
+  step: int | None = None,
+  *,
+  overwrite: bool = False,
+  progress: Progress = no_progress,
+) -> Converted:
+  """Writes a run's generator under the released names, and the released constructor's arguments as .json next to it.
 
   Args:
     workdir: the run's folder.
     path: .safetensors (a bare state dict), or .pth, .pt, .bin (with `generator_smooth` and / or `generator`, as the
       released scripts load it).
     weights: "ema", "generator" or "both"; a .safetensors file holds one of them.
-    step: of the checkpoint; None takes the newest.
-    overwrite: replace files that stand there.
-    stage: `cli.progress.progress` or the like.
+    step: step of the checkpoint; None takes the newest.
+    overwrite: replace existing files.
+    progress: shows the progress.
 
   Returns:
     `Converted`.
@@ -219,35 +238,37 @@ def export_released(workdir, path, weights="ema", step=None, *, overwrite=False,
     )
   if not bare:
     tensor_files.require_torch(path)
-  folder = workdir_lib.RunFolder(workdir)
+  folder = workdir_lib.RunFolder(pathlib.Path(workdir))
   experiment = folder.experiment()
+  if not isinstance(experiment, Experiment):
+    raise UserError(f"{workdir} is a run of system '{experiment.system}', not 'aurora'")
   outputs = stages.at_checkpoint(experiment, folder.checkpoints, step).generator.output_resolutions
-  cfg = dataclasses.replace(experiment.generator, output_resolutions=outputs)  # of a run that grows, what is trained
+  cfg = dataclasses.replace(experiment.generator, output_resolutions=outputs)  # with stages: what is trained so far
   kwargs = released.config_to_released(cfg)
   chosen = tuple(_NAMES) if weights == "both" else (weights,)
   text, arguments = json.dumps(kwargs, indent=2) + "\n", path.with_suffix(".json")
   if arguments.is_file() and arguments.read_text(encoding="utf-8", errors="replace") != text and not overwrite:
     raise UserError(f"{arguments} exists and says something else; choose another name or say --overwrite")
   tensor_files.check_target(path, overwrite)
-  with files.whole_file(arguments) as json_beside, files.whole_file(path) as beside:
+  with files.atomic_file(arguments) as tmp_arguments, files.atomic_file(path) as tmp_path:
     prefixes = {part: f"networks/generator/{_PARTS[part]}" for part in (*chosen, "buffers")}
-    with stage(f"reading {folder.checkpoints}"):
+    with progress(f"reading {folder.checkpoints}"):
       step, found = checkpoint_reader.read_parts(folder.checkpoints, list(prefixes.values()), step)
     missing = [prefix for prefix in prefixes.values() if prefix not in found]
     if missing:
       raise UserError(f"checkpoint {folder.checkpoints / str(step)} has no {' and no '.join(missing)}")
     parts = {part: found[prefix] for part, prefix in prefixes.items()}
-    with stage(f"writing {path}") as update:
+    with progress(f"writing {path}") as update:
       sets = {part: {"params": parts[part], "buffers": parts["buffers"]} for part in chosen}
       if bare:
         shapes = released.released_shapes(cfg)
         arrays = released.exported(sets[weights], cfg)
-        tensor_files.write_safetensors(beside, shapes, _counted(arrays, len(shapes), update))
+        tensor_files.write_safetensors(tmp_path, shapes, _counted(arrays, len(shapes), update))
       else:
         tensor_files.write_torch(
-          beside, {_NAMES[part]: released.export_generator(variables, cfg) for part, variables in sets.items()}
+          tmp_path, {_NAMES[part]: released.export_generator(variables, cfg) for part, variables in sets.items()}
         )
-    json_beside.write_text(text, encoding="utf-8")
+    tmp_arguments.write_text(text, encoding="utf-8")
   values = sum(leaf.size for leaf in jax.tree.leaves(parts[chosen[0]]))
   return Converted(path, step, {part: "" if bare else _NAMES[part] for part in chosen}, values)
 

@@ -1,4 +1,5 @@
-"""GigaGAN's discriminator (arXiv 2303.05511, section 3.4, Figure 5): every pyramid level in, a judgement at every scale.
+"""GigaGAN's discriminator (arXiv 2303.05511, section 3.4, Figure 5): every pyramid level in, a judgement at every
+scale.
 
 Each level of the image pyramid enters the shared trunk at its own resolution and is judged, by itself, at every exit
 below: by a conditional head (1x1 convolutions modulated by the text) and an unconditional one (a plain 1x1
@@ -8,26 +9,28 @@ convolution). Levels that are at the same resolution travel through a block toge
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from aurora_jax.models import layers
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import resample
 from aurora_jax.ops.losses import Logit
+from aurora_jax.systems import base
 from aurora_jax.systems.aurora import config as config_lib
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Feature:
   """What the trunk holds of one level at one exit, before any text is looked at."""
 
   feature: jax.Array  # [B, exit, exit, C]
-  level: int = flax.struct.field(pytree_node=False)  # resolution at which the image entered
-  exit: int = flax.struct.field(pytree_node=False)  # resolution of the feature map; 1 is the last
+  level: int = struct.field(pytree_node=False)  # resolution at which the image entered
+  exit: int = struct.field(pytree_node=False)  # resolution of the feature map; 1 is the last
 
 
 class ResidualBlock(nn.Module):
@@ -38,7 +41,7 @@ class ResidualBlock(nn.Module):
   residual_gain: float
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     shortcut = x
     h = layers.leaky_relu(layers.Conv(x.shape[-1], name="conv1")(x))
     if self.downsample:
@@ -58,7 +61,7 @@ class AttentionLayer(nn.Module):
   chunk: int
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     inner = self.heads * self.head_dim
     tokens = x.reshape(batch, height * width, channels)
@@ -80,19 +83,19 @@ class ConditionalHead(nn.Module):
   depth: int
 
   @nn.compact
-  def __call__(self, x, text):
+  def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
     for i in range(self.depth):
       x = layers.ModulatedConv(x.shape[-1], kernel_size=1, name=f"conv_{i}")(x, text)
     return layers.ModulatedConv(1, kernel_size=1, demodulate=False, activate=False, name="logit")(x, text)[..., 0]
 
 
-def minibatch_std(x, group, kinds=1):
-  """Appends one channel: the mean standard deviation within groups of neighbouring samples (arXiv 1710.10196).
+def minibatch_std(x: jax.Array, group: int, kinds: int = 1) -> jax.Array:
+  """Appends one channel: the mean standard deviation within groups of adjacent samples (arXiv 1710.10196).
 
   Args:
     x: [B * kinds, r, r, C].
     group: samples per group; the largest common divisor with B is taken.
-    kinds: pictures of each sample, which stand next to each other (`layers.join`); groups are within a kind.
+    kinds: images of each sample, which are adjacent (`layers.join`); groups are within a kind.
 
   Returns:
     [B * kinds, r, r, C + 1].
@@ -105,39 +108,39 @@ def minibatch_std(x, group, kinds=1):
   return jnp.concatenate([x, jnp.broadcast_to(stat, (total, height, width, 1))], axis=-1)
 
 
-def beside_partner(x, caption_id, kinds=1):
-  """Appends how much each picture differs from another one of its caption, and whether there is one.
+def compare_pairs(x: jax.Array, caption_id: jax.Array, kinds: int = 1) -> jax.Array:
+  """Appends how much each image differs from another one of its caption, and whether there is one.
 
-  Seen one by one, pictures do not tell whether a caption always gets the same one; side by side they do (PacGAN, arXiv
-  1712.04086, which joins them at the input).
+  A single image does not show whether all images of its caption are the same; a pair does (PacGAN, arXiv 1712.04086,
+  which joins the images at the input).
 
   Args:
     x: [B * kinds, r, r, C].
     caption_id: [B] int32. The partner is the first other sample of the same.
-    kinds: pictures of each sample, which stand next to each other (`layers.join`); partners are of a kind.
+    kinds: images of each sample, which are adjacent (`layers.join`); partners are of a kind.
 
   Returns:
-    [B * kinds, r, r, 2 C + 1]; zero beside x where there is no partner.
+    [B * kinds, r, r, 2 C + 1]: x, then the difference and a one, or zeros for a sample without a partner.
   """
   same = (caption_id[:, None] == caption_id) & ~jnp.eye(len(caption_id), dtype=bool)
   paired = same.any(axis=1)[:, None, None, None, None].astype(x.dtype)
-  pictures = x.reshape(-1, kinds, *x.shape[1:])
-  # Smooth at zero: where latents are not heeded, the sign of a difference is that of its rounding errors.
-  difference = jnp.sqrt(jnp.square(pictures - pictures[jnp.argmax(same, axis=1)]) + 0.01) * paired
-  paired = jnp.broadcast_to(paired, (*pictures.shape[:-1], 1))
-  return jnp.concatenate([pictures, difference, paired], axis=-1).reshape(*x.shape[:-1], -1)
+  images = x.reshape(-1, kinds, *x.shape[1:])
+  # Smooth at zero: between two equal images the sign of a difference is that of its rounding errors.
+  difference = jnp.sqrt(jnp.square(images - images[jnp.argmax(same, axis=1)]) + 0.01) * paired
+  paired = jnp.broadcast_to(paired, (*images.shape[:-1], 1))
+  return jnp.concatenate([images, difference, paired], axis=-1).reshape(*x.shape[:-1], -1)
 
 
 class Discriminator(nn.Module):
-  """The whole discriminator, in three steps so that mismatched captions cost only the heads (`critic.Critic`).
+  """The whole discriminator, in three methods, so that a mismatched caption costs only the heads.
 
-  `features(pyramid, caption_id=...)` -> list of `Feature`; `encode_text(text, eot)` -> [B, T]; `judge(features, text)` -> list of
-  `Logit`, conditional and unconditional parts added as in GigaGAN, D_ij = psi_j(phi, t) + conv(phi).
+  `features` runs the trunk, `encode_text` the text head, `judge` the heads. A logit is the sum of a conditional and an
+  unconditional part, as in GigaGAN: D_ij = psi_j(phi, t) + conv(phi).
   """
 
   cfg: config_lib.Discriminator
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.cfg
     self.text_head = layers.TextHead(cfg.text_dim, cfg.text_layers, cfg.text_heads, "scaled", cfg.text_lr_multiplier)
     block = nn.remat(ResidualBlock) if cfg.remat else ResidualBlock
@@ -163,23 +166,30 @@ class Discriminator(nn.Module):
     }
     self.unconditional = {f"r{r}": layers.Dense(1, name=f"r{r}_unconditional") for r in cfg.exit_resolutions}
 
-  def encode_text(self, text, eot):
+  def encode_text(self, text: jax.Array, eot: jax.Array) -> jax.Array:
     """CLIP features to the heads' modulation: text [B, N, F], eot [B] -> [B, T]."""
     return layers.pixel_norm(self.text_head(text.astype(jnp.float32), eot)[0])
 
-  def features(self, pyramid, kinds=1, caption_id=None):
-    """The trunk. pyramid {r: [B, r, r, 3]} in [-1, 1] -> list of `Feature`, every level at every exit below it.
+  def features(
+    self, pyramid: Mapping[int, jax.Array], kinds: int = 1, caption_id: jax.Array | None = None
+  ) -> list[Feature]:
+    """The trunk.
 
-    `kinds` pictures of each sample, say a real and a generated one, may stand next to each other (`layers.join`).
-    `caption_id` [B] says which samples are of one caption; without it none are.
+    Args:
+      pyramid: {r: [B * kinds, r, r, 3]} in [-1, 1].
+      kinds: images of each sample, such as a real and a generated one, which are adjacent (`layers.join`).
+      caption_id: [B] int32, equal for samples of one caption; None: all captions differ.
+
+    Returns:
+      Every level at every exit below it.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
     batch = len(next(iter(pyramid.values())))
-    found, levels, x = [], [], None
+    enter = lambda r: layers.leaky_relu(self.entries[f"r{r}"](pyramid[r].astype(dtype)))
+    found, levels, x = [], [cfg.resolution], enter(cfg.resolution)
     for r in cfg.resolutions:
-      if r in cfg.input_resolutions:
-        entered = layers.leaky_relu(self.entries[f"r{r}"](pyramid[r].astype(dtype)))
-        x = entered if x is None else layers.join([x, entered], batch)
+      if r in cfg.input_resolutions and r != cfg.resolution:
+        x = layers.join([x, enter(r)], batch)
         levels.append(r)
       for i in range(cfg.blocks[r]):
         if i == 0:
@@ -193,13 +203,13 @@ class Discriminator(nn.Module):
         part = minibatch_std(part, cfg.minibatch_std, kinds)
       if cfg.compare_pairs:
         ids = jnp.arange(len(part) // kinds) if caption_id is None else caption_id
-        part = beside_partner(part, ids, kinds)
+        part = compare_pairs(part, ids, kinds)
       part = layers.leaky_relu(self.last(part.reshape(part.shape[0], 1, 1, -1)))
       found.append(Feature(part, level, 1))
     return found
 
-  def judge(self, features, text):
-    """The heads. features of `features`, text [B, T] of `encode_text` -> list of `Logit`."""
+  def judge(self, features: Sequence[Feature], text: jax.Array) -> list[Logit]:
+    """The heads, on the results of `features` and `encode_text` (text [B, T])."""
     logits = []
     for exit_resolution in self.cfg.exit_resolutions:
       group = [f for f in features if f.exit == exit_resolution]
@@ -211,12 +221,12 @@ class Discriminator(nn.Module):
       logits += [Logit(part, f.level, f.exit) for f, part in zip(group, parts)]
     return logits
 
-  def __call__(self, pyramid, text, eot):
+  def __call__(self, pyramid: Mapping[int, jax.Array], text: jax.Array, eot: jax.Array) -> list[Logit]:
     """pyramid {r: [B, r, r, 3]}, text [B, N, F], eot [B] -> list of `Logit`."""
     return self.judge(self.features(pyramid), self.encode_text(text, eot))
 
 
-def abstract_params(cfg):
+def abstract_params(cfg: config_lib.Discriminator) -> base.PyTree:
   """Shapes and dtypes of the discriminator's parameters, without allocating them."""
 
   def init(key):

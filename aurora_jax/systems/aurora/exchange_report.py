@@ -1,6 +1,4 @@
-"""How each layer's tokens meet their experts on a mesh, in words."""
-
-from collections.abc import Sequence
+"""Describes how each layer's tokens reach their experts on a mesh."""
 
 import jax.numpy as jnp
 
@@ -8,16 +6,16 @@ from aurora_jax.parallel.experts import Exchange
 from aurora_jax.systems.aurora.config import Generator, experts_per_layer
 
 
-def explain(exchange: Exchange, cfg: Generator, batch_size: int) -> Sequence[str]:
-  """The plan of every layer with experts in words, with the arithmetic behind it.
+def explain(exchange: Exchange, cfg: Generator, batch_size: int) -> list[str]:
+  """Describes the exchange plan of every layer with experts, with the arithmetic behind it.
 
   Args:
-    exchange: Exchange.
-    cfg: the generator.
-    batch_size: images per step, of all devices.
+    exchange: the exchange of the system.
+    cfg: the generator's configuration.
+    batch_size: images per step, over all devices.
 
   Returns:
-    list of lines, one per resolution.
+    One line per resolution.
   """
   lines, images, itemsize = [], batch_size // exchange.layout.devices, jnp.dtype(cfg.compute_dtype).itemsize
   width = cfg.heads * cfg.head_dim

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from aurora_jax.models import layers
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import moe, resample
+from aurora_jax.systems import base
 from aurora_jax.systems.aurora import config as config_lib
 
 
@@ -38,13 +39,15 @@ class GeneratorOutput(NamedTuple):
 
 
 class FourierInput(nn.Module):
-  """Fixed Fourier features, rotated and shifted by w, and a trainable mix (StyleGAN3's input). w [B, W] -> [B, 4, 4, C]."""
+  """Fixed Fourier features, rotated and shifted by w, and a trainable mix (StyleGAN3's input). w [B, W] -> [B, 4, 4,
+  C].
+  """
 
   channels: int
   size: int = 4
 
   @nn.compact
-  def __call__(self, w):
+  def __call__(self, w: jax.Array) -> jax.Array:
     channels = self.channels
 
     def frequencies(key):
@@ -52,27 +55,29 @@ class FourierInput(nn.Module):
       radii = jnp.linalg.norm(freqs, axis=1, keepdims=True)
       return freqs / (radii * jnp.exp(jnp.square(radii)) ** 0.25)
 
+    def random_phases(key):
+      return jax.random.uniform(jax.random.fold_in(key, 1), (channels,)) - 0.5
+
     key = self.make_rng("params") if self.is_initializing() else None
-    freqs = self.variable("buffers", "freqs", lambda: frequencies(key)).value  # [C, 2]
-    phases = self.variable(
-      "buffers", "phases", lambda: jax.random.uniform(jax.random.fold_in(key, 1), (channels,)) - 0.5
-    ).value
+    freqs = self.variable("buffers", "freqs", frequencies, key).value  # [C, 2]
+    phases = self.variable("buffers", "phases", random_phases, key).value  # [C]
     transform = self.variable("buffers", "transform", lambda: jnp.eye(3)).value
 
     w = w.astype(jnp.float32)
-    t = layers.Dense(4, bias_init=(1.0, 0.0, 0.0, 0.0), weight_scale=0.0, name="affine")(w)
-    t = t / jnp.linalg.norm(t[:, :2], axis=1, keepdims=True)
-    cos, sin, shift = t[:, 0], t[:, 1], -t[:, 2:]
-    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
-    rotate = jnp.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).reshape(-1, 3, 3)
-    translate = jnp.stack([one, zero, shift[:, 0], zero, one, shift[:, 1], zero, zero, one], -1).reshape(-1, 3, 3)
-    transforms = rotate @ translate @ transform  # [B, 3, 3]
-    phases = phases + jnp.einsum("cx,bx->bc", freqs, transforms[:, :2, 2])
-    freqs = jnp.einsum("cx,bxy->bcy", freqs, transforms[:, :2, :2])
+    with jax.default_matmul_precision("highest"):  # phases span many turns
+      t = layers.Dense(4, bias_init=(1.0, 0.0, 0.0, 0.0), weight_scale=0.0, name="affine")(w)
+      t = t / jnp.linalg.norm(t[:, :2], axis=1, keepdims=True)
+      cos, sin, shift = t[:, 0], t[:, 1], -t[:, 2:]
+      zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
+      rotate = jnp.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).reshape(-1, 3, 3)
+      translate = jnp.stack([one, zero, shift[:, 0], zero, one, shift[:, 1], zero, zero, one], -1).reshape(-1, 3, 3)
+      transforms = rotate @ translate @ transform  # [B, 3, 3]
+      phases = phases + jnp.einsum("cx,bx->bc", freqs, transforms[:, :2, 2])
+      freqs = jnp.einsum("cx,bxy->bcy", freqs, transforms[:, :2, :2])
 
-    line = (jnp.arange(self.size) + 0.5) / self.size - 0.5  # pixel centres, in units of the image
-    grid = jnp.stack(jnp.meshgrid(line, line, indexing="xy"), -1)  # [4, 4, (x, y)]
-    x = jnp.einsum("hwx,bcx->bhwc", grid, freqs) + phases[:, None, None]
+      line = (jnp.arange(self.size) + 0.5) / self.size - 0.5  # pixel centers, in units of the image
+      grid = jnp.stack(jnp.meshgrid(line, line, indexing="xy"), -1)  # [4, 4, (x, y)]
+      x = jnp.einsum("hwx,bcx->bhwc", grid, freqs) + phases[:, None, None]
     return layers.Dense(channels, use_bias=False, name="mix")(jnp.sin(2 * jnp.pi * x))
 
 
@@ -83,7 +88,7 @@ class ConstantInput(nn.Module):
   size: int = 4
 
   @nn.compact
-  def __call__(self, w):
+  def __call__(self, w: jax.Array) -> jax.Array:
     constant = self.param("constant", layers.scaled_normal(), (self.size, self.size, self.channels))
     return jnp.broadcast_to(constant, (len(w), *constant.shape))
 
@@ -98,7 +103,7 @@ class ConvBlock(nn.Module):
   residual_gain: float
 
   @nn.compact
-  def __call__(self, x, w):
+  def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
     h = layers.ModulatedConv(self.features, kernels=self.kernels, upsample=self.upsample, name="conv1")(x, w)
     h = layers.ModulatedConv(self.features, kernels=self.kernels, deformable=self.deformable, name="conv2")(h, w)
     if self.upsample or x.shape[-1] != self.features:
@@ -119,7 +124,7 @@ class SelfAttention(nn.Module):
   tied: bool = False
 
   @nn.compact
-  def __call__(self, x, w):
+  def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     tokens = x.reshape(batch, height * width, channels)
     projections = 1 if self.tied else 2
@@ -139,7 +144,7 @@ class CrossAttention(nn.Module):
   chunk: int
 
   @nn.compact
-  def __call__(self, x, text):
+  def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
     inner = self.heads * self.head_dim
     heads = lambda t: t.reshape(*t.shape[:2], self.heads, self.head_dim)
     queries = layers.Dense(inner, use_bias=False, name="q")(x)
@@ -165,7 +170,7 @@ class FeedForward(nn.Module):
   expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
-  def __call__(self, x, w):
+  def __call__(self, x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, Routing | None]:
     batch, height, width, channels = x.shape
     hidden, stack = self.ratio * channels, (self.experts,)
     in_weight = self.param("in_weight", layers.scaled_normal(), stack + (channels, 2 * hidden))
@@ -179,7 +184,8 @@ class FeedForward(nn.Module):
       return out.reshape(x.shape), jnp.float32(0), None
 
     router = layers.ModulatedConv(self.experts, kernel_size=1, name="router")
-    logits = router(x.astype(jnp.float32), w.astype(jnp.float32)).reshape(batch, height * width, self.experts)
+    with jax.default_matmul_precision("highest"):  # a rounded logit sends a token to another expert
+      logits = router(x.astype(jnp.float32), w.astype(jnp.float32)).reshape(batch, height * width, self.experts)
     expert = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     probability = jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)  # [B, N]
     out = self.expert_ffn(tokens, expert.reshape(-1), params, self.backend)
@@ -190,14 +196,17 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-  """Self-attention, cross-attention and feed-forward, each pre-LN with a plain residual sum."""
+  """Self-attention, cross-attention and feed-forward, each pre-LN with a plain residual sum.
+
+  Call with x [B, r, r, D], w [B, W], text [B, M, T]; returns (out [B, r, r, D], moe_loss scalar, Routing or None).
+  """
 
   cfg: config_lib.Generator
   experts: int
   expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
-  def __call__(self, x, w, text):
+  def __call__(self, x: jax.Array, w: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, Routing | None]:
     cfg, shape = self.cfg, x.shape
     attention = dict(heads=cfg.heads, head_dim=cfg.head_dim, chunk=cfg.attention_chunk)
     self_attention = SelfAttention(**attention, tied=cfg.tied_attention, name="self_attention")
@@ -221,14 +230,18 @@ class TransformerLayer(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-  """Transformer layers between two 1x1 convolutions around a residual (released: `ResidualAttnBlock`)."""
+  """Transformer layers between two 1x1 convolutions around a residual (released: `ResidualAttnBlock`).
+
+  Call with x [B, r, r, C], w [B, W], text [B, M, T]; returns (out [B, r, r, C], moe_loss scalar, each layer's Routing
+  or None).
+  """
 
   cfg: config_lib.Generator
   resolution: int
   expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
-  def __call__(self, x, w, text):
+  def __call__(self, x: jax.Array, w: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, list[Routing | None]]:
     cfg = self.cfg
     h = layers.GroupNorm(name="norm")(x)
     h = layers.Dense(cfg.heads * cfg.head_dim, use_bias=False, name="in")(h)
@@ -248,15 +261,15 @@ class AttentionBlock(nn.Module):
     return TransformerLayer(self.cfg, self.cfg.experts[self.resolution], self.expert_ffn, **flax)
 
   def _looped(self, h, w, text):
-    """The layers as a loop, of which a pod's compiler has one body to compile instead of one a layer.
+    """The layers as a loop: the compiler has one body to compile, not one per layer.
 
-    Its parameters are a stacked copy, which only a rematerialised block does not keep for the backward pass.
+    The loop's parameters are a stacked copy. Only a rematerialized block does not store it for the backward pass.
     """
     layer, count = self._layer(parent=None), self.cfg.attention_depth[self.resolution]
     params = [self.variables["params"][f"layer_{i}"] for i in range(count)]
 
     def run(h, params):
-      h, loss, routing = layer.apply({"params": params}, h, w, text)
+      h, loss, routing = base.apply(layer, {"params": params}, h, w, text)
       return h, (loss, routing)
 
     h, (losses, routings) = jax.lax.scan(run, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *params))
@@ -264,19 +277,24 @@ class AttentionBlock(nn.Module):
 
 
 class Synthesis(nn.Module):
-  """w [B, W] and local text [B, M, T] to the image pyramid. Stops at the largest of `output_resolutions`; layers above
-  it are created at initialisation all the same, so that progressive growing never changes the parameters."""
+  """w [B, W] and local text [B, M, T] to a `GeneratorOutput`.
+
+  Synthesis stops at the largest of `output_resolutions`. Initialization creates the layers above it too, so that
+  progressive growing never changes the parameters.
+  """
 
   cfg: config_lib.Generator
   expert_ffn: Callable = moe.expert_ffn
 
   @nn.compact
-  def __call__(self, w, text):
+  def __call__(self, w: jax.Array, text: jax.Array) -> GeneratorOutput:
     cfg = self.cfg
     conv_block = nn.remat(ConvBlock) if cfg.remat else ConvBlock
     attention_block = nn.remat(AttentionBlock) if cfg.remat else AttentionBlock
     dtype = jnp.dtype(cfg.compute_dtype)
-    x, image, pyramid, routing, moe_loss = None, None, {}, {}, jnp.float32(0)
+    first = FourierInput if cfg.fourier_input else ConstantInput
+    x = first(cfg.channels(2), name="input")(w).astype(dtype)
+    image, pyramid, routing, moe_loss = None, {}, {}, jnp.float32(0)
     for r in cfg.resolutions:
       if r > max(cfg.output_resolutions) and not self.is_initializing():
         break
@@ -284,8 +302,6 @@ class Synthesis(nn.Module):
       deformable = r <= cfg.deformable_max_resolution
       for i in range(cfg.blocks[r]):
         if r == 4 and i == 0:
-          first = FourierInput if cfg.fourier_input else ConstantInput
-          x = first(cfg.channels(2), name="input")(w).astype(dtype)
           x = layers.ModulatedConv(features, kernels=kernels, deformable=deformable, name="r4_block0_conv")(x, w)
         else:
           x = conv_block(
@@ -313,16 +329,18 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
   """The whole generator. Variables: {"params", "buffers"}; `buffers` holds Fourier frequencies and the average of w.
 
-  Source: arXiv 2309.03904 and the released `Text2ImageGenerator`; `aurora_torch` exchanges its checkpoints.
+  Source: arXiv 2309.03904 and the released `Text2ImageGenerator`; `released.py` exchanges its weights.
 
-  `expert_ffn` evaluates the experts, with the signature of `moe.expert_ffn`; on a mesh `parallel.experts.Exchange` is
-  put in its place.
+  Attributes:
+    cfg: the configuration.
+    expert_ffn: evaluates the experts, with the signature of `moe.expert_ffn`; on a mesh it is
+      `parallel.experts.Exchange`.
   """
 
   cfg: config_lib.Generator
   expert_ffn: Callable = moe.expert_ffn
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.cfg
     self.text_head = layers.TextHead(
       cfg.text_dim, cfg.text_layers, cfg.text_heads, cfg.text_attention, cfg.text_lr_multiplier, cfg.text_residual_gain
@@ -332,12 +350,12 @@ class Generator(nn.Module):
     self.synthesis = Synthesis(cfg, self.expert_ffn)
     self.w_avg = self.variable("buffers", "w_avg", jnp.zeros, (cfg.w_dim,))
 
-  def encode_text(self, text, eot):
+  def encode_text(self, text: jax.Array, eot: jax.Array) -> tuple[jax.Array, jax.Array]:
     """CLIP features to the generator's own: text [B, N, F], eot [B] -> (global [B, T], local [B, N - 1, T])."""
     return self.text_head(text.astype(jnp.float32), eot)
 
-  def map_latents(self, z, global_text):
-    """z [B, Z] and global text [B, T] to w [B, W]."""
+  def map_latents(self, z: jax.Array, global_text: jax.Array) -> jax.Array:
+    """z [B, Z] and global text [B, T] to w [B, W]. ValueError for z of another width."""
     if z.ndim != 2 or z.shape[1] != self.cfg.z_dim:
       raise ValueError(f"z must be [batch, {self.cfg.z_dim}], got {z.shape}")
     w = jnp.concatenate([layers.pixel_norm(z), layers.pixel_norm(global_text)], axis=-1)
@@ -345,11 +363,13 @@ class Generator(nn.Module):
       w = layers.leaky_relu(dense(w))
     return w
 
-  def synthesize(self, w, local_text):
+  def synthesize(self, w: jax.Array, local_text: jax.Array) -> GeneratorOutput:
     """w [B, W] and local text [B, N - 1, T] to a `GeneratorOutput`."""
     return self.synthesis(w, local_text)
 
-  def __call__(self, z, text, eot, truncation=None):
+  def __call__(
+    self, z: jax.Array, text: jax.Array, eot: jax.Array, truncation: jax.Array | float | None = None
+  ) -> GeneratorOutput:
     """Text and latents to images.
 
     Args:
@@ -367,7 +387,7 @@ class Generator(nn.Module):
     return self.synthesize(used, local_text)._replace(w=w)
 
 
-def abstract_variables(cfg):
+def abstract_variables(cfg: config_lib.Generator) -> base.Variables:
   """Shapes and dtypes of the generator's variables, without allocating them."""
   tokens = 2  # any number: no parameter depends on it
 

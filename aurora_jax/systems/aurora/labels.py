@@ -1,4 +1,4 @@
-"""What the generic code needs to know of Aurora's parameters, by their names: the one place that reads them."""
+"""The labels of Aurora's parameters. No other code reads their names."""
 
 import re
 

@@ -1,10 +1,19 @@
-"""Which of Aurora's config fields make a step's temporaries smaller. How much, only the compiler can tell."""
+"""Advice on Aurora's config fields that make the temporaries of a step smaller."""
 
 from aurora_jax.systems.aurora.config import Experiment
 
 
 def memory_advice(experiment: Experiment, temporaries: int, devices: int) -> list[str]:
-  """What makes the temporaries smaller; how much only the compiler can tell."""
+  """Config fields that make the temporaries smaller. Savings are estimates, except those of attention_chunk.
+
+  Args:
+    experiment: the experiment.
+    temporaries: bytes per device.
+    devices: number of devices.
+
+  Returns:
+    One line per field.
+  """
   advice, of_them = [], f"of the {_gib(temporaries)} GiB of temporaries"
   for name in ("generator", "discriminator"):
     if not getattr(experiment, name).remat:
@@ -20,7 +29,7 @@ def memory_advice(experiment: Experiment, temporaries: int, devices: int) -> lis
 
 
 def _attention(experiment, devices):
-  """The logits of a layer whose attention is not cut into chunks."""
+  """Advice on the attention logits of the largest layer."""
   cfg, images = experiment.generator, experiment.train.batch_size // devices
   longest = max((r for r in cfg.attention_depth if cfg.attention_depth[r]), default=0)
   tokens = longest * longest

@@ -1,14 +1,15 @@
-"""Aurora's training objective: what a step computes, as the phases of `base.System`.
+"""Aurora's training objective: the phases of a step.
 
-The main phase runs the generator forward once. Its images serve the discriminator's update, as constants, and then, judged
-by the updated discriminator and by CLIP, the generator's own. The lazy R1 penalty is a phase of its own (StyleGAN2,
-appendix B). The four losses are the paper's (arXiv 2309.03904): adversarial, matching-aware, multi-level CLIP, experts.
+The main phase runs the generator forward once. Its images are constants in the discriminator's update. The updated
+discriminator and CLIP then judge the same images for the generator's update. The lazy R1 penalty is a separate phase
+(StyleGAN2, appendix B). The four losses are the paper's (arXiv 2309.03904): adversarial, matching-aware, multi-level
+CLIP, experts.
 
   B batch, r resolution, W width of w
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,20 @@ import jax.numpy as jnp
 from aurora_jax.models import layers
 from aurora_jax.ops import augment, losses, random_keys, resample
 from aurora_jax.ops.losses import Logit
-from aurora_jax.systems import base
+from aurora_jax.systems import base, metric_names
+
+if TYPE_CHECKING:
+  from aurora_jax.systems.aurora.system import System
 
 
 class Forward(NamedTuple):
-  """One forward pass of the generator, kept for its backward pass.
+  """One forward pass of the generator, with what its backward pass needs.
 
   Attributes:
     pyramid: {r: [B, r, r, 3]}.
     moe_loss: scalar.
-    pull_back: (parameters as the network uses them, (gradient of the pyramid, of moe_loss)) -> gradient of these parameters.
+    pull_back: (parameters as the network uses them, (gradient of the pyramid, of moe_loss)) -> gradient of these
+      parameters.
     w_mean: [W], over the batch.
     metrics: standard deviation of w, load of each layer's experts.
   """
@@ -38,10 +43,10 @@ class Forward(NamedTuple):
 
 
 class Objective:
-  """The phases of an experiment with Aurora. Every method is pure."""
+  """The phases of an Aurora experiment. Every method is pure."""
 
-  def __init__(self, system: Any, update: base.Update):
-    """Args: system: `system.System`; update: applies gradients."""
+  def __init__(self, system: "System", update: base.Update):
+    """Args: system: an experiment's system; update: applies gradients."""
     self._system, self._update = system, update
     self._loss = system.experiment.loss
     self._inputs = system.experiment.discriminator.input_resolutions
@@ -58,8 +63,10 @@ class Objective:
 
   # ---- phases ------------------------------------------------------------------------------------------------------
 
-  def train_networks(self, state, frozen, batch, key):
-    """The discriminator's update, then the generator's."""
+  def train_networks(
+    self, state: base.TrainState, frozen: base.Frozen, batch: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[base.TrainState, base.Metrics]:
+    """Updates the discriminator, then the generator. See `base.Phase`."""
     text = self._encode_captions(frozen, batch)
     forward = self._generate(state, text, key)
     # Without barriers XLA's CPU backend recomputes parts of the forward pass in the backward pass, 13 % of a step.
@@ -68,19 +75,21 @@ class Objective:
         {"pyramid": forward.pyramid, "pull_back": forward.pull_back, "moe_loss": forward.moe_loss}
       )
     )
-    state, healthy, d_metrics = self._update_discriminator(state, forward.pyramid, text, batch)
-    state, healthy = jax.lax.optimization_barrier((state, healthy))
-    state, g_metrics = self._update_generator(state, frozen, forward, text, batch, key, healthy)
+    state, all_finite, d_metrics = self._update_discriminator(state, forward.pyramid, text, batch)
+    state, all_finite = jax.lax.optimization_barrier((state, all_finite))
+    state, g_metrics = self._update_generator(state, frozen, forward, text, batch, key, all_finite)
     return state, d_metrics | g_metrics | forward.metrics
 
-  def regularize(self, state, frozen, batch, key):
-    """R1 of the discriminator, weighted for the steps that have none."""
+  def regularize(
+    self, state: base.TrainState, frozen: base.Frozen, batch: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[base.TrainState, base.Metrics]:
+    """Updates the discriminator by R1, weighted by the interval between two such updates. See `base.Phase`."""
     del key
     text = self._encode_captions(frozen, batch)
     real = resample.image_pyramid(batch["image"], self._inputs)
 
     def loss(params):
-      params = self._system.gather("discriminator", params)
+      params = self._system.unshard("discriminator", params)
       feature = self._encode_text(params, text)
       score = lambda pyramid: losses.real_score(self._judge(params, pyramid, feature, batch["caption_id"]))
       with jax.named_scope("r1"):
@@ -99,15 +108,16 @@ class Objective:
 
     def synthesize(used):
       with jax.named_scope("generator"):
-        out = system.generator.apply({"params": used, **network.variables}, z, text.features, text.eot)
+        variables = {"params": used, **network.variables}
+        out = base.apply(system.generator, variables, z, text.features, text.eot)
       return (out.pyramid, out.moe_loss), (out.w, out.routing)
 
-    used = system.gather("generator", network.params)
+    used = system.unshard("generator", network.params)
     (pyramid, moe_loss), pull_back, (w, routing) = jax.vjp(synthesize, used, has_aux=True)
     metrics = {"g/w_std": jnp.mean(jnp.std(w, axis=0))} | _expert_loads(routing)
     return Forward(pyramid, moe_loss, _without(pull_back, used), jnp.mean(w, axis=0), metrics)
 
-  def _update_generator(self, state, frozen, forward, text, batch, key, healthy):
+  def _update_generator(self, state, frozen, forward, text, batch, key, all_finite):
     d_params, loss = state.networks["discriminator"].params, self._loss
     cotangent, metrics = jax.grad(self._generator_loss, has_aux=True)(
       forward.pyramid, d_params, text, batch["caption_id"]
@@ -124,26 +134,26 @@ class Objective:
     decay = self._system.experiment.generator.w_average_decay
     w_average = buffers["w_avg"] + (1 - decay) * (forward.w_mean - buffers["w_avg"])
     variables = {"buffers": {**buffers, "w_avg": w_average}}
-    state, _, metrics = self._update(state, "generator", gradients, metrics, healthy=healthy, variables=variables)
+    state, _, metrics = self._update(state, "generator", gradients, metrics, all_finite=all_finite, variables=variables)
     return state, metrics
 
   def _pull_back(self, forward, params, cotangent):
-    """The gradient of the parameters as they are stored, from that of the images.
+    """The gradient of the stored parameters, from that of the images.
 
-    Sharded parameters are gathered again: kept from the forward pass, they would be most of the backward pass's memory. The
-    barrier keeps XLA from taking both for one.
+    FSDP parameters are unsharded again: stored since the forward pass, they would take most of the backward pass's
+    memory. The barrier keeps XLA from merging the two.
     """
     if self._system.layout.devices > 1:
       params, cotangent = jax.lax.optimization_barrier((params, cotangent))
     else:
       cotangent = jax.lax.optimization_barrier(cotangent)
-    used, scatter = jax.vjp(lambda params: self._system.gather("generator", params), params)
+    used, scatter = jax.vjp(lambda params: self._system.unshard("generator", params), params)
     (gradients,) = scatter(forward.pull_back(used, (cotangent, jnp.float32(self._loss.moe_weight))))
     return gradients
 
   def _generator_loss(self, pyramid, d_params, text, caption_id):
-    """The generator's loss by the discriminator, as a function of its images."""
-    d_params = self._system.gather("discriminator", d_params)
+    """The generator's loss by the discriminator, as a function of the images."""
+    d_params = self._system.unshard("discriminator", d_params)
     feature = jax.lax.stop_gradient(self._encode_text(d_params, text))
     fake = {r: pyramid[r] for r in self._inputs}
     logits = self._judge(d_params, fake, feature, caption_id)
@@ -160,14 +170,14 @@ class Objective:
   def _clip_guidance(self, frozen, key, pyramid, text, caption_id):
     """The mean over pyramid levels of the symmetric InfoNCE, and its gradient.
 
-    The levels run one after the other, each forward and backward: the image tower's activations are most of a large CLIP's
-    memory. All levels have the tower's size when it sees them, so it is compiled once.
+    The levels run one after the other, each forward and backward: the image tower's activations take most of the memory
+    of a large CLIP. All levels are resized to the tower's input, so the loop has one body.
 
     Returns:
       (gradient of clip_weight times the loss with respect to the levels, metrics).
     """
     loss_cfg, clip = self._loss, self._system.clip
-    scale = loss_cfg.clip_logit_scale or clip.apply(frozen["clip"], method="logit_scale")
+    scale = loss_cfg.clip_logit_scale or base.apply(clip, frozen["clip"], method="logit_scale")
     same = caption_id[:, None] == caption_id
     bank = {}
     if loss_cfg.clip_bank:
@@ -176,11 +186,11 @@ class Objective:
     def as_seen(pyramid):
       if loss_cfg.clip_augment:
         pyramid = {r: augment.roughen(jax.random.fold_in(key, r), images) for r, images in pyramid.items()}
-      return jnp.stack([clip.apply(frozen["clip"], images, method="fit") for images in pyramid.values()])
+      return jnp.stack([base.apply(clip, frozen["clip"], images, method="fit") for images in pyramid.values()])
 
     def loss(images):
       with jax.named_scope("clip"):
-        embedding = clip.apply(frozen["clip"], images, method="encode_image")
+        embedding = base.apply(clip, frozen["clip"], images, method="encode_image")
         return losses.contrastive_loss(embedding, text.embedding, scale, same, **bank)
 
     images, pull_back = jax.vjp(as_seen, {r: pyramid[r] for r in self._clip_levels})
@@ -200,7 +210,7 @@ class Objective:
     return self._update(state, "discriminator", gradients, metrics)
 
   def _discriminator_loss(self, params, real, fake, text, caption_id):
-    """real, fake: pyramids {r: [B, r, r, 3]}; both travel through the trunk as one batch."""
+    """real, fake: pyramids {r: [B, r, r, 3]}; both pass the trunk as one batch."""
 
     def run(module):
       feature = module.encode_text(text.features, text.eot)
@@ -209,9 +219,9 @@ class Objective:
       trunk = module.features(both, kinds=2, caption_id=caption_id)
       return module.judge(trunk, jnp.repeat(feature, 2, axis=0)), module.judge(trunk, jnp.repeat(other, 2, axis=0))
 
-    params = self._system.gather("discriminator", params)
+    params = self._system.unshard("discriminator", params)
     with jax.named_scope("discriminator"):
-      matched, mismatched = self._system.discriminator.apply({"params": params}, method=run)
+      matched, mismatched = base.apply(self._system.discriminator, {"params": params}, method=run)
     (real_logits, fake_logits), (real_other, fake_other) = _halves(matched), _halves(mismatched)
     with jax.named_scope("losses"):
       adversarial = losses.discriminator_adversarial(real_logits, fake_logits, self._loss)
@@ -219,8 +229,8 @@ class Objective:
     metrics = {
       "loss/d_adversarial": adversarial,
       "loss/d_matching": matching,
-      "d/logit_real": _last_exit(real_logits),
-      "d/logit_fake": _last_exit(fake_logits),
+      metric_names.LOGIT_REAL: _last_exit(real_logits),
+      metric_names.LOGIT_FAKE: _last_exit(fake_logits),
       "d/logit_mismatched": _last_exit(real_other),
     }
     return adversarial + self._loss.matching_weight * matching, metrics
@@ -230,25 +240,26 @@ class Objective:
       return module.judge(module.features(pyramid, caption_id=caption_id), text_feature)
 
     with jax.named_scope("discriminator"):
-      return self._system.discriminator.apply({"params": params}, method=run)
+      return base.apply(self._system.discriminator, {"params": params}, method=run)
 
   def _encode_text(self, params, text):
-    return self._system.discriminator.apply({"params": params}, text.features, text.eot, method="encode_text")
+    return base.apply(self._system.discriminator, {"params": params}, text.features, text.eot, method="encode_text")
 
   def _encode_captions(self, frozen, batch):
     with jax.named_scope("clip_text"):
-      return self._system.clip.apply(frozen["clip"], batch["tokens"], method="encode_text")
+      return base.apply(self._system.clip, frozen["clip"], batch["tokens"], method="encode_text")
 
 
 def _without(pull_back, used):
-  """A function of `jax.vjp` that does not hold the parameters: (parameters, cotangents) -> their gradient.
+  """A backward function without the parameters among its residuals: (parameters, cotangents) -> their gradient.
 
-  Its residuals are a pytree still. Blocks that are rematerialised keep their parameters and little else. (`jax.checkpoint` of
-  the whole network would decide what they keep too, and keep all.)
+  The result is a pytree like `pull_back`. Most residuals of rematerialized blocks are their parameters.
+  (`jax.checkpoint`
+  of the whole network is no way to drop them: it overrides the choices within the blocks and stores everything.)
 
   Args:
-    pull_back: as `jax.vjp` gave it.
-    used: the parameters with respect to which it was taken.
+    pull_back: the backward function that `jax.vjp` returned.
+    used: the parameters of the differentiated function.
   """
   leaves, structure = jax.tree.flatten(pull_back)
   places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(used))}
@@ -263,12 +274,12 @@ def _without(pull_back, used):
 
 
 def _halves(logits):
-  """Logits of real and generated images that travelled together (`layers.join`), apart."""
+  """Separates the logits of real and generated images that were joined by `layers.join`."""
   parts = [layers.unjoin(logit.value, 2) for logit in logits]
   return tuple([logit.replace(value=part[i]) for logit, part in zip(logits, parts)] for i in (0, 1))
 
 
-def _last_exit(logits: Sequence[Logit]):
+def _last_exit(logits: Sequence[Logit]) -> jax.Array:
   """Mean logit of the highest level at the last exit."""
   top = max(logit.level for logit in logits)
   return next(jnp.mean(logit.value) for logit in logits if logit.level == top and logit.exit == 1)
@@ -278,6 +289,6 @@ def _expert_loads(routing):
   """Share of tokens per expert, {"moe/load/LAYER": [E]}."""
   experts = {layer: item.logits.shape[-1] for layer, item in routing.items()}
   return {
-    f"moe/load/{layer}": jnp.mean(jax.nn.one_hot(item.expert, experts[layer]), axis=(0, 1))
+    f"{metric_names.EXPERT_LOAD}{layer}": jnp.mean(jax.nn.one_hot(item.expert, experts[layer]), axis=(0, 1))
     for layer, item in routing.items()
   }

@@ -1,21 +1,24 @@
 """Exchange of generator weights with the released PyTorch model (github zhujiapeng/Aurora, `models/text_generator.py`).
 
 One table, `entries`, lists every tensor of the released state dict with its place in our variables; import and export
-both follow it, so neither can forget what the other does.
+both follow it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.interop import name_map
 from aurora_jax.systems.aurora import generator
 from aurora_jax.systems.aurora.config import Generator
 from aurora_jax.systems.aurora.released_config import config_from_released, config_to_released  # noqa: F401
 
+_MISFIT = "the checkpoint does not fit the configuration"
+
 # Per layout: the released array as ours, and back. Both are permutations, hence exact.
-_LAYOUTS = {
+_LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
   "same": (lambda t: t, lambda a: a),
   "dense": (lambda t: t.T, lambda a: a.T),  # [O, I] and [I, O]
   "conv1x1": (lambda t: t[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # [O, I, 1, 1] and [I, O]
@@ -27,7 +30,7 @@ _LAYOUTS = {
 
 
 class Entry(NamedTuple):
-  """One array of ours and where it stands in the released state dict."""
+  """One array of ours and its place in the released state dict."""
 
   path: tuple[str, ...]  # in our variables, from the collection on
   names: tuple[str, ...]  # released names: one per expert if `stacked`, else all names of the same tensor
@@ -115,14 +118,7 @@ def _attention_block(cfg, r, path, name):
 
 
 def entries(cfg: Generator) -> Iterator[Entry]:
-  """Every array of the generator with its released names, in the released order of layers.
-
-  Args:
-    cfg: `Generator`.
-
-  Yields:
-    `Entry`.
-  """
+  """Every array of the generator with its released names, in the released order of layers."""
   yield Entry(("buffers", "w_avg"), ("w_avg",), "same")
   yield from _text_head(cfg)
   for i in range(cfg.mapping_layers):
@@ -149,7 +145,7 @@ def entries(cfg: Generator) -> Iterator[Entry]:
 
 
 def fir_buffers(cfg: Generator) -> tuple[list[str], np.ndarray]:
-  """The released state dict's constant FIR filters: names and their one value [4, 4]."""
+  """The constant FIR filters of the released state dict: their names, and the value of all of them [4, 4]."""
   names, index = ["synthesis.filter"], 0
   for r in cfg.resolutions:
     if r > 4:
@@ -160,7 +156,7 @@ def fir_buffers(cfg: Generator) -> tuple[list[str], np.ndarray]:
 
 
 def layer_names(cfg: Generator) -> dict[str, str]:
-  """Our routing names with the released module that each belongs to: {"r8_block0_layer0": "synthesis.net.3.0..."}."""
+  """{our name of a routing: released name of its module}, such as {"r8_block0_layer0": "synthesis.net.3.0..."}."""
   names = {}
   for entry in entries(cfg):
     if entry.path[-2:] == ("router", "weight"):
@@ -169,13 +165,15 @@ def layer_names(cfg: Generator) -> dict[str, str]:
   return names
 
 
-def import_generator(state_dict, cfg, on_progress=None):
-  """The released weights as our variables. Arrays are taken one at a time: never a second copy of the model.
+def import_generator(
+  state_dict: Mapping[str, Any], cfg: Generator, on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+  """The released weights as our variables. Arrays are read one at a time, so memory holds one copy of the model.
 
   Args:
-    state_dict: mapping name -> array (anything with a shape that `np.asarray` takes, `interop.tensor_files`' too).
-    cfg: `Generator` that fits it.
-    on_progress: called with (arrays done, of how many).
+    state_dict: {name: array}, anything with a shape that `np.asarray` takes, such as entries of `interop.tensor_files`.
+    cfg: the configuration of the generator.
+    on_progress: called with (arrays done, arrays in total).
 
   Returns:
     {"params": ..., "buffers": ...}, numpy float32.
@@ -184,7 +182,8 @@ def import_generator(state_dict, cfg, on_progress=None):
     UserError (a ValueError): lists what is missing, left over or misshapen.
   """
   _check_names_and_shapes(state_dict, cfg)
-  variables, problems = {}, []
+  variables: dict[str, Any] = {}
+  problems = []
   table = list(entries(cfg))
   for done, entry in enumerate(table):
     if on_progress is not None:
@@ -198,7 +197,7 @@ def import_generator(state_dict, cfg, on_progress=None):
     else:
       if any(not np.array_equal(array, np.asarray(state_dict[name], dtype=np.float32)) for name in entry.names[1:]):
         problems.append(f"{' and '.join(entry.names)} should be the same tensor and differ")
-      value = np.array(to_ours(array), order="C")  # of its own: the caller's array may change
+      value = np.array(to_ours(array), order="C")  # a copy: the caller's array may change
     node = variables
     for part in entry.path[:-1]:
       node = node.setdefault(part, {})
@@ -210,7 +209,7 @@ def import_generator(state_dict, cfg, on_progress=None):
     if not np.allclose(np.asarray(state_dict[name], dtype=np.float32), taps, atol=1e-6)
   ]
   if problems:
-    raise UserError(f"the checkpoint does not fit the configuration; {_some(problems)}")
+    raise UserError(f"{_MISFIT}; {name_map.shortened(problems)}")
   return variables
 
 
@@ -221,44 +220,26 @@ def released_shapes(cfg: Generator) -> dict[str, tuple[int, ...]]:
 
 def _check_names_and_shapes(state_dict, cfg):
   """Raises UserError for a state dict of another model; reads none of its arrays."""
-  expected = released_shapes(cfg)
-  missing = [name for name in expected if name not in state_dict]
-  left_over = sorted(set(state_dict) - expected.keys())
-  misshapen = [
-    f"{name} is {np.shape(state_dict[name])}, expected {shape}"
-    for name, shape in expected.items()
-    if name in state_dict and np.shape(state_dict[name]) != shape
-  ]
-  problems = [
-    f"{len(items)} {what}: {_some(items)}"
-    for what, items in (("missing", missing), ("left over", left_over), ("misshapen", misshapen))
-    if items
-  ]
-  if problems:
-    raise UserError("the checkpoint does not fit the configuration; " + "; ".join(problems))
-
-
-def _some(items, most=8):
-  return ", ".join(items[:most]) + (", ..." if len(items) > most else "")
+  name_map.check(_MISFIT, name_map.shapes(state_dict), released_shapes(cfg))
 
 
 def export_generator(variables: Mapping[str, Any], cfg: Generator) -> dict[str, np.ndarray]:
   """Our variables under the released names; loads with `strict=True` in the released code.
 
   Args:
-    variables: {"params", "buffers"} of `Generator(cfg)`.
-    cfg: `Generator`.
+    variables: {"params", "buffers"} of the generator.
+    cfg: its configuration.
 
   Returns:
-    dict name -> numpy float32 array, contiguous; all names of one tensor have the same array.
+    {name: contiguous float32 array}; all names of one tensor have the same array.
   """
   return dict(exported(variables, cfg))
 
 
 def exported(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str, np.ndarray]]:
-  """`export_generator`'s arrays one at a time: yields (name, array)."""
+  """The arrays of `export_generator`, one at a time: yields (name, array)."""
   for entry in entries(cfg):
-    value = variables
+    value: Any = variables
     for part in entry.path:
       value = value[part]
     value, to_torch = np.asarray(value), _LAYOUTS[entry.layout][1]
@@ -273,11 +254,11 @@ def exported(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str
 
 
 def expected_shapes(cfg: Generator) -> dict[str, tuple[int, ...]]:
-  """Shape of every released tensor but the FIR filters, {name: shape}, from the model's own abstract shapes."""
+  """Shape of every released tensor except the FIR filters, {name: shape}, from the model's abstract shapes."""
   abstract = generator.abstract_variables(cfg)
   shapes = {}
   for entry in entries(cfg):
-    value = abstract
+    value: Any = abstract
     for part in entry.path:
       value = value[part]
     shape = value.shape[1:] if entry.stacked else value.shape

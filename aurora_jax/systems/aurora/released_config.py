@@ -7,7 +7,7 @@ from aurora_jax.config import PerResolution
 from aurora_jax.errors import UserError
 from aurora_jax.systems.aurora.config import Generator
 
-_CONSTRUCTOR = {
+_CONSTRUCTOR: dict[str, tuple[str, type]] = {
   # released keyword: (our field, its type); per-resolution mappings have string keys there
   "resolution": ("resolution", int),
   "z_dim": ("z_dim", int),
@@ -37,7 +37,7 @@ _CONSTRUCTOR = {
 }
 
 # Keywords with one value that our generator implements.
-_FIXED = {
+_FIXED: dict[str, Any] = {
   "init_res": 4,
   "image_channels": 3,
   "repeat_w": True,
@@ -88,16 +88,16 @@ def config_from_released(kwargs: Mapping[str, Any]) -> Generator:
   """The released constructor's keyword arguments as our configuration.
 
   Args:
-    kwargs: mapping of `Text2ImageGenerator`'s keyword arguments; those left out take the values that the
-      released scripts pass, where the constructor's own defaults differ from them.
+    kwargs: keyword arguments of `Text2ImageGenerator`. Missing ones take the values that the released scripts pass,
+      where the constructor's defaults differ from them.
 
   Returns:
-    A `Generator`.
+    The configuration of the generator.
 
   Raises:
     UserError: a keyword that does not exist, or a value that this generator does not implement.
   """
-  fields = {"text_attention": "uniform"}
+  fields: dict[str, Any] = {"text_attention": "uniform"}
   for name, value in kwargs.items():
     if name in _CONSTRUCTOR:
       field, kind = _CONSTRUCTOR[name]
@@ -110,7 +110,9 @@ def config_from_released(kwargs: Mapping[str, Any]) -> Generator:
       fields["deformable_max_resolution"] = _MTM_MAX_RESOLUTION if value else 0
     elif name not in _IGNORED | {"attn_resolutions", "ms_training_res"}:
       raise UserError(f"released configuration: no keyword {name!r}")
-  cfg = Generator(**{"output_resolutions": (4,), **_sized(fields)})
+  fields = _sized(fields)
+  first: dict[str, Any] = fields | {"output_resolutions": (4,)}
+  cfg = Generator(**first)
   fields["text_heads"] = cfg.heads
   attention = {int(r) for r in kwargs.get("attn_resolutions") or cfg.attention_depth}
   for field in ("attention_depth", "experts"):
@@ -124,10 +126,10 @@ def config_to_released(cfg: Generator) -> dict[str, Any]:
   """The inverse of `config_from_released`: keyword arguments with which the released constructor builds this generator.
 
   Args:
-    cfg: `Generator`; how it computes (RUNTIME_FIELDS) is left out.
+    cfg: configuration of the generator. Its RUNTIME_FIELDS have no keywords.
 
   Returns:
-    dict of JSON values. Every keyword is there whose released default is another, or that our configuration has.
+    JSON values of all keywords that have a field, or whose released default differs from what our generator does.
 
   Raises:
     UserError: lists every field whose value the released code cannot express.
@@ -164,10 +166,12 @@ def config_to_released(cfg: Generator) -> dict[str, Any]:
   return kwargs | {name: list(value) if isinstance(value, tuple) else value for name, value in _FIXED.items()}
 
 
-def _sized(fields):
-  """Keeps of every per-resolution mapping what is within the resolution, so that defaults of 64 pixels fit smaller ones."""
-  top = fields.get("resolution", Generator.resolution)
-  defaults = Generator()
+def _sized(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Drops entries above the resolution from all per-resolution mappings, so that the defaults fit smaller
+  generators.
+  """
+  fields, defaults = dict(fields), Generator()
+  top = fields.get("resolution", defaults.resolution)
   for name in ("blocks", "adaptive_kernels", "attention_depth", "experts"):
     values = fields.get(name, getattr(defaults, name))
     fields[name] = PerResolution({r: v for r, v in values.items() if r <= top})

@@ -1,4 +1,4 @@
-"""Aurora (arXiv 2309.03904) as a system: its networks, its frozen CLIP, and how it is sampled from.
+"""Aurora (arXiv 2309.03904) as a system: its networks, its frozen CLIP, and its sampling.
 
 P prompts, B images, M latents of a prompt's mean, N text tokens, F width of a CLIP feature, D width of the generator's
 own text, W width of w, Z width of z
@@ -6,7 +6,7 @@ own text, W width of w, Z width of z
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +14,36 @@ import numpy as np
 
 from aurora_jax.config import Optimizer, PerResolution
 from aurora_jax.data import schema
+from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 from aurora_jax.models import clip as clip_lib
 from aurora_jax.ops import moe, random_keys
 from aurora_jax.ops.losses import normalize
 from aurora_jax.parallel import hosts
+from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.parallel.experts import Exchange
 from aurora_jax.systems import base, text_encoder
+from aurora_jax.systems.aurora import config as config_lib
 from aurora_jax.systems.aurora import exchange_report, memory_advice
 from aurora_jax.systems.aurora.discriminator import Discriminator
 from aurora_jax.systems.aurora.generator import Generator
 from aurora_jax.systems.aurora.labels import label
 from aurora_jax.systems.aurora.objective import Objective
 
-# Sampling batches: at most this many images, whose largest arrays stay within about this many bytes.
+# A sampling batch has at most this many images, and its largest arrays at most about this many bytes.
 _MOST_IMAGES = 32
 _WORKING_BYTES = 1 << 29
 _UNCHUNKED = 1 << 30
 
 
-class System(base.System):
+class System(base.System[config_lib.Experiment]):
   """See `base.System`."""
 
   headline = ("loss/d_adversarial", "loss/g_adversarial", "loss/g_clip")
+  remedies = {"logit_gap": "loss.r1_gamma and the learning rates", "expert_entropy": "generator.router_balance_weight"}
   fixed_text = ("global_text",)
 
-  def __init__(self, experiment, layout=None):
+  def __init__(self, experiment: config_lib.Experiment, layout: mesh_lib.Layout | None = None):
     super().__init__(experiment, layout)
     cfg = experiment.generator
     self.exchange = Exchange(self.layout, experiment.mesh.exchange, cfg.remat, experiment.mesh.capacity_factor)
@@ -54,12 +58,12 @@ class System(base.System):
     }
 
   @property
-  def log_names(self):
+  def log_names(self) -> Mapping[str, str]:
     return {**super().log_names, "r1": "R1 of the discriminator"}
 
   # ---- training ----------------------------------------------------------------------------------------------------
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> dict[str, base.Variables]:
     cfg, inputs = self.experiment.generator, self.experiment.discriminator.input_resolutions
     z, text = jnp.zeros((1, cfg.z_dim)), jnp.zeros((1, 2, cfg.text_feature_dim))
     eot = jnp.zeros((1,), jnp.int32)
@@ -69,10 +73,10 @@ class System(base.System):
     discriminator = self.discriminator.init(random_keys.fold(key, "discriminator"), pyramid, text, eot)
     return {"generator": generator, "discriminator": discriminator}
 
-  def phases(self, update):
+  def phases(self, update: base.Update) -> Sequence[base.Phase]:
     return Objective(self, update).phases()
 
-  def batch_spec(self, batch_size):
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     side = self.experiment.resolution
     return {
       "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32),
@@ -80,7 +84,7 @@ class System(base.System):
       "caption_id": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
 
-  def notes(self):
+  def notes(self) -> Sequence[str]:
     if self.layout.devices == 1:
       return ()
     return exchange_report.explain(self.exchange, self.experiment.generator, self.experiment.train.batch_size)
@@ -88,11 +92,11 @@ class System(base.System):
   # ---- for compile reports -----------------------------------------------------------------------------------------
 
   @property
-  def frozen_note(self):
+  def frozen_note(self) -> str:
     cfg = self.experiment
     return f"CLIP: {text_encoder.clip_config(cfg.text.clip, cfg.generator.text_feature_dim)[1]}"
 
-  def without_recomputation(self):
+  def without_recomputation(self) -> "System":
     whole = lambda cfg: dataclasses.replace(cfg, remat=False, attention_chunk=_UNCHUNKED)
     experiment = self.experiment
     plain = dataclasses.replace(
@@ -100,34 +104,34 @@ class System(base.System):
     )
     return type(self)(plain, self.layout)
 
-  def with_least_work(self):
-    """Each token sees one expert, and reading deformed pixels is no product."""
-    experiment = super().with_least_work().experiment
+  def with_least_work(self) -> "System":
+    """See `base.System`. One expert per layer does the work of all, and deformed pixels are read without a product."""
+    experiment = self.without_recomputation().experiment
     generator = experiment.generator
     one = PerResolution({r: 1 for r in generator.experts})
     generator = dataclasses.replace(generator, experts=one, deformable_max_resolution=0)
     return type(self)(dataclasses.replace(experiment, generator=generator), self.layout)
 
-  def memory_advice(self, temporaries):
+  def memory_advice(self, temporaries: int) -> list[str]:
     return memory_advice.memory_advice(self.experiment, temporaries, self.layout.devices)
 
   # ---- the frozen CLIP ---------------------------------------------------------------------------------------------
 
   @functools.cached_property
   def clip(self) -> clip_lib.Clip:
-    """The CLIP module, by the sizes in its folder, or guessed by its width where there is no folder."""
+    """The CLIP module, with the sizes of `text_encoder.clip_config`."""
     return clip_lib.Clip(
       text_encoder.clip_config(self.experiment.text.clip, self.experiment.generator.text_feature_dim)[0]
     )
 
   @property
-  def tokenizer(self):
+  def tokenizer(self) -> Callable[[Sequence[str]], np.ndarray]:
     return text_encoder.tokenizer(self.experiment.text.clip)
 
-  def load_frozen(self):
+  def load_frozen(self) -> dict[str, base.PyTree]:
     return {"clip": self._read_clip(text_only=False)}
 
-  def load_sampling_frozen(self):
+  def load_sampling_frozen(self) -> dict[str, base.PyTree]:
     return {"clip": self._read_clip(text_only=True)}
 
   def _read_clip(self, text_only):
@@ -139,21 +143,23 @@ class System(base.System):
         raise UserError(f"{folder}: text features are {width} wide, {name}.text_feature_dim is {wanted}")
     return bundle.variables
 
-  def finish_frozen(self, frozen, dataset):
-    """Adds the bank of caption embeddings, further negatives of the CLIP loss: [M, D] on the unit sphere, and their ids."""
+  def finish_frozen(self, frozen: base.Frozen, dataset: Dataset) -> base.Frozen:
+    """Adds the bank of M caption embeddings, further negatives of the CLIP loss: [M, D] of unit norm, and their ids
+    [M].
+    """
     captions = dataset.first_captions(self.experiment.loss.clip_bank)
     ids = np.array([schema.caption_id(caption) for caption in captions], np.int32)
     hosts.check_same(text_encoder.digest(ids), f"data set {dataset.path}: other records can be read here")
     bank = np.zeros((0, self.clip.config.embedding_width), np.float32)
     if captions:
       encode = jax.jit(
-        lambda variables, tokens: normalize(self.clip.apply(variables, tokens, method="encode_text").embedding),
+        lambda variables, tokens: normalize(base.apply(self.clip, variables, tokens, method="encode_text").embedding),
         out_shardings=self.layout.replicated,
       )
       bank = encode(frozen["clip"], np.asarray(self.tokenizer(captions)))
     return {**frozen, **dict(zip(("bank", "bank_id"), hosts.replicate(self.layout.replicated, (bank, ids))))}
 
-  def abstract_frozen(self):
+  def abstract_frozen(self) -> dict[str, base.PyTree]:
     bank, config = self.experiment.loss.clip_bank, self.clip.config
     return {
       "clip": clip_lib.abstract_variables(config),
@@ -168,46 +174,58 @@ class System(base.System):
     platform = self.layout.mesh.devices.flat[0].platform
     return Generator(self.experiment.generator.for_sampling(platform), self._expert_ffn)
 
-  def inputs(self, prompts: Sequence[str]):
+  def inputs(self, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(self.tokenizer(list(prompts)), np.int32)
 
-  def abstract_inputs(self, prompts):
+  def abstract_inputs(self, prompts: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((prompts, self.clip.config.text.context_length), jnp.int32)
 
-  def condition(self, networks, frozen, inputs):
-    """{"global_text": [P, D], which goes into w, "local_text": [P, N - 1, D], which cross-attention sees}."""
-    text = self.clip.apply(frozen["clip"], inputs, method="encode_text")
-    global_text, local_text = self._sampling_generator.apply(
-      networks["generator"], text.features, text.eot, method="encode_text"
+  def condition(
+    self, networks: Mapping[str, base.Variables], frozen: base.Frozen, inputs: base.PyTree
+  ) -> dict[str, jax.Array]:
+    """See `base.System`: {"global_text": [P, D], an input of w, "local_text": [P, N - 1, D], for cross-attention}."""
+    text = base.apply(self.clip, frozen["clip"], inputs, method="encode_text")
+    global_text, local_text = base.apply(
+      self._sampling_generator, networks["generator"], text.features, text.eot, method="encode_text"
     )
     return {"global_text": global_text, "local_text": local_text}
 
-  def draw_latents(self, key):
+  def draw_latents(self, key: jax.Array) -> dict[str, jax.Array]:
     return {"z": jax.random.normal(key, (self.experiment.generator.z_dim,))}
 
-  def center(self, networks, condition, latents):
-    """Adds "center" [P, W], the mean w of each prompt's M latents."""
+  def center(
+    self, networks: Mapping[str, base.Variables], condition: dict[str, jax.Array], latents: dict[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    """See `base.System`: adds "center" [P, W], the mean w of each prompt's M latents."""
     z = latents["z"]
     each = jnp.repeat(condition["global_text"], z.shape[1], axis=0)
     w = self._map(networks, z.reshape(-1, z.shape[-1]), each)
     return condition | {"center": w.reshape(*z.shape[:2], -1).mean(axis=1)}
 
-  def sample(self, networks, frozen, condition, latents, psi=1.0):
+  def sample(
+    self,
+    networks: Mapping[str, base.Variables],
+    frozen: base.Frozen,
+    condition: dict[str, jax.Array],
+    latents: dict[str, jax.Array],
+    psi: jax.Array | float = 1.0,
+  ) -> base.Sample:
+    """See `base.System`. The choices are {layer: int32 [B, r * r]}, the expert of each feature point."""
     del frozen
     w = self._map(networks, latents["z"], condition["global_text"])
     average = networks["generator"]["buffers"]["w_avg"]
     w = truncate(w, condition.get("center"), average, jnp.reshape(psi, (-1, 1)))
-    out = self._sampling_generator.apply(networks["generator"], w, condition["local_text"], method="synthesize")
+    out = base.apply(self._sampling_generator, networks["generator"], w, condition["local_text"], method="synthesize")
     return base.Sample(out.image, {name: layer.expert for name, layer in out.routing.items()})
 
   def _map(self, networks, z, global_text):
-    return self._sampling_generator.apply(networks["generator"], z, global_text, method="map_latents")
+    return base.apply(self._sampling_generator, networks["generator"], z, global_text, method="map_latents")
 
-  def choice_count(self, name):
+  def choice_count(self, name: str) -> int:
     return self.experiment.generator.experts[int(name[1:].split("_")[0])]
 
   @property
-  def sampling_batch_size(self):
+  def sampling_batch_size(self) -> int:
     cfg = self._sampling_generator.cfg
     needed = [4 * r**2 * cfg.channels(r) for r in cfg.resolutions]
     for r in cfg.attention_depth:
@@ -218,7 +236,9 @@ class System(base.System):
 
 
 def _lazily_regularized(cfg: Optimizer, lazy: float) -> Optimizer:
-  """StyleGAN2, appendix B: with a regularisation update every k steps, learning rate and decay shrink by k / (k + 1)."""
+  """StyleGAN2, appendix B: with a regularization update every k steps, learning rate and decay shrink by k / (k +
+  1).
+  """
   return dataclasses.replace(cfg, learning_rate=cfg.learning_rate * lazy, beta2=cfg.beta2**lazy)
 
 
@@ -231,8 +251,8 @@ def lerp(start: jax.Array, end: jax.Array, weight: jax.Array) -> jax.Array:
 def truncate(w: jax.Array, prompt_mean: jax.Array | None, w_average: jax.Array, psi: jax.Array) -> jax.Array:
   """The released truncation: a step toward the global mean, then one toward the prompt's own mean.
 
-  w' = lerp(w_average, w, psi); w'' = lerp(prompt_mean, w', psi). So psi = 0 is the prompt's mean latent and psi = 1 leaves
-  w as it is.
+  w' = lerp(w_average, w, psi); w'' = lerp(prompt_mean, w', psi). So psi = 0 is the prompt's mean latent and psi = 1
+  leaves w as it is.
 
   Args:
     w: [B, W].

@@ -1,4 +1,4 @@
-"""How the gate's temperature and the balance loss's weight decay with the iterations (released: `solver.py`)."""
+"""The decay of the gate's temperature and of the balance loss's weight over the iterations (released: `solver.py`)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from aurora_jax.systems.megan.config import Loss
 def temperature(cfg: Loss, step: jax.Array | int) -> jax.Array:
   """The gate's temperature in iteration `step` (0, 1, ...): exponential decay in steps of `anneal_every`, with a floor.
 
-  The released program computes it after every `anneal_every`-th iteration, from the number of iterations done, and stops
-  there with an error, since it does not import `exp`; this is what it would have gone on with.
+  The released program computes it after every `anneal_every`-th iteration, from the number of iterations done. It stops
+  there with an error, since it does not import `exp`; this function returns the value that the program means.
 
   Args:
-    cfg: `Loss`.
+    cfg: the loss configuration.
     step: int32 scalar, iterations done.
 
   Returns:
@@ -23,7 +23,9 @@ def temperature(cfg: Loss, step: jax.Array | int) -> jax.Array:
 
 
 def balance_weight(cfg: Loss, step: jax.Array | int) -> jax.Array:
-  """Weight of the balance loss in iteration `step`; decays as `temperature` does, with its own floor. float32 scalar."""
+  """Weight of the balance loss in iteration `step`; decays as `temperature` does, with its own floor. float32
+  scalar.
+  """
   return _annealed(cfg, step, cfg.balance_weight, cfg.balance_weight_min)
 
 

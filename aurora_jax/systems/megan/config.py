@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from aurora_jax import config as config_lib
 from aurora_jax.config import require
 
-FEATURE_RESOLUTION = 8  # where a generator's first half ends; the gate sees these features
+FEATURE_RESOLUTION = 8  # the output of a generator's first half, which the gate sees
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.1  # weight of the batch in the running statistics
 
@@ -36,11 +36,11 @@ class Generator:
   z_dim: int = 128
   channels: int = 64  # width of the last feature map; it doubles with every halving of the resolution
   generators: int = 10
-  # Default initialisation of the framework: "torch031", PyTorch 0.3.1, which the release names; "modern", today's torch.
-  # They differ in batch norm scales, U(0, 1) or 1, and in the range of transposed convolutions.
+  # Default initialization of the framework: "torch031", PyTorch 0.3.1, which the release names; "modern", today's
+  # torch. They differ in batch norm scales, U(0, 1) or 1, and in the range of transposed convolutions.
   init: str = "torch031"
-  # Sampling. Released: "batch" and "sample", for the released code never leaves training mode.
-  bn_at_eval: str = "batch"  # statistics of batch norms: the "batch"'s own, or the "running" ones
+  # Sampling. Released: "batch" and "sample", since the released code never leaves training mode.
+  bn_at_eval: str = "batch"  # statistics of batch norms: those of the "batch", or the "running" ones
   gate_at_eval: str = "sample"  # "sample": a draw at the current temperature; "argmax": always the likeliest generator
   compute_dtype: str = "float32"  # of the generators; batch norm, projection and gate are always float32
 
@@ -58,7 +58,7 @@ class Generator:
     return tuple(2**k for k in range(2, self.resolution.bit_length()))
 
   def width(self, resolution: int) -> int:
-    """Channels of the layer at a resolution; the last layer's are the colours."""
+    """Channels of the layer at a resolution; those of the last layer are RGB."""
     return 3 if resolution == self.resolution else self.channels * self.resolution // (2 * resolution)
 
   @property
@@ -69,7 +69,9 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
-  """Strided convolutions without any normalisation, as the gradient penalty wants. Defaults count 662 977 parameters."""
+  """Strided convolutions without any normalization, as the gradient penalty wants. Defaults count 662 977
+  parameters.
+  """
 
   resolution: int = 32
   channels: int = 64  # of the first convolution; every further one doubles them
@@ -91,8 +93,8 @@ class Loss:
   """WGAN-GP (arXiv 1704.00028), the gate's balance and its annealing."""
 
   gradient_penalty_weight: float = 10.0
-  # Released: the penalty is an optimizer step of its own, after the Wasserstein loss's and at the weights that this one
-  # left, with the same moments. False: one step on the sum.
+  # Released: the penalty has a separate optimizer step, after that of the Wasserstein loss and at its new weights, with
+  # the same moments. False: one step on the sum.
   gp_separate_step: bool = True
   d_steps: int = 5  # discriminator rounds per iteration, each on a new real batch
   load_balance: bool = False  # an extra step on the gate toward equal use of the generators

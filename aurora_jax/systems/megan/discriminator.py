@@ -1,4 +1,4 @@
-"""MEGAN's discriminator: a DCGAN's without normalisation (released: `Discriminator` of `model.py`)."""
+"""MEGAN's discriminator: a DCGAN's without normalization (released: `Discriminator` of `model.py`)."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from aurora_jax.systems.megan import gate as gate_lib
 
 
 class Discriminator(nn.Module):
-  """Convolutions 4x4 with stride 2 and leaky ReLU of slope 0.2 down to 4x4 pixels, then one that covers them.
+  """4x4 convolutions with stride 2 and leaky ReLU of slope 0.2 down to 4x4 pixels, then one over all 4x4 pixels.
 
   Both values of `config.Generator.init` mean the same here.
   """
@@ -22,13 +22,13 @@ class Discriminator(nn.Module):
 
   @nn.compact
   def __call__(self, image: jax.Array) -> jax.Array:
-    """Judges.
+    """Scores images.
 
     Args:
       image: [B, S, S, 3] in [-1, 1].
 
     Returns:
-      [B] float32, larger for more real ones; also for B = 1, where the released code gives a scalar.
+      [B] float32, higher for images that look real. The released code returns a scalar for B = 1.
 
     Raises:
       UserError: images of another size.

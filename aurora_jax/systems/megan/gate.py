@@ -1,4 +1,4 @@
-"""MEGAN's gate: which generator makes the image of a latent. And the batch norm, which the generators have too.
+"""MEGAN's gate, which chooses a generator for each latent, and the batch norm of gate and generators.
 
 B batch, n generators, Z latent width, C channels
 """
@@ -26,19 +26,20 @@ def torch_uniform(fan: int) -> nn.initializers.Initializer:
 
 
 def dense(features: int, inputs: int, name: str | None = None) -> nn.Dense:
-  """A linear map [..., inputs] -> [..., features] with torch's default initialisation, in float32 whatever the device."""
+  """A linear map [..., inputs] -> [..., features] with torch's default initialization, in float32 on all devices."""
   init = torch_uniform(inputs)
   return nn.Dense(features, precision=jax.lax.Precision.HIGHEST, kernel_init=init, bias_init=init, name=name)
 
 
 class BatchNorm(nn.Module):
-  """Torch's batch norm in float32. [*stack, B, ..., C] -> same, with statistics over all axes between stack and channels.
+  """Torch's batch norm in float32. [*stack, B, ..., C] -> same, with statistics over all axes between stack and
+  channels.
 
   Under a sharded batch the statistics are the global batch's. Flax's own module differs: its running variance takes the
   biased estimate.
 
   Variables: params `scale`, `bias` [*stack, C]; batch_stats `mean`, `var` [*stack, C] and `count` [*stack] int32, the
-  number of batches that moved them.
+  number of batches seen.
 
   Attributes:
     init_style: as `config.Generator.init`.
@@ -50,15 +51,15 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, mode: str) -> jax.Array:
-    """Normalises.
+    """Normalizes.
 
     Args:
       x: [*stack, B, ..., C].
-      mode: "train": statistics of the batch (variance biased), which move the running ones (variance unbiased), so
-        collection "batch_stats" must be mutable; "batch": statistics of the batch; "running": the running ones.
+      mode: "train" uses the statistics of the batch (biased variance) and updates the running ones (unbiased variance):
+        collection "batch_stats" must be mutable. "batch" uses the statistics of the batch, "running" the running ones.
 
     Raises:
-      UserError: the batch has no variance, for it is one value per channel.
+      UserError: the batch has one value per channel, hence no variance.
     """
     axes = tuple(range(self.stacked, x.ndim - 1))
     stack, channels = x.shape[: self.stacked], x.shape[-1:]

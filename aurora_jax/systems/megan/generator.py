@@ -1,13 +1,14 @@
-"""MEGAN's generator: n DCGANs of one latent, of whose images the gate takes one (arXiv 1805.02481; released: `model.py`).
+"""MEGAN's generator: n DCGANs of one latent, and a gate that chooses an image (arXiv 1805.02481; released: `model.py`).
 
-All generators are one set of arrays with a leading axis [n, ...], and every layer is one batched product over it. So a
-mesh axis can hold the generators: only the projected features and the sum over gated images cross it.
+The parameters of all generators are stacked along a leading axis [n, ...], and every layer is one batched product over
+it.
+A mesh axis can shard the generators: only the projected features and the sum over gated images cross it.
 
   n generators, B batch, H height, W width, I channels in, C channels out, Z latent width, S side of the images
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ _TAPS = 4  # side of every kernel
 
 @struct.dataclass
 class GeneratorOutput:
-  """What the generator gives. What is not used of it costs nothing under `jax.jit`."""
+  """What the generator returns. Under `jax.jit`, unused fields cost nothing."""
 
   image: jax.Array  # [B, S, S, 3]: the sum of gate * images
   images: jax.Array  # [B, n, S, S, 3] in [-1, 1]
@@ -124,7 +125,8 @@ class Generator(nn.Module):
   """Generators, projection and gate.
 
   Variables: {"params", "batch_stats"}. Params are "generators" (every leaf [n, ...]), "projection" (one linear map
-  for all generators' features, of 8 x 8 pixels with channels last) and "gate"; `split_gate` parts the last from the others.
+  for all generators' features, of 8 x 8 pixels with channels last) and "gate"; `split_gate` separates the last from the
+  others.
 
   Attributes:
     cfg: the configuration.
@@ -134,7 +136,7 @@ class Generator(nn.Module):
   cfg: config_lib.Generator
   place: Callable[[jax.Array], jax.Array] | None = None
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.cfg
     self.generators = Generators(cfg, self.place)
     side = config_lib.FEATURE_RESOLUTION
@@ -158,8 +160,8 @@ class Generator(nn.Module):
       uniform: [B, n], draws from U[0, 1) for the gate's noise; may be None if `choice` is "argmax".
       temperature: positive scalar.
       hard: whether the gate is one-hot with the softmax's gradient, or the softmax.
-      train: batch norms take the batch's statistics and move the running ones: "batch_stats" must be mutable.
-      statistics: without `train`, "running", or "batch": the batch's statistics, moving nothing.
+      train: batch norms use the batch's statistics and update the running ones: "batch_stats" must be mutable.
+      statistics: without `train`: "running", or "batch" for the batch's statistics without an update.
       choice: "sample", a draw of the gate; "argmax", the likeliest generator, without noise, temperature and gradient.
 
     Returns:
@@ -187,7 +189,7 @@ class Generator(nn.Module):
     return GeneratorOutput(image, images.swapaxes(0, 1), gate, logits, features.swapaxes(0, 1), projected)
 
   def sample(self, z: jax.Array, uniform: jax.Array | None, temperature: jax.Array | float) -> GeneratorOutput:
-    """The same as the configuration says to sample: `bn_at_eval` and `gate_at_eval`; the gate is hard."""
+    """Samples as the configuration says: `bn_at_eval` and `gate_at_eval`, with a hard gate. See `__call__`."""
     return self(z, uniform, temperature, statistics=self.cfg.bn_at_eval, choice=self.cfg.gate_at_eval)
 
 
@@ -197,11 +199,11 @@ def _check_options(**options):
       raise UserError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
-def split_gate(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Parts the gate, which has an optimizer of its own, from the generators and their projection.
+def split_gate(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Separates the gate, which has its own optimizer, from the generators and their projection.
 
   Args:
-    variables: {collection: tree}, as of `Generator`; gradients or moments of that structure do as well.
+    variables: {collection: tree}, the variables of `Generator`, or gradients or moments of the same structure.
 
   Returns:
     (generator, gate): {collection: tree} each; the second are the variables of `gate.Gate`.
@@ -210,7 +212,7 @@ def split_gate(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
   return rest, {name: tree["gate"] for name, tree in variables.items()}
 
 
-def join_gate(generator: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
+def join_gate(generator: Mapping[str, Any], gate: Mapping[str, Any]) -> dict[str, Any]:
   """The inverse of `split_gate`."""
   return {name: {**tree, "gate": gate[name]} for name, tree in generator.items()}
 

@@ -1,6 +1,6 @@
 """MEGAN's losses: Wasserstein with gradient penalty (arXiv 1704.00028) and the gate's balance (arXiv 1805.02481).
 
-All are float32 means over the batch given; under a sharded batch that is the global batch.
+All are float32 means over the batch; with a sharded batch, over the global one.
 
   B batch, n generators
 """

@@ -1,26 +1,28 @@
 """Exchange of weights with the released PyTorch code of MEGAN (github tuanl12/MEGAN, `model.py` and `gumbel.py`).
 
 One table per network lists every tensor of the released state dicts with its place in our variables; import and export
-both follow it. Layouts differ by permutations alone, so that a round trip is exact to the bit: dense kernels are
-[in, out], convolutions have channels last, and the rows of the shared projection, which the release takes of features
-with channels first, are reordered for ours with channels last.
+both follow it. Layouts differ by permutations only, so a round trip is exact to the bit: dense kernels are [in, out],
+convolutions have channels last, and the rows of the shared projection are reordered from features with channels first
+to features with channels last.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from aurora_jax.errors import UserError
+from aurora_jax.interop import name_map
+from aurora_jax.interop.name_map import CONV, DENSE, SAME, Layout
 from aurora_jax.systems.megan import config as config_lib
 from aurora_jax.systems.megan import discriminator, generator
 
 _GENERATOR = {"image_size": "resolution", "z_dim": "z_dim", "g_conv_dim": "channels", "num_gen": "generators"}
 _DISCRIMINATOR = {"image_size": "resolution", "d_conv_dim": "channels"}
-_IGNORED = {"training", "source"}  # notes that may stand beside the keywords
+_IGNORED = {"training", "source"}  # notes that may accompany the keywords
 _COUNTER = "num_batches_tracked"
-_NAMES_IN_AN_ERROR = 8
+_MISFIT = "the checkpoint does not fit the configuration"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,8 +33,8 @@ def config_from_released(kwargs: Mapping[str, Any]) -> config_lib.Generator:
   """The generator's configuration.
 
   Args:
-    kwargs: `image_size`, `z_dim`, `g_conv_dim`, `num_gen`, by the names of the released command line; those left out have its
-      defaults. `d_conv_dim` may be there as well.
+    kwargs: `image_size`, `z_dim`, `g_conv_dim`, `num_gen`, as on the released command line, with its defaults;
+      `d_conv_dim` is ignored.
 
   Raises:
     UserError: a keyword that does not exist, or a value that does not fit.
@@ -41,12 +43,14 @@ def config_from_released(kwargs: Mapping[str, Any]) -> config_lib.Generator:
 
 
 def discriminator_config_from_released(kwargs: Mapping[str, Any]) -> config_lib.Discriminator:
-  """The discriminator's configuration, from the same keywords: `image_size`, `d_conv_dim`. Raises as the generator's."""
+  """The discriminator's configuration, from the same keywords: `image_size`, `d_conv_dim`. Raises as the
+  generator's.
+  """
   return config_lib.Discriminator(**_fields(kwargs, _DISCRIMINATOR))
 
 
 def config_to_released(cfg: config_lib.Generator, d_cfg: config_lib.Discriminator | None = None) -> dict[str, int]:
-  """The inverse of both: the released keywords of a generator and, if given, of its discriminator."""
+  """The inverse of both: the released keywords of a generator and, with `d_cfg`, of its discriminator."""
   values = {name: getattr(cfg, field) for name, field in _GENERATOR.items()}
   if d_cfg is not None:
     if d_cfg.resolution != cfg.resolution:
@@ -55,7 +59,7 @@ def config_to_released(cfg: config_lib.Generator, d_cfg: config_lib.Discriminato
   return values
 
 
-def _fields(kwargs, names):
+def _fields(kwargs: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
   fields = {}
   for name, value in kwargs.items():
     if name not in _GENERATOR | _DISCRIMINATOR and name not in _IGNORED:
@@ -71,18 +75,7 @@ def _fields(kwargs, names):
 # The tables
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """How one array looks here, given how it looks there, and back."""
-
-  to_ours: Callable[[np.ndarray], np.ndarray]
-  to_theirs: Callable[[np.ndarray], np.ndarray]
-
-
 _SIDE = config_lib.FEATURE_RESOLUTION
-_SAME = Layout(lambda t: t, lambda a: a)
-_DENSE = Layout(np.transpose, np.transpose)  # [out, in] <-> [in, out]
-_CONV = Layout(lambda t: t.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # [O, I, h, w] <-> [h, w, I, O]
 _TRANSPOSED = Layout(
   lambda t: t.transpose(0, 2, 3, 1), lambda a: a.transpose(0, 3, 1, 2)
 )  # [I, O, h, w] <-> [I, h, w, O]
@@ -101,14 +94,14 @@ class Entry:
     name: its name there.
     path: the keys of our leaf, the collection first.
     layout: the change of layout.
-    index: the generator whose part of a stacked leaf it is; None: all of the leaf.
+    index: the generator's index in a stacked leaf; None: the tensor is the whole leaf.
     alias: a second name of the same tensor in the same file, or "".
   """
 
   file: str
   name: str
   path: tuple[str, ...]
-  layout: Layout = _SAME
+  layout: Layout = SAME
   index: int | None = None
   alias: str = ""
 
@@ -159,16 +152,16 @@ def generator_entries(cfg: config_lib.Generator) -> Iterator[Entry]:
     yield from _one_generator(cfg, index)
   yield from _linear("G", "sum_linear", ("projection",), _FLATTENED)
   for i in range(2):
-    yield from _linear("Gum", f"mlp.{3 * i}", ("gate", f"dense_{i}"), _DENSE)
+    yield from _linear("Gum", f"mlp.{3 * i}", ("gate", f"dense_{i}"), DENSE)
     yield from _norm("Gum", f"mlp.{3 * i + 1}", ("gate", f"norm_{i}"))
-  yield from _linear("Gum", "mlp.6", ("gate", "logits"), _DENSE)
+  yield from _linear("Gum", "mlp.6", ("gate", "logits"), DENSE)
 
 
 def discriminator_entries(cfg: config_lib.Discriminator) -> Iterator[Entry]:
   """Every tensor of the discriminator's state dict."""
   for i in range(len(cfg.widths)):
-    yield from _linear("D", f"main.{2 * i}", (f"conv_{i}",), _CONV)
-  yield from _linear("D", "last", ("logit",), _CONV)
+    yield from _linear("D", f"main.{2 * i}", (f"conv_{i}",), CONV)
+  yield from _linear("D", "last", ("logit",), CONV)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,13 +172,13 @@ def import_generator(state_dict: Mapping[str, Mapping[str, Any]], cfg: config_li
   """The released generator and gate as our variables.
 
   Args:
-    state_dict: {"G": ..., "Gum": ...}, each name -> array (anything with a shape that `np.asarray` takes). The second names
-      of the last generator, `main1.*` and `main2.*`, must agree with its first ones. `num_batches_tracked` may be
+    state_dict: {"G": ..., "Gum": ...}, each name -> array (anything with a shape that `np.asarray` takes). The second
+      names of the last generator, `main1.*` and `main2.*`, must agree with its first ones. `num_batches_tracked` may be
       missing, as in files of PyTorch 0.3.1, and is 0 then.
     cfg: `config.Generator` that fits it.
 
   Returns:
-    {"params": ..., "batch_stats": ...}, numpy arrays of their own: float32, and int32 for the counters of batches.
+    {"params": ..., "batch_stats": ...}, new numpy arrays: float32, and int32 for the counters of batches.
 
   Raises:
     UserError: lists what is missing, left over, misshapen or contradictory in either file.
@@ -241,7 +234,7 @@ def _import(files, entries, abstract):
     elif entry.alias in state_dict:
       problems.append(f"{name} is missing and {entry.alias} is there")
   if problems:
-    raise UserError(f"the checkpoint does not fit the configuration; {_some(problems)}")
+    raise UserError(f"{_MISFIT}; {name_map.shortened(problems)}")
   return variables
 
 
@@ -253,28 +246,15 @@ def _check_names_and_shapes(files, entries, abstract):
     # A strided view of one element costs nothing, whatever its shape.
     probe = np.broadcast_to(np.float32(0), leaf.shape if entry.index is None else leaf.shape[1:])
     for name in filter(None, (entry.name, entry.alias)):
-      expected[entry.file, name] = entry.layout.to_theirs(probe).shape
+      expected[f"{entry.file} {name}"] = entry.layout.to_theirs(probe).shape
       if entry.optional:
-        optional.add((entry.file, name))
-  there = {(file, name): array for file, state_dict in files.items() for name, array in state_dict.items()}
-  missing = [name for name in expected if name not in there and name not in optional]
-  left_over = sorted(there.keys() - expected.keys())
-  misshapen = [
-    f"{' '.join(name)} is {np.shape(there[name])}, expected {shape}"
-    for name, shape in expected.items()
-    if name in there and np.shape(there[name]) != shape
-  ]
-  problems = [
-    f"{len(items)} {what}: {_some(items)}"
-    for what, items in (
-      ("missing", [" ".join(name) for name in missing]),
-      ("left over", [" ".join(name) for name in left_over]),
-      ("misshapen", misshapen),
-    )
-    if items
-  ]
-  if problems:
-    raise UserError("the checkpoint does not fit the configuration; " + "; ".join(problems))
+        optional.add(f"{entry.file} {name}")
+  found = {
+    f"{file} {name}": array_shape
+    for file, state_dict in files.items()
+    for name, array_shape in name_map.shapes(state_dict).items()
+  }
+  name_map.check(_MISFIT, found, expected, optional=optional)
 
 
 def _export(variables, entries, abstract):
@@ -285,7 +265,7 @@ def _export(variables, entries, abstract):
       found = "missing" if leaf is None else np.shape(leaf)
       problems["/".join(entry.path)] = f"{'/'.join(entry.path)} is {found}, expected {expected}"
   if problems:
-    raise UserError(f"the variables do not fit the configuration; {_some(list(problems.values()))}")
+    raise UserError(f"the variables do not fit the configuration; {name_map.shortened(list(problems.values()))}")
   files, leaves = {}, {}
   for entry in entries:
     if entry.path not in leaves:
@@ -297,7 +277,3 @@ def _export(variables, entries, abstract):
     if entry.alias:
       files[entry.file][entry.alias] = array
   return files
-
-
-def _some(items):
-  return ", ".join(items[:_NAMES_IN_AN_ERROR]) + (", ..." if len(items) > _NAMES_IN_AN_ERROR else "")

@@ -1,11 +1,12 @@
 """MEGAN (arXiv 1805.02481) as a system: n generators, a gate that chooses among them, WGAN-GP.
 
-The generators lie along the mesh's expert axis: each device runs its own generators on all latents of its `data` block, and
-the gated images are then spread over all devices. The gate is a network of its own, since its optimizer differs.
+The generators are sharded along the mesh's expert axis. Each device runs its generators on all latents of its `data`
+block; the gated images are then sharded over all devices. The gate is a separate network, since its optimizer differs.
 
   B batch, n generators, Z latent width
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax.ops import random_keys
+from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.parallel.mesh import KeyPath, ParamLabel, names_of
-from aurora_jax.systems import base
+from aurora_jax.systems import base, metric_names
 from aurora_jax.systems.megan import annealing, losses
+from aurora_jax.systems.megan import config as config_lib
 from aurora_jax.systems.megan.discriminator import Discriminator
 from aurora_jax.systems.megan.generator import Generator, GeneratorOutput, join_gate, split_gate
 
@@ -24,19 +27,21 @@ _STATISTICS = "batch_stats"
 
 
 def label(path: KeyPath) -> ParamLabel:
-  """The label of a parameter, or of a batch norm's statistic; all arrays under "generators" are stacked by generator."""
+  """The label of a parameter, or of a batch norm's statistic; all arrays under "generators" are stacked by
+  generator.
+  """
   names = names_of(path)
   module = next((name for name in names[:-1] if name != "generators"), names[0])
   return ParamLabel(experts=names[0] == "generators", bias=names[-1] == "bias", module=module, group=module)
 
 
 class Draws(NamedTuple):
-  """The random numbers of one pass.
+  """The random numbers of one forward pass.
 
   Attributes:
     z: [B, Z] from N(0, 1), the latents.
     uniform: [B, n] from U[0, 1), for the gate's noise.
-    alpha: [B] from U[0, 1): where between real and generated images the gradient penalty is taken.
+    alpha: [B] from U[0, 1): the points between real and generated images at which the gradient penalty is taken.
   """
 
   z: jax.Array
@@ -44,17 +49,19 @@ class Draws(NamedTuple):
   alpha: jax.Array
 
 
-class System(base.System):
+class System(base.System[config_lib.Experiment]):
   """See `base.System`."""
 
   truncates = False
   sampled = ("generator", "gate")
   headline = ("loss/d_wasserstein", "loss/g_wasserstein", "loss/gp")
+  remedies = {"expert_entropy": "loss.load_balance and loss.balance_weight"}
 
-  def __init__(self, experiment, layout=None):
+  def __init__(self, experiment: config_lib.Experiment, layout: mesh_lib.Layout | None = None):
     super().__init__(experiment, layout)
     self.generator = Generator(experiment.generator, self._place_stacked if self.layout.devices > 1 else None)
     self.discriminator = Discriminator(experiment.discriminator)
+    self.active_experts = f"one of the {experiment.generator.generators} generators, as the gate chooses"
     optimizer = experiment.optimizer
     self.networks = {
       "generator": base.Network("g", optimizer.generator, label),
@@ -63,13 +70,13 @@ class System(base.System):
     }
 
   @property
-  def log_names(self):
+  def log_names(self) -> Mapping[str, str]:
     more = {"gp": "gradient penalty of the discriminator", "balance": "balance of the gate"}
     return {**super().log_names, **more}
 
   # ---- training ----------------------------------------------------------------------------------------------------
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> dict[str, base.Variables]:
     cfg = self.experiment.generator
     shapes = jnp.zeros((1, cfg.z_dim)), jnp.zeros((1, cfg.generators)), 1.0
     generator, gate = split_gate(Generator(cfg).init(random_keys.fold(key, "generator"), *shapes))
@@ -77,16 +84,17 @@ class System(base.System):
     discriminator = self.discriminator.init(random_keys.fold(key, "discriminator"), image)
     return {"generator": generator, "gate": gate, "discriminator": discriminator}
 
-  def batch_spec(self, batch_size):
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     side = self.experiment.resolution
     return {"image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32)}
 
-  def phases(self, update):
-    """Discriminator rounds, generators and gate, and, if `loss.load_balance`, the gate toward equal use."""
+  def phases(self, update: base.Update) -> Sequence[base.Phase]:
+    """The discriminator's rounds, the update of generators and gate, and, with `loss.load_balance`, one that balances
+    the gate."""
     loss = self.experiment.loss
 
     def train_discriminator(state, frozen, batch, key):
-      """One round: the Wasserstein loss, then the penalty at the weights that it left, with the same moments."""
+      """One round: an update by the Wasserstein loss, then one by the gradient penalty, by the same optimizer."""
       del frozen
       real = batch["image"]
       draws = self._draws(key)
@@ -113,13 +121,13 @@ class System(base.System):
       bad = base.bad_images(real, fake)
       if not loss.gp_separate_step:
         gradients, metrics = of_d(both, state)
-        state, healthy, metrics = update(state, "discriminator", gradients, metrics | bad)
-        return self._with_statistics(state, statistics, healthy), metrics
+        state, all_finite, metrics = update(state, "discriminator", gradients, metrics | bad)
+        return self._with_statistics(state, statistics, all_finite), metrics
       gradients, metrics = of_d(wasserstein, state)
-      state, healthy, metrics = update(state, "discriminator", gradients, metrics | bad)
+      state, all_finite, metrics = update(state, "discriminator", gradients, metrics | bad)
       gradients, more = of_d(penalty, state)
-      state, healthy, more = update(state, "discriminator", gradients, more, healthy=healthy, log_name="gp")
-      return self._with_statistics(state, statistics, healthy), metrics | more
+      state, all_finite, more = update(state, "discriminator", gradients, more, all_finite=all_finite, log_name="gp")
+      return self._with_statistics(state, statistics, all_finite), metrics | more
 
     def train_generator(state, frozen, batch, key):
       """Generators and gate on the discriminator's score of the gated images."""
@@ -128,16 +136,19 @@ class System(base.System):
       def score(params):
         out, statistics = self._generate(state, params["generator"], params["gate"], self._draws(key))
         value = losses.generator_wasserstein(self._score(state.networks["discriminator"].params, out.image))
-        metrics = {"loss/g_wasserstein": value, "moe/load/generators": losses.load(jax.lax.stop_gradient(out.gate))}
+        metrics = {
+          "loss/g_wasserstein": value,
+          f"{metric_names.EXPERT_LOAD}generators": losses.load(jax.lax.stop_gradient(out.gate)),
+        }
         return value, (metrics, statistics)
 
       params = {name: state.networks[name].params for name in self.sampled}
       gradients, (metrics, statistics) = jax.grad(score, has_aux=True)(params)
       metrics["gate/temperature"] = annealing.temperature(loss, state.step)
-      state, healthy, metrics = update(
+      state, all_finite, metrics = update(
         state, "generator", gradients["generator"], metrics, variables=statistics["generator"]
       )
-      state, _, more = update(state, "gate", gradients["gate"], {}, healthy=healthy, variables=statistics["gate"])
+      state, _, more = update(state, "gate", gradients["gate"], {}, all_finite=all_finite, variables=statistics["gate"])
       return state, metrics | more
 
     def balance(state, frozen, batch, key):
@@ -150,10 +161,10 @@ class System(base.System):
         return annealing.balance_weight(loss, state.step) * value, ({"loss/balance": value}, statistics)
 
       gradients, (metrics, statistics) = jax.grad(unequal, has_aux=True)(state.networks["gate"].params)
-      state, healthy, metrics = update(
+      state, all_finite, metrics = update(
         state, "gate", gradients, metrics, variables=statistics["gate"], log_name="balance"
       )
-      return self._with_statistics(state, {"generator": statistics["generator"]}, healthy), metrics
+      return self._with_statistics(state, {"generator": statistics["generator"]}, all_finite), metrics
 
     phases = [
       base.Phase("discriminator", train_discriminator, repeats=loss.d_steps),
@@ -171,42 +182,42 @@ class System(base.System):
 
   def _generate(self, state, generator_params, gate_params, draws) -> tuple[GeneratorOutput, dict[str, Any]]:
     """A forward pass in training mode: (output, new batch norm statistics {network: {collection: tree}})."""
-    params = {"generator": self.gather("generator", generator_params), "gate": self.gather("gate", gate_params)}
+    params = {"generator": self.unshard("generator", generator_params), "gate": self.unshard("gate", gate_params)}
     variables = join_gate(*({"params": params[name], **state.networks[name].variables} for name in self.sampled))
     z, uniform = self._place_latents((draws.z, draws.uniform))
     temperature = annealing.temperature(self.experiment.loss, state.step)
     with jax.named_scope("generators"):
-      out, moved = self.generator.apply(variables, z, uniform, temperature, train=True, mutable=[_STATISTICS])
-    generator, gate = split_gate(moved)
+      out, updated = self.generator.apply(variables, z, uniform, temperature, train=True, mutable=[_STATISTICS])
+    generator, gate = split_gate(updated)
     return self._place_images(out), {"generator": generator, "gate": gate}
 
   def _score(self, params, images):
     with jax.named_scope("discriminator"):
-      return self.discriminator.apply({"params": self.gather("discriminator", params)}, images)
+      return base.apply(self.discriminator, {"params": self.unshard("discriminator", params)}, images)
 
-  def _with_statistics(self, state, statistics, healthy):
-    """The state with batch norm statistics that a discriminator or balance pass moved, if that was finite."""
+  def _with_statistics(self, state, statistics, all_finite):
+    """The state with the batch norm statistics that a pass of the discriminator or balance phase updated, if finite."""
     for name, variables in statistics.items():
       network = state.networks[name]
-      keep = lambda new, old: jnp.where(healthy, new, old)
+      keep = lambda new, old: jnp.where(all_finite, new, old)
       state = state.with_network(name, network.replace(variables=jax.tree.map(keep, variables, network.variables)))
     return state
 
   # ---- on a mesh ---------------------------------------------------------------------------------------------------
   #
-  # Nothing but the real images tells XLA how a batch lies, and the phases of generator and gate read none: without these
-  # constraints every device would work on the whole batch.
+  # Only the real images have a sharded batch, and the phases of generator and gate read none. Without these constraints
+  # every device would compute the whole batch.
 
   def _place_latents(self, rows):
-    """Arrays [B, ...]: the same latents on all devices that share the generators among them."""
+    """Places latents [B, ...]: equal on all devices along the generators' mesh axes."""
     return self._constrain(rows, self._latent_axes)
 
   def _place_stacked(self, maps):
-    """Feature maps of all generators [n, B, ...]: generators along their mesh axes, samples along the others."""
+    """Places feature maps of all generators [n, B, ...]: generators along their mesh axes, samples along the others."""
     return self._constrain(maps, self._generator_axes, self._latent_axes)
 
   def _place_images(self, out):
-    """The gated images [B, ...] along all axes, for the discriminator."""
+    """Places the gated images [B, ...] along all axes, for the discriminator."""
     return out.replace(image=self._constrain(out.image, self.layout.rules.batch))
 
   @property
@@ -224,23 +235,31 @@ class System(base.System):
 
   # ---- sampling ----------------------------------------------------------------------------------------------------
 
-  def draw_latents(self, key):
+  def draw_latents(self, key: jax.Array) -> dict[str, jax.Array]:
     cfg = self.experiment.generator
     z, uniform = random_keys.fold(key, "z"), random_keys.fold(key, "uniform")
     return {"z": jax.random.normal(z, (cfg.z_dim,)), "uniform": jax.random.uniform(uniform, (cfg.generators,))}
 
-  def sample(self, networks, frozen, condition, latents, psi=1.0):
+  def sample(
+    self,
+    networks: Mapping[str, base.Variables],
+    frozen: base.Frozen,
+    condition: dict[str, jax.Array],
+    latents: dict[str, jax.Array],
+    psi: jax.Array | float = 1.0,
+  ) -> base.Sample:
+    """See `base.System`. The choice is {"generator": int32 [B]}."""
     del frozen, condition, psi
     variables = join_gate(networks["generator"], networks["gate"])
     z, uniform = self._place_latents((latents["z"], latents["uniform"]))
-    # A hard gate takes the same generator at any temperature.
-    out = self._place_images(self.generator.apply(variables, z, uniform, 1.0, method="sample"))
+    # A hard gate chooses the same generator at any temperature.
+    out = self._place_images(base.apply(self.generator, variables, z, uniform, 1.0, method="sample"))
     return base.Sample(out.image, {"generator": jnp.argmax(out.gate, axis=-1).astype(jnp.int32)})
 
-  def choice_count(self, name):
+  def choice_count(self, name: str) -> int:
     del name
     return self.experiment.generator.generators
 
   @property
-  def sampling_batch_size(self):
+  def sampling_batch_size(self) -> int:
     return int(np.clip(2**24 // (self.experiment.generator.generators * self.experiment.resolution**2 * 64), 2, 64))

@@ -1,8 +1,9 @@
-"""StyleGAN-T's discriminator (arXiv 2301.09515, section 3.2): five heads on a frozen DINO, one logit per token and head.
+"""StyleGAN-T's discriminator (arXiv 2301.09515, section 3.2): five heads on a frozen DINO, one logit per token and
+head.
 
-Images are augmented, sometimes cropped, brought to DINO's size by area resizing, and judged from the transformer's tokens.
-All heads have one shape; their parameters are stacked on a leading axis of length H. Float32 products are float32 on every
-machine (`Precision.HIGHEST`); the config's `compute_dtype` is the way to faster ones.
+Images are augmented, sometimes cropped, brought to DINO's size by area resizing, and judged from the transformer's
+tokens. All heads have one shape; their parameters are stacked on a leading axis of length H. Float32 products are
+float32 on every machine (`Precision.HIGHEST`); the config's `compute_dtype` is the way to faster ones.
 
   B batch, R image side, S side of DINO's input, N tokens, C width of the tokens, H heads, D text width, M joint width,
   K kernel size, I input channels, O output channels
@@ -90,8 +91,10 @@ class Head(nn.Module):
     return jnp.einsum("bnm,bm->bn", out, mapped) / math.sqrt(cfg.text_map_dim)
 
 
-def stacked_heads(cfg: config_lib.Discriminator, **options) -> nn.Module:
-  """All heads as one module; every variable has a leading axis of length H. (x [H, B, N, C], text, train) -> [H, B, N]."""
+def stacked_heads(cfg: config_lib.Discriminator, **options: Any) -> nn.Module:
+  """All heads as one module; every variable has a leading axis of length H. (x [H, B, N, C], text, train) -> [H, B,
+  N].
+  """
   heads = nn.vmap(
     Head,
     in_axes=(0, None, None),  # pyright: ignore[reportArgumentType]
@@ -123,12 +126,12 @@ class Discriminator(nn.Module):
     """Judges images; a positive logit means real.
 
     Args:
-      image: [B, R, R, 3] in [-1, 1], B a multiple of `virtual_batch` or at most that. With the rng "augment", every image
-        is augmented by the config's policy.
+      image: [B, R, R, 3] in [-1, 1], B a multiple of `virtual_batch` or at most that. With the rng "augment", every
+        image is augmented by the config's policy.
       text: [B, D] CLIP's text features of unit length; None if unconditional.
       train: one power iteration of every spectral norm, for which the collection "spectral" must be mutable.
-      crop: (row, column) of the one window of S pixels that all images are cut to, for R > S. None: with the rng "crop" a
-        random one in half of all calls, as released; without it the whole images.
+      crop: (row, column) of the one window of S pixels that all images are cut to, for R > S. None: with the rng "crop"
+        a random one in half of all calls, as released; without it the whole images.
 
     Returns:
       float32 [B, H * N], head after head; the last head sees the embedding.
@@ -185,8 +188,8 @@ def fit(
     image: [B, P, Q, 3].
     side: of the result.
     crop: (row, column) of the window's first pixel; traced numbers will do.
-    key: PRNG key of the released rule: one random window for the whole batch with probability 0.5, for images larger than
-      `side`; else the whole images. None: the whole images.
+    key: PRNG key of the released rule: one random window for the whole batch with probability 0.5, for images larger
+      than `side`; else the whole images. None: the whole images.
 
   Returns:
     float32 [B, side, side, 3].

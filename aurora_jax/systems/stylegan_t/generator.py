@@ -1,6 +1,7 @@
 """StyleGAN-T's generator (arXiv 2301.09515): latents and a text feature to an image.
 
-Float32 products are float32 on every machine (`Precision.HIGHEST`); the config's `compute_dtype` is the way to faster ones.
+Float32 products are float32 on every machine (`Precision.HIGHEST`); the config's `compute_dtype` is the way to faster
+ones.
 
   B batch, R resolution, Z width of the latents, D width of the text feature, W = Z + D, N tokens
 """
@@ -33,7 +34,7 @@ class Generator(nn.Module):
 
   cfg: config_lib.Generator
 
-  def setup(self):
+  def setup(self) -> None:
     self.mapping = mapping.Mapping(self.cfg)
     self.synthesis = synthesis.Synthesis(self.cfg)
     if self.cfg.text_tower.layers:
@@ -83,7 +84,7 @@ class Generator(nn.Module):
     Args:
       z: [B, Z], standard normal.
       text: CLIP's text features of unit length [B, D]; or, with a text tower, tokens int [B, N]; None if unconditional.
-      psi: truncation; 1: none, 0: the average of the mapped latents.
+      psi: truncation, a number or [B, 1]; 1: none, 0: the average of the mapped latents.
       noise: "const": each layer's constant; "none"; "random": drawn anew from the rng "noise"; or an array
         [B, r, r, 1] for every one of `synthesis.noise_sizes`, before its strength is multiplied.
       train: moves the average of the mapped latents, for which the collection "buffers" must be mutable. Released
@@ -116,7 +117,9 @@ def transform_matrix(degrees: float = 0.0, shift_x: float = 0.0, shift_y: float 
 
 
 def with_transform(variables: Mapping[str, Any], matrix: np.ndarray | jax.Array) -> dict[str, Any]:
-  """The generator's variables with another input transform [3, 3]; the identity is the default (see `transform_matrix`)."""
+  """The generator's variables with another input transform [3, 3]; the identity is the default (see
+  `transform_matrix`).
+  """
   if np.shape(matrix) != (3, 3):
     raise ValueError(f"the transform must be [3, 3], got {np.shape(matrix)}")
   buffers = variables["buffers"]

@@ -93,6 +93,11 @@ def clip_guidance(image_embedding: jax.Array, text_embedding: jax.Array) -> jax.
 # Blur of what the discriminator sees
 
 
+def has_blur(cfg: config_lib.Loss) -> bool:
+  """Whether any image is ever blurred."""
+  return cfg.blur_fade_kimg > 1 and cfg.blur_sigma > 0
+
+
 def blur_sigma(images_seen: int | jax.Array, cfg: config_lib.Loss) -> jax.Array:
   """The blur at a point of the training: falls linearly from `blur_sigma` to 0.
 
@@ -103,7 +108,7 @@ def blur_sigma(images_seen: int | jax.Array, cfg: config_lib.Loss) -> jax.Array:
   Returns:
     float32 scalar, pixels; always 0 where `blur_fade_kimg` is at most 1.
   """
-  if cfg.blur_fade_kimg <= 1:
+  if not has_blur(cfg):
     return jnp.float32(0)
   left = 1 - jnp.asarray(images_seen, jnp.float32) / (1000 * cfg.blur_fade_kimg)
   return cfg.blur_sigma * jnp.maximum(left, 0)
@@ -149,19 +154,19 @@ def blur(image: jax.Array, sigma: jax.Array | float, sigma_max: float | None = N
   return resample.resize_by_matrices(image, blur_matrix(height, sigma, sigma_max), blur_matrix(width, sigma, sigma_max))
 
 
-def discriminator_view(
-  image: jax.Array, resolution: int, sigma: jax.Array | float, sigma_max: float | None = None
-) -> jax.Array:
-  """What the discriminator sees of real and generated images: area-resized if larger than the generator's, then blurred.
+def discriminator_view(image: jax.Array, resolution: int, sigma: jax.Array | float, cfg: config_lib.Loss) -> jax.Array:
+  """What the discriminator sees of real and generated images: area-resized if larger than the generator's, then
+  blurred.
 
   Args:
     image: [B, P, P, 3] in [-1, 1].
     resolution: the generator's.
-    sigma, sigma_max: see `blur`.
+    sigma: of `blur_sigma`; may be traced.
+    cfg: `config.Loss`; without a blur in it none is computed.
 
   Returns:
     float32 [B, min(P, resolution), min(P, resolution), 3].
   """
   if image.shape[1] > resolution:
     image = resample.resize_area(image, resolution, resolution)
-  return blur(image, sigma, sigma_max)
+  return blur(image, sigma, cfg.blur_sigma) if has_blur(cfg) else image.astype(jnp.float32)

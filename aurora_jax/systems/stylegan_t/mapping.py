@@ -31,7 +31,8 @@ class Mapping(nn.Module):
     Args:
       z: [B, Z], standard normal.
       text: [B, D], unit length; None in an unconditional model.
-      psi: truncation; the mapped latents move toward their average by 1 - psi. The text is never truncated.
+      psi: truncation, a number or [B, 1]; the mapped latents move toward their average by 1 - psi. The text is never
+        truncated.
       train: moves the average; the collection "buffers" must be mutable.
 
     Returns:
@@ -46,7 +47,8 @@ class Mapping(nn.Module):
       mean = jax.lax.stop_gradient(jnp.mean(x, axis=0))
       average.value = decay * average.value + (1 - decay) * mean
     if isinstance(psi, jax.Array) or psi != 1:
-      x = average.value + psi * (x - average.value)
+      # Exactly x at 1: a sweep of psi on the devices must end with the image that has no truncation.
+      x = jnp.where(psi == 1, x, average.value + psi * (x - average.value))
     return x if text is None else jnp.concatenate([x, text.astype(jnp.float32)], axis=-1)
 
 

@@ -1,8 +1,8 @@
 """StyleGAN-T's synthesis network: w to an image (arXiv 2301.09515, section 3.1).
 
-A Fourier input at 8x8, then per resolution an up-sampling convolution and residual blocks; every resolution adds its RGB to
-the upsampled image below ("skip"). A layer's style is of second order in w. Per-sample filters are never built: the style
-scales the input of one shared convolution, the demodulation its output.
+A Fourier input at 8x8, then per resolution an up-sampling convolution and residual blocks; every resolution adds its
+RGB to the upsampled image below ("skip"). A layer's style is of second order in w. Per-sample filters are never built:
+the style scales the input of one shared convolution, the demodulation its output.
 
   B batch, R resolution, C channels (I in, O out), W width of w
 """
@@ -22,13 +22,13 @@ from aurora_jax.systems.stylegan_t import config as config_lib
 CLAMP = 256.0
 RESIDUAL_GAIN = math.sqrt(0.5)  # of both convolutions of a residual block
 BANDWIDTH = 2.0  # of the Fourier input, cycles per image
-NOISE_MODES = ("const", "none", "random")
 
 Noise = Mapping[str, jax.Array]
 
 
 class FourierInput(nn.Module):
-  """Fourier features, rotated and shifted by w and by a transform of the user's, and a trained mix. w [B, W] -> [B, 8, 8, C].
+  """Fourier features, rotated and shifted by w and by a transform of the user's, and a trained mix. w [B, W] -> [B, 8,
+  8, C].
 
   Variables: params affine, weight [C, C]; buffers freqs [C, 2] (x, y), phases [C], transform [3, 3].
   """
@@ -202,7 +202,7 @@ class Synthesis(nn.Module):
     """{layer: array}; {} for constants, None for no noise."""
     shapes = {name: (size, size, 1) for name, size in noise_sizes(self.cfg).items()}
     if isinstance(noise, str):
-      if noise not in NOISE_MODES:
+      if noise not in config_lib.NOISE_MODES:
         raise ValueError(f"noise must be 'const', 'none', 'random' or arrays by layer, got {noise!r}")
       if noise != "random":
         return {} if noise == "const" else None

@@ -128,11 +128,11 @@ def test_minibatch_std_sees_only_its_own_group():
 
 
 def test_partners_are_of_one_caption_and_kind():
-  x = jax.random.normal(jax.random.key(0), (4 * 2, 2, 2, 3))  # a real and a generated picture of four samples
-  out = np.asarray(discriminator.beside_partner(x, jnp.array([5, 9, 5, 7]), kinds=2)).reshape(4, 2, 2, 2, 7)
-  pictures = np.asarray(x).reshape(4, 2, 2, 2, 3)
-  np.testing.assert_array_equal(out[..., :3], pictures)
-  np.testing.assert_allclose(out[0, ..., 3:6], np.hypot(pictures[0] - pictures[2], 0.1), rtol=1e-6)
+  x = jax.random.normal(jax.random.key(0), (4 * 2, 2, 2, 3))  # a real and a generated image of four samples
+  out = np.asarray(discriminator.compare_pairs(x, jnp.array([5, 9, 5, 7]), kinds=2)).reshape(4, 2, 2, 2, 7)
+  images = np.asarray(x).reshape(4, 2, 2, 2, 3)
+  np.testing.assert_array_equal(out[..., :3], images)
+  np.testing.assert_allclose(out[0, ..., 3:6], np.hypot(images[0] - images[2], 0.1), rtol=1e-6)
   np.testing.assert_array_equal(out[2, ..., 3:6], out[0, ..., 3:6])
   np.testing.assert_array_equal(out[[1, 3], ..., 3:], 0)
   np.testing.assert_array_equal(out[..., 6].min((1, 2, 3)), [1, 0, 1, 0])

@@ -1,4 +1,6 @@
-"""What the generic code is told of Aurora's parameters: every label of a tiny system, and stages against the networks."""
+"""What the generic code is told of Aurora's parameters: every label of a tiny system, and stages against the
+networks.
+"""
 
 import jax
 import pytest

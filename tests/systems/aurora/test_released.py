@@ -41,7 +41,9 @@ def test_released_state_dict_has_its_1353_entries_and_12_buffers():
 
 
 def test_gigagans_options_have_their_released_names_and_come_back(released):
-  """Constant input, tied queries and keys, w as a token: the released code has them, switched off in the released model."""
+  """Constant input, tied queries and keys, w as a token: the released code has them, switched off in the released
+  model.
+  """
   cfg, _ = released
   cfg = dataclasses.replace(cfg, fourier_input=False, tied_attention=True, w_token=True)
   kwargs = released_lib.config_to_released(cfg)

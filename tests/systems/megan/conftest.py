@@ -1,4 +1,6 @@
-"""The released networks' numbers (tests/goldens/megan), read once per process, and the training phases on their weights."""
+"""The released networks' numbers (tests/goldens/megan), read once per process, and the training phases on their
+weights.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""MEGAN as a user meets it: a folder of images, training with a stop, sampling, and what there is to read about a run."""
+"""MEGAN as a user meets it: a folder of images, training with a stop, sampling, and what there is to read about a
+run.
+"""
 
 import contextlib
 import io

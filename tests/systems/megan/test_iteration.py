@@ -1,4 +1,6 @@
-"""One whole released iteration replayed: discriminator rounds of two steps each, the generator's step, the balance step."""
+"""One whole released iteration replayed: discriminator rounds of two steps each, the generator's step, the balance
+step.
+"""
 
 import jax
 import numpy as np

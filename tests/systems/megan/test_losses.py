@@ -10,7 +10,9 @@ from aurora_jax.systems.megan import discriminator, gate, generator, losses, rel
 
 @pytest.fixture(scope="module")
 def gradients(golden):
-  """{"hard", "soft", "balance": (loss, gradient of the parameters, gradient of the logits)} in training mode; the load."""
+  """{"hard", "soft", "balance": (loss, gradient of the parameters, gradient of the logits)} in training mode; the
+  load.
+  """
   io, model = golden.io, generator.Generator(golden.cfg)
   z, uniform = io["in.z"], io["in.gumbel_u"]
 

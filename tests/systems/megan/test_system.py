@@ -46,7 +46,8 @@ def counters(state):
   return {int(count) for leaf in leaves for count in np.ravel(leaf)}
 
 
-# ---- the released iteration --------------------------------------------------------------------------------------------
+# ---- the released iteration
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,9 @@ def test_losses_of_the_iteration_match_the_release(golden, iteration):
 
 
 def test_weights_and_statistics_match_the_release_as_soon_as_their_phase_is_done(golden, iteration):
-  """After the rounds the discriminator's, after the generator's phase its weights, after all the gate's and the statistics."""
+  """After the rounds the discriminator's, after the generator's phase its weights, after all the gate's and the
+  statistics.
+  """
   rounds, generators, whole = (released_weights(iteration[i][1], golden) for i in (2, 3, 4))
   compared = 0
   for name, theirs in golden.io.items():
@@ -109,7 +112,8 @@ def test_two_optimizer_steps_of_the_discriminator_per_round_share_their_moments(
   assert steps == [(0, 0, 0), (2, 0, 0), (4, 0, 0), (4, 1, 1), (4, 1, 2)]
 
 
-# ---- gradients of the phases, from the stored weights -------------------------------------------------------------------
+# ---- gradients of the phases, from the stored weights
+# -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +222,8 @@ def test_the_gate_s_l2_is_added_to_its_gradient_before_adam(phases):
   jax.tree.map(compare, state.networks["gate"].params, params)
 
 
-# ---- what moves and what stays ------------------------------------------------------------------------------------------
+# ---- what moves and what stays
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -229,8 +234,8 @@ def test_each_phase_moves_its_networks_and_all_statistics_and_nothing_else(phase
   found = moved(once["first"], state)
   assert found.keys() == parts | {"generator variables", "gate variables"}
   assert int(state.step) == 0  # the step counts itself
-  # Not one leaf of them stays behind, but for the bias of the discriminator's score: it is in both means of the Wasserstein
-  # loss and in no gradient of an image.
+  # Not one leaf of them stays behind, but for the bias of the discriminator's score: it is in both means of the
+  # Wasserstein loss and in no gradient of an image.
   everything = moved(once["first"], jax.tree.map(lambda leaf: np.asarray(leaf) + 1, once["first"]))
   still = {part: everything[part] - leaves for part, leaves in found.items()}
   assert {name for leaves in still.values() for name in leaves} == (
@@ -285,7 +290,8 @@ def test_a_pass_that_gives_nan_leaves_weights_and_statistics(golden, phases, onc
   assert skip.updates == updates and skip.images == ()
 
 
-# ---- a step of the trainer ----------------------------------------------------------------------------------------------
+# ---- a step of the trainer
+# ----------------------------------------------------------------------------------------------
 
 
 def test_draws_depend_on_the_key_and_on_nothing_else(golden):

@@ -1,0 +1,121 @@
+"""What the shell has set is not trusted: locale, JAX's settings, the home folder and the cache in it.
+
+Nothing here imports JAX.
+"""
+
+import codecs
+import hashlib
+import os
+import pathlib
+import stat
+import sys
+import warnings
+
+# Settings that other programs need in a shell's start-up file. They would change what is computed here (types, random
+# numbers) or refuse code that is right; a run must not depend on them.
+_IGNORED = (
+  "JAX_DEFAULT_DTYPE_BITS",
+  "JAX_DEFAULT_PRNG_IMPL",
+  "JAX_ENABLE_X64",
+  "JAX_LEGACY_PRNG_KEY",
+  "JAX_NUMPY_DTYPE_PROMOTION",
+  "JAX_NUMPY_RANK_PROMOTION",
+  "JAX_RANDOM_SEED_OFFSET",
+  "JAX_THREEFRY_PARTITIONABLE",
+)
+_IGNORED_GROUP = "JAX_TRANSFER_GUARD"
+_CACHE_SETTINGS = {
+  # Small programs too: most of a short command's time goes into compiling a few of them.
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def prepare() -> None:
+  """Settles the environment variables that JAX reads when it is imported."""
+  for name in list(os.environ):
+    if name in _IGNORED or name.startswith(_IGNORED_GROUP):
+      del os.environ[name]
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  # JAX warns for every entry of a cache that is read-only, full or damaged, and goes on without it.
+  warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = cache_folder()
+    if folder is not None:
+      os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  for name, value in _CACHE_SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+
+def cache_folder() -> str | None:
+  """The folder in which compiled programs are kept between commands: the same command starts faster the second time.
+
+  In the user's cache folder. Without a home, or with one that cannot be written to or belongs to somebody else, in the
+  temporary folder. Programs of another kind of CPU are kept apart: homes are shared by different machines.
+
+  Returns:
+    Its path, or None where there is no safe place. Cached programs are run: nobody else may write them.
+  """
+  kind = _cpu_kind()
+  home = os.path.expanduser("~")
+  shared = os.environ.get("XDG_CACHE_HOME", "")
+  places = [shared] if os.path.isabs(shared) else [os.path.join(home, ".cache")] if _is_home(home) else []
+  for place in places:
+    folder = pathlib.Path(place, "aurora_jax", "jax", kind)
+    if _is_usable(folder):
+      return str(folder)
+  import tempfile
+
+  folder = pathlib.Path(tempfile.gettempdir(), f"aurora_jax-{os.geteuid() if hasattr(os, 'geteuid') else 'cache'}")
+  if _is_usable(folder, private=True) and _is_usable(folder / kind):
+    return str(folder / kind)
+  return None
+
+
+def _is_home(path: str) -> bool:
+  """Whether a home folder is there: without HOME and an entry in passwd, "~" stays as it is."""
+  return os.path.isabs(path) and os.path.isdir(path)
+
+
+def _is_usable(folder: pathlib.Path, private: bool = False) -> bool:
+  """Whether a folder is there, or can be made, belongs to this user and can be written to.
+
+  `private`: its parent belongs to all, so that it must be a folder that nobody else can write to, and no link.
+  """
+  try:
+    folder.mkdir(mode=0o700 if private else 0o777, parents=not private, exist_ok=True)
+    found = os.lstat(folder) if private else os.stat(folder)
+  except OSError:
+    return False
+  if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+    return False
+  if private and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022):
+    return False
+  return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _cpu_kind() -> str:
+  """Eight digits that tell kinds of CPU apart; a program compiled for one may use instructions that another lacks."""
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+      lines = [
+        line for line, _ in zip(file, range(40)) if line.startswith(("model name", "flags", "Features", "CPU part"))
+      ]
+  except OSError:
+    lines = []
+  return hashlib.sha256("".join(sorted(set(lines))).encode()).hexdigest()[:8]
+
+
+def use_utf8() -> None:
+  """Starts the process anew in Python's UTF-8 mode where the locale knows ASCII alone (POSIX, with coercion turned
+  off).
+
+  There, Python would take the bytes of UTF-8 arguments for no text, and could not open a file of a non-ASCII name that
+  a config names. A locale with an encoding of its own (Latin-1) is left alone: its arguments are in that encoding. What
+  is
+  shown stays ASCII: the terminal may know no more.
+  """
+  if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
+    return
+  shown = {"PYTHONIOENCODING": os.environ.get("PYTHONIOENCODING") or "ascii:backslashreplace"}
+  os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], os.environ | shown)

@@ -1,0 +1,73 @@
+"""The folders of checkpoints: which ones exist, how large they are, their JSON items. Imports neither JAX nor Orbax."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from aurora_jax import text
+from aurora_jax.errors import UserError
+
+Path = str | os.PathLike
+
+
+def steps(folder: Path) -> list[int]:
+  """Steps of the complete checkpoints in a folder, ascending; [] if there is no such folder.
+
+  Orbax writes into a folder of another name and renames it at the end, so a name that is a number means complete.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    return []
+  return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+
+
+def newest(folder: Path) -> int | None:
+  """The newest complete checkpoint's step, or None."""
+  return max(steps(folder), default=None)
+
+
+def chosen(folder: Path, step: int | None) -> int:
+  """`step`, or the newest checkpoint's step for None; UserError if there is no such checkpoint."""
+  found = steps(folder)
+  if not found:
+    raise UserError(f"no checkpoint in {folder}")
+  if step is not None and step not in found:
+    raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, found))}")
+  if not text.is_utf8(folder):
+    raise UserError(f"{folder}: checkpoints cannot be read under a name whose bytes are not UTF-8 (rename the folder)")
+  return found[-1] if step is None else step
+
+
+def size_bytes(folder: Path, step: int) -> int:
+  """Size of a checkpoint on disk, in bytes."""
+  return sum(path.stat().st_size for path in (pathlib.Path(folder) / str(step)).rglob("*") if path.is_file())
+
+
+def only_parts(folder: Path, step: int | None = None) -> list[str] | None:
+  """Names of the parts in a checkpoint of `write_parts`; None for a checkpoint with the full state."""
+  return _stored_config_item(folder, step).get("parts")
+
+
+def stored_config(folder: Path, step: int | None = None) -> dict[str, Any] | None:
+  """The configuration under which a checkpoint was written, as nested dicts; None if the checkpoint has none."""
+  return _stored_config_item(folder, step).get("experiment")
+
+
+def stored_progress(folder: Path, step: int | None = None) -> dict[str, Any]:
+  """A checkpoint's item `progress`, a small JSON object; {} if there is none."""
+  return _stored_item(folder, step, "progress")
+
+
+def _stored_config_item(folder, step):
+  """A checkpoint's item `config`; {} if there is none."""
+  return _stored_item(folder, step, "config")
+
+
+def _stored_item(folder, step, name):
+  """A JSON item of a checkpoint; {} if there is none."""
+  step = newest(folder) if step is None else step
+  for path in (pathlib.Path(folder) / str(step) / name).glob("*"):
+    if path.is_file() and path.name == "metadata":
+      return json.loads(path.read_text(encoding="utf-8"))
+  return {}
