@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SYSTEMS = {
   "aurora": "aurora_jax.systems.aurora",
   "megan": "aurora_jax.systems.megan",
+  "stylegan_t": "aurora_jax.systems.stylegan_t",
 }
 
 

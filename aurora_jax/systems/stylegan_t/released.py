@@ -1,4 +1,4 @@
-"""Exchange of weights and constructor keywords with the published PyTorch code (github autonomousvision/stylegan-t).
+"""Exchange of weights with the published PyTorch code (github autonomousvision/stylegan-t), and of its keywords.
 
 One table per network lists every tensor of the released state dict with its place in our variables; import and export
 both follow it. Published snapshots are pickles of whole modules, which are never opened: see `load_state_dict`.
@@ -14,149 +14,29 @@ import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.interop import dino as dino_interop
-from aurora_jax.interop import tensor_files
-from aurora_jax.interop.clip_names import Entry, Layout
-from aurora_jax.models.dino import DinoConfig
+from aurora_jax.interop import name_map, tensor_files
+from aurora_jax.interop.name_map import CONV, DENSE, Entry, Layout
 from aurora_jax.systems.stylegan_t import config as config_lib
+from aurora_jax.systems.stylegan_t.released_config import (  # noqa: F401
+  TOWER,
+  config_from_released,
+  config_to_released,
+  discriminator_config_from_released,
+  text_tower_from_released,
+)
 
-_SAME = Layout(lambda x: x, lambda x: x)
-_DENSE = Layout(np.transpose, np.transpose)  # [O, I] and [I, O]
-_CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # [O, I, K, K] and [K, K, I, O]
 _CONV_1X1 = Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # [O, I, 1, 1] and [I, O]
 _TOKEN_CONV = Layout(lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0))  # [O, I, K] and [K, I, O]
 _CHANNELS = Layout(lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None])  # [1, O, 1, 1] and [O]
 
 _FIR = np.outer([1, 3, 3, 1], [1, 3, 3, 1]).astype(np.float32) / 64
-_TOWER = "mapping.clip.model"
 _VIT = "dino.model.model"
-_NAMES_IN_AN_ERROR = 8
+
+# Names of the networks in a file that holds several: the generator's average, the generator, the discriminator.
+NETWORKS = ("G_ema", "G", "D")
 
 StateDict = Mapping[str, Any]
 Variables = dict[str, Any]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Configurations
-
-
-def config_from_released(kwargs: Mapping[str, Any]) -> config_lib.Generator:
-  """The released generator's constructor keywords as our configuration.
-
-  Args:
-    kwargs: z_dim, c_dim, img_resolution, img_channels and synthesis_kwargs (channel_base, channel_max, num_res_blocks,
-      architecture, gn_groups); or a mapping that has them under "generator". "text_tower", which is ours, adds the text
-      encoder: fields of `config.TextTower` (see `text_tower_from_released`).
-
-  Returns:
-    `config.Generator`.
-
-  Raises:
-    UserError: a keyword that is missing, unknown, or of a value that this generator does not implement.
-  """
-  kwargs = dict(kwargs.get("generator", kwargs))
-  layers = dict(kwargs.pop("synthesis_kwargs", {}))
-  tower = kwargs.pop("text_tower", None)
-  _require_fixed(kwargs, {"img_channels": 3}, {"img_channels": 3})
-  # Where the architecture is left out the released constructor has another one.
-  _require_fixed(layers, {"architecture": "skip"}, {"architecture": "orig"})
-  fields = _renamed(kwargs, {"z_dim": "z_dim", "c_dim": "text_dim", "img_resolution": "resolution"}, {"z_dim": 64})
-  fields |= _renamed(
-    layers,
-    {
-      "channel_base": "channels_base",
-      "channel_max": "channels_max",
-      "num_res_blocks": "residual_blocks",
-      "gn_groups": "norm_groups",
-    },
-    {"num_res_blocks": 3, "gn_groups": 32},
-  )
-  if tower is not None:
-    fields["text_tower"] = tower if isinstance(tower, config_lib.TextTower) else config_lib.TextTower(**tower)
-  return config_lib.Generator(**fields)
-
-
-def discriminator_config_from_released(kwargs: Mapping[str, Any]) -> config_lib.Discriminator:
-  """The released discriminator's sizes as our configuration.
-
-  Args:
-    kwargs: c_dim, cmap_dim, hooks, vit (img_size, patch_size, embed_dim, depth, num_heads); what is left out is as
-      published. Or a mapping that has them under "discriminator".
-
-  Returns:
-    `config.Discriminator`.
-
-  Raises:
-    UserError: an unknown keyword or an impossible value.
-  """
-  kwargs = dict(kwargs.get("discriminator", kwargs))
-  vit = dict(kwargs.pop("vit", {}))
-  sizes = _renamed(
-    vit,
-    {"img_size": "image_size", "patch_size": "patch", "embed_dim": "width", "depth": "depth", "num_heads": "heads"},
-    {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
-  )
-  fields = _renamed(
-    kwargs,
-    {"c_dim": "text_dim", "cmap_dim": "text_map_dim", "hooks": "taps"},
-    {"c_dim": 768, "cmap_dim": 64, "hooks": (2, 5, 8, 11)},
-  )
-  fields["taps"] = tuple(fields["taps"])
-  dino = DinoConfig(**sizes, mlp_width=4 * sizes["width"], position_resize="bilinear")
-  return config_lib.Discriminator(dino=dino, image_size=dino.image_size, **fields)
-
-
-def text_tower_from_released(state_dict: StateDict, heads: int = 0) -> config_lib.TextTower:
-  """Sizes of the text encoder in a generator's state dict.
-
-  Args:
-    state_dict: of a generator; no array is read.
-    heads: attention heads; 0: one per 64 channels, as in every published CLIP.
-
-  Returns:
-    `config.TextTower`, for `dataclasses.replace(cfg, text_tower=...)`; one of 0 layers if there is no text encoder.
-  """
-  prefix = f"{_TOWER}.transformer.resblocks."
-  layers = {name.removeprefix(prefix).split(".")[0] for name in state_dict if name.startswith(prefix)}
-  if not layers:
-    return config_lib.TextTower()
-  shapes = {}
-  for field, name in (
-    ("vocabulary", "token_embedding.weight"),
-    ("context", "positional_embedding"),
-    ("hidden", "transformer.resblocks.0.mlp.c_fc.weight"),
-  ):
-    if f"{_TOWER}.{name}" not in state_dict:
-      raise UserError(f"the text encoder of the checkpoint has no {_TOWER}.{name}")
-    shapes[field] = np.shape(state_dict[f"{_TOWER}.{name}"])
-  width = shapes["vocabulary"][1]
-  return config_lib.TextTower(
-    layers=len(layers),
-    width=width,
-    heads=heads or max(1, width // 64),
-    mlp_width=shapes["hidden"][0],
-    vocabulary_size=shapes["vocabulary"][0],
-    context_length=shapes["context"][0],
-  )
-
-
-def _require_fixed(kwargs, supported, defaults):
-  """Takes out the keywords of which only one value is implemented."""
-  for name, value in supported.items():
-    given = kwargs.pop(name, defaults[name])
-    if given != value:
-      raise UserError(f"released configuration: {name}={given!r} is not supported, only {value!r}")
-
-
-def _renamed(kwargs, names, defaults):
-  """Our fields; every keyword must be known and have a value."""
-  for name in kwargs:
-    if name not in names:
-      raise UserError(f"released configuration: no keyword {name!r}, there are {', '.join(names)}")
-  values = {**defaults, **kwargs}
-  for name in names:
-    if name not in values:
-      raise UserError(f"released configuration: the keyword {name!r} is missing")
-  return {ours: values[name] for name, ours in names.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +44,7 @@ def _renamed(kwargs, names, defaults):
 
 
 def _dense(theirs, ours, inputs, outputs) -> Iterator[Entry]:
-  yield Entry(f"{theirs}.weight", (outputs, inputs), f"params/{ours}/weight", layout=_DENSE)
+  yield Entry(f"{theirs}.weight", (outputs, inputs), f"params/{ours}/weight", layout=DENSE)
   yield Entry(f"{theirs}.bias", (outputs,), f"params/{ours}/bias")
 
 
@@ -181,7 +61,7 @@ def generator_entries(cfg: config_lib.Generator) -> Iterator[Entry]:
     if inputs:
       yield from _layer_entries(f"{theirs}.conv0", f"{ours}/conv0", cfg, r, inputs, outputs)
     else:
-      yield Entry(f"{theirs}.input.weight", (outputs, outputs), f"params/{ours}/input/weight", layout=_DENSE)
+      yield Entry(f"{theirs}.input.weight", (outputs, outputs), f"params/{ours}/input/weight", layout=DENSE)
       yield from _dense(f"{theirs}.input.affine", f"{ours}/input/affine", cfg.w_dim, 4)
       for name, shape in (("freqs", (outputs, 2)), ("phases", (outputs,)), ("transform", (3, 3))):
         yield Entry(f"{theirs}.input.{name}", shape, f"buffers/{ours}/input/{name}")
@@ -199,7 +79,7 @@ def generator_entries(cfg: config_lib.Generator) -> Iterator[Entry]:
 
 
 def _layer_entries(theirs, ours, cfg, resolution, inputs, outputs) -> Iterator[Entry]:
-  yield Entry(f"{theirs}.weight", (outputs, inputs, 3, 3), f"params/{ours}/weight", layout=_CONV)
+  yield Entry(f"{theirs}.weight", (outputs, inputs, 3, 3), f"params/{ours}/weight", layout=CONV)
   yield Entry(f"{theirs}.bias", (outputs,), f"params/{ours}/bias")
   yield Entry(f"{theirs}.noise_strength", (), f"params/{ours}/noise_strength")
   yield Entry(f"{theirs}.noise_const", (resolution, resolution), f"buffers/{ours}/noise_const")
@@ -210,26 +90,26 @@ def _tower_entries(cfg) -> Iterator[Entry]:
   """The text encoder under its OpenCLIP names."""
   tower, ours = cfg.text_tower, "params/text_tower"
   width, inner = tower.width, tower.mlp_width
-  yield Entry(f"{_TOWER}.token_embedding.weight", (tower.vocabulary_size, width), f"{ours}/text/token_embedding")
-  yield Entry(f"{_TOWER}.positional_embedding", (tower.context_length, width), f"{ours}/text/position_embedding")
+  yield Entry(f"{TOWER}.token_embedding.weight", (tower.vocabulary_size, width), f"{ours}/text/token_embedding")
+  yield Entry(f"{TOWER}.positional_embedding", (tower.context_length, width), f"{ours}/text/position_embedding")
   blocks = f"{ours}/text/transformer/blocks"
   for layer in range(tower.layers):
-    theirs = f"{_TOWER}.transformer.resblocks.{layer}"
+    theirs = f"{TOWER}.transformer.resblocks.{layer}"
     for name, place, shape in (
       ("attn.in_proj_", "qkv", (3 * width, width)),
       ("attn.out_proj.", "out", (width, width)),
       ("mlp.c_fc.", "up", (inner, width)),
       ("mlp.c_proj.", "down", (width, inner)),
     ):
-      yield Entry(f"{theirs}.{name}weight", shape, f"{blocks}/{place}/kernel", (layer,), _DENSE)
+      yield Entry(f"{theirs}.{name}weight", shape, f"{blocks}/{place}/kernel", (layer,), DENSE)
       yield Entry(f"{theirs}.{name}bias", shape[:1], f"{blocks}/{place}/bias", (layer,))
     for name, place in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
       yield Entry(f"{theirs}.{name}.weight", (width,), f"{blocks}/{place}/scale", (layer,))
       yield Entry(f"{theirs}.{name}.bias", (width,), f"{blocks}/{place}/bias", (layer,))
-  yield Entry(f"{_TOWER}.ln_final.weight", (width,), f"{ours}/text/final_norm/scale")
-  yield Entry(f"{_TOWER}.ln_final.bias", (width,), f"{ours}/text/final_norm/bias")
-  yield Entry(f"{_TOWER}.text_projection", (width, cfg.text_dim), f"{ours}/text_projection/kernel")
-  yield Entry(f"{_TOWER}.logit_scale", (), "buffers/text_tower/log_scale")
+  yield Entry(f"{TOWER}.ln_final.weight", (width,), f"{ours}/text/final_norm/scale")
+  yield Entry(f"{TOWER}.ln_final.bias", (width,), f"{ours}/text/final_norm/bias")
+  yield Entry(f"{TOWER}.text_projection", (width, cfg.text_dim), f"{ours}/text_projection/kernel")
+  yield Entry(f"{TOWER}.logit_scale", (), "buffers/text_tower/log_scale")
 
 
 def filter_names(cfg: config_lib.Generator) -> tuple[str, ...]:
@@ -264,7 +144,7 @@ def discriminator_entries(cfg: config_lib.Discriminator) -> Iterator[Entry]:
       yield Entry(f"heads.{head}.{name}.bias", (width,), f"params/heads/{place}/bias", (head,))
     if cfg.text_dim:
       theirs, ours, shape = f"heads.{head}.cmapper", "params/heads/text_map", (cfg.text_map_dim, cfg.text_dim)
-      yield Entry(f"{theirs}.weight", shape, f"{ours}/weight", (head,), _DENSE)
+      yield Entry(f"{theirs}.weight", shape, f"{ours}/weight", (head,), DENSE)
       yield Entry(f"{theirs}.bias", shape[:1], f"{ours}/bias", (head,))
 
 
@@ -288,7 +168,7 @@ def import_generator(state_dict: StateDict, cfg: config_lib.Generator) -> Variab
   """
   constants = dict.fromkeys(filter_names(cfg), _FIR)
   hint = ""
-  if not cfg.text_tower.layers and any(name.startswith(_TOWER) for name in state_dict):
+  if not cfg.text_tower.layers and any(name.startswith(TOWER) for name in state_dict):
     hint = "the checkpoint has a text encoder: give the configuration the text_tower of text_tower_from_released"
   return _import(state_dict, list(generator_entries(cfg)), constants, hint)
 
@@ -303,7 +183,18 @@ def export_generator(variables: Mapping[str, Any], cfg: config_lib.Generator) ->
   Returns:
     dict name -> numpy float32 array, contiguous.
   """
-  return _export(variables, generator_entries(cfg)) | {name: _FIR.copy() for name in filter_names(cfg)}
+  return dict(exported_generator(variables, cfg))
+
+
+def exported_generator(variables: Mapping[str, Any], cfg: config_lib.Generator) -> Iterator[tuple[str, np.ndarray]]:
+  """`export_generator` one array at a time."""
+  yield from _exported(variables, generator_entries(cfg))
+  yield from ((name, _FIR.copy()) for name in filter_names(cfg))
+
+
+def generator_shapes(cfg: config_lib.Generator) -> dict[str, tuple[int, ...]]:
+  """Names and shapes of `export_generator`'s result."""
+  return {entry.name: entry.shape for entry in generator_entries(cfg)} | dict.fromkeys(filter_names(cfg), _FIR.shape)
 
 
 def import_discriminator(state_dict: StateDict, cfg: config_lib.Discriminator) -> Variables:
@@ -324,61 +215,78 @@ def import_discriminator(state_dict: StateDict, cfg: config_lib.Discriminator) -
 
 def export_discriminator(variables: Mapping[str, Any], cfg: config_lib.Discriminator) -> dict[str, np.ndarray]:
   """The inverse of `import_discriminator`, bit for bit."""
-  return _export(variables, discriminator_entries(cfg))
+  return dict(_exported(variables, discriminator_entries(cfg)))
 
 
-def load_state_dict(path: str | os.PathLike, network: str = "G_ema") -> StateDict:
-  """Reads a state dict of the released code from a file; arrays stay on the disk until they are read.
+def load_state_dicts(path: str | os.PathLike) -> dict[str, StateDict]:
+  """Reads the state dicts in a file; arrays stay on the disk until they are read.
 
   Args:
     path: .pth, .pt or .safetensors, of one state dict or of several by network.
-    network: which one of several: "G_ema", "G" or "D".
 
   Returns:
-    name -> array.
+    {"G_ema", "G", "D", as far as the file has them: name -> array}, or {"": name -> array} of a bare state dict.
 
   Raises:
-    UserError: no such file, or a snapshot of whole modules, which is not opened.
+    UserError: no such file, no arrays in it, or a snapshot of whole modules, which is not opened.
   """
   try:
     content = tensor_files.read(path)
   except UserError as error:
     raise UserError(
       f"{error}. A snapshot of the released code is a pickle of whole modules, which is code: open it there and save "
-      f"what is in it, torch.save(snapshot['{network}'].state_dict(), 'weights.pth')"
+      "what is in it, torch.save({name: snapshot[name].state_dict() for name in ('G_ema', 'G', 'D')}, 'weights.pth')"
     ) from error
-  content = content[network] if isinstance(content.get(network), Mapping) else content
-  arrays = {name: value for name, value in content.items() if tensor_files.is_array(value)}
-  if not arrays:
-    raise UserError(f"{path} has no arrays, neither by name nor under {network!r}; it has {', '.join(content)}")
-  return arrays
+  arrays = lambda mapping: {name: value for name, value in mapping.items() if tensor_files.is_array(value)}
+  named: dict[str, StateDict] = {
+    name: arrays(content[name]) for name in NETWORKS if isinstance(content.get(name), Mapping)
+  }
+  found: dict[str, StateDict] = named or {"": arrays(content)}
+  if not any(found.values()):
+    raise UserError(
+      f"{path} has no arrays, neither by name nor under {', '.join(NETWORKS)}; it has {', '.join(content)}"
+    )
+  return found
+
+
+def load_state_dict(path: str | os.PathLike, network: str = "G_ema") -> StateDict:
+  """One state dict of a file: see `load_state_dicts`.
+
+  Args:
+    path: of the file.
+    network: which one of several: "G_ema", "G" or "D".
+
+  Raises:
+    UserError: as there, or the file has others only.
+  """
+  found = load_state_dicts(path)
+  if "" in found:
+    return found[""]
+  if network not in found:
+    raise UserError(f"{path} has no {network!r}, only {', '.join(found)}")
+  return found[network]
 
 
 def _import(state_dict, table, constants, hint):
   """Variables as the table says, each an array of its own; every misfit goes into one error."""
   expected = {entry.name: entry.shape for entry in table} | {name: value.shape for name, value in constants.items()}
-  problems = {
-    "missing": [name for name in expected if name not in state_dict],
-    "left over": sorted(set(state_dict) - expected.keys()),
-    "misshapen": [
-      f"{name} is {tuple(np.shape(state_dict[name]))}, expected {shape}"
-      for name, shape in expected.items()
-      if name in state_dict and tuple(np.shape(state_dict[name])) != shape
-    ],
-  }
-  wrong = {name for name in constants if name in state_dict and np.shape(state_dict[name]) == expected[name]}
-  problems["not the filter [1, 3, 3, 1]"] = [
-    name for name in constants if name in wrong and not np.array_equal(np.asarray(state_dict[name]), constants[name])
-  ]
-  words = [f"{len(items)} {what}: {_some(items)}" for what, items in problems.items() if items]
-  if words:
-    raise UserError("; ".join(["the checkpoint does not fit the configuration", *words] + [hint] * bool(hint)))
-  leaves = {}
+  found = name_map.shapes(state_dict)
+  fitting = [name for name, value in constants.items() if found.get(name) == value.shape]
+  wrong = [name for name in fitting if not np.array_equal(np.asarray(state_dict[name]), constants[name])]
+  name_map.check(
+    "the checkpoint does not fit the configuration",
+    found,
+    expected,
+    others={"not the filter [1, 3, 3, 1]": wrong},
+    hint=hint,
+  )
+  leaves: dict[str, Any] = {}
   for entry in table:
-    array = entry.layout.to_ours(np.asarray(state_dict[entry.name], np.float32))
-    leaves.setdefault(entry.path, []).append(np.array(array, order="C"))
-    if not entry.index:
-      leaves[entry.path] = leaves[entry.path][0]
+    array = np.array(entry.layout.to_ours(np.asarray(state_dict[entry.name], np.float32)), order="C")
+    if entry.index:
+      leaves.setdefault(entry.path, []).append(array)
+    else:
+      leaves[entry.path] = array
   variables = {}
   for path, value in leaves.items():
     *groups, last = path.split("/")
@@ -390,12 +298,7 @@ def _import(state_dict, table, constants, hint):
   return variables
 
 
-def _export(variables, table):
-  return {
-    entry.name: np.array(entry.layout.to_theirs(np.asarray(entry.leaf(variables)[entry.index])), np.float32, order="C")
-    for entry in table
-  }
-
-
-def _some(items):
-  return ", ".join(items[:_NAMES_IN_AN_ERROR]) + (", ..." if len(items) > _NAMES_IN_AN_ERROR else "")
+def _exported(variables, table):
+  for entry in table:
+    array = np.asarray(entry.leaf(variables)[entry.index])
+    yield entry.name, np.array(entry.layout.to_theirs(array), np.float32, order="C")

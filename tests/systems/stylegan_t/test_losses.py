@@ -78,7 +78,9 @@ def test_clip_sees_one_window_resized_twice():
 
 def test_only_larger_images_are_resized_for_the_discriminator():
   image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
-  view = jax.jit(losses.discriminator_view, static_argnums=(1, 2))
-  np.testing.assert_array_equal(view(image, 16, 0.0), image)
+  view = jax.jit(losses.discriminator_view, static_argnums=(1, 3))
+  for cfg in (config.Loss(), config.Loss(blur_fade_kimg=0.0)):  # with a blur that has faded, and with none at all
+    np.testing.assert_array_equal(view(image, 16, 0.0, cfg), image)
   pooled = image.reshape(1, 4, 2, 4, 2, 3).mean((2, 4))
-  assert relative(view(image, 4, 0.0), pooled) < 1e-6
+  assert relative(view(image, 4, 0.0, config.Loss()), pooled) < 1e-6
+  assert relative(view(image, 16, 2.0, config.Loss()), image) > 0.1

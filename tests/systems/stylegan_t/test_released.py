@@ -177,7 +177,7 @@ def test_state_dicts_in_files(networks, tmp_path):
   torch.save({"G": {"odd": torch.zeros(1)}, "G_ema": tensors}, tmp_path / "both.pth")
   jax.tree.map(np.testing.assert_array_equal, to_ours(released.load_state_dict(tmp_path / "both.pth"), cfg), expected)
   assert set(released.load_state_dict(tmp_path / "both.pth", "G")) == {"odd"}
-  with pytest.raises(UserError, match="no arrays, neither by name nor under 'D'; it has G, G_ema"):
+  with pytest.raises(UserError, match="both.pth has no 'D', only G_ema, G"):
     released.load_state_dict(tmp_path / "both.pth", "D")
 
 
@@ -194,5 +194,5 @@ def test_a_snapshot_of_whole_modules_is_refused_in_one_line(tmp_path, capsys, na
   with pytest.raises(UserError) as error:
     released.load_state_dict(tmp_path / name)
   message = str(error.value)
-  assert name in message and "torch.save(snapshot['G_ema'].state_dict(), 'weights.pth')" in message
+  assert name in message and "open it there and save what is in it, torch.save({" in message and "\n" not in message
   assert "\n" not in message and capsys.readouterr().out == ""
