@@ -1,0 +1,57 @@
+"""The text tower of a CLIP as transformers' `CLIPTextModelWithProjection`, and its tokenizer, in folders of their
+own.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from aurora_jax.interop import clip_names
+from aurora_jax.interop.clip_hf import ClipBundle
+from aurora_jax.interop.hub import name_map, weights
+
+_PROJECTION = "text_projection.weight"
+
+
+def write(folder: pathlib.Path, bundle: ClipBundle) -> None:
+  """Writes a text tower into an existing folder; `interop.clip_hf.load(folder, text_only=True)` reads it too.
+
+  Args:
+    folder: e.g. `text_encoder`.
+    bundle: the CLIP, with or without its image tower. Without a projection (`projects`) it becomes a `CLIPTextModel`.
+  """
+  text = bundle.config.text
+  config = {
+    "architectures": ["CLIPTextModelWithProjection" if bundle.projects else "CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "dtype": "float32",
+    "hidden_size": text.width,
+    "num_hidden_layers": text.layers,
+    "num_attention_heads": text.heads,
+    "intermediate_size": text.mlp_width,
+    "hidden_act": text.activation,
+    "layer_norm_eps": text.layer_norm_epsilon,
+    "projection_dim": bundle.config.embedding_width,
+    "vocab_size": text.vocabulary_size,
+    "max_position_embeddings": text.context_length,
+    "bos_token_id": bundle.tokenizer.begin_id,
+    "eos_token_id": text.eot_id,
+    "pad_token_id": 0,
+  }
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  table = [
+    entry
+    for entry in clip_names.entries(bundle.config)
+    if entry.name.startswith("text_model.") or (entry.name == _PROJECTION and bundle.projects)
+  ]
+  params = bundle.variables["params"]
+
+  def arrays():
+    for entry in table:
+      array = entry.layout.to_theirs(np.asarray(entry.leaf(params))[entry.index])
+      yield entry.name, np.ascontiguousarray(array, np.float32).reshape(entry.shape)
+
+  float32 = np.dtype(np.float32)
+  announced = [name_map.Entry(entry.name, (), name_map.SAME, entry.shape, float32) for entry in table]
+  weights.write(folder, announced, arrays())
