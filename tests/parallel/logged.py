@@ -1,7 +1,9 @@
-"""`python -m aurora_jax ARGS` that also writes, to the file in $RECORDS, which records each batch was made of
-and the SHA-256 of every piece of a restored state that this process holds.
+"""`python -m aurora_jax ARGS` that also logs the records of each batch and the pieces of a restored state.
 
     RECORDS=records.jsonl python tests/parallel/logged.py train ...
+
+The records go to the file $RECORDS. The SHA-256 of every piece of a restored state that this process holds goes to the
+files $RECORDS.restored-N; none of them is large, since a test limits the size of files.
 """
 
 import hashlib
@@ -16,6 +18,8 @@ from aurora_jax.cli import main
 from aurora_jax.data import loader
 from aurora_jax.runs import checkpoint_manager
 
+ROWS = 100  # of a file, about 25 KB
+
 _make = loader.BatchMaker.__call__
 _restore = checkpoint_manager.Checkpoints.restore
 
@@ -29,12 +33,15 @@ def make(maker, step):
 
 def restore(*args):
   state, progress = _restore(*args)
-  with open(os.environ["RECORDS"], "a", encoding="utf-8") as file:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-      for shard in leaf.addressable_shards:
-        where = [piece.indices(size)[:2] for piece, size in zip(shard.index, leaf.shape)]
-        digest = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
-        file.write(json.dumps({"leaf": jax.tree_util.keystr(path), "where": where, "sha256": digest}) + "\n")
+  rows = []
+  for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    for shard in leaf.addressable_shards:
+      where = [piece.indices(size)[:2] for piece, size in zip(shard.index, leaf.shape)]
+      digest = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+      rows.append(json.dumps({"leaf": jax.tree_util.keystr(path), "where": where, "sha256": digest}) + "\n")
+  for first in range(0, len(rows), ROWS):
+    with open(f"{os.environ['RECORDS']}.restored-{first}", "w", encoding="utf-8") as file:
+      file.writelines(rows[first : first + ROWS])
   return state, progress
 
 
