@@ -56,14 +56,14 @@ def hint(argument: str) -> str:
 def importable(path: str) -> Iterator[None]:
   """While it lasts, `from configs import NAME` works in a config file, wherever the file and the current folder are.
 
-  NAME is looked up beside the config file if its folder is called `configs`, in `configs/` of the current folder, and
+  NAME is looked up next to the config file if its folder is called `configs`, in `configs/` of the current folder, and
   among the files that are installed with the package. What was imported as `configs` before is back afterwards.
 
   Args:
     path: the config file that is about to run.
   """
-  beside = os.path.dirname(os.path.abspath(path))
-  folders = [beside] if os.path.basename(beside) == PACKAGE else []
+  own_folder = os.path.dirname(os.path.abspath(path))
+  folders = [own_folder] if os.path.basename(own_folder) == PACKAGE else []
   folders += [os.path.abspath(PACKAGE), str(shipped_folder())]
   spec = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
   spec.submodule_search_locations = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]

@@ -3,7 +3,7 @@
 Sources:
   openmoji   about 1,900 emoji images with their English names ("red heart", "grinning face"), from Python
              packages that are installed with this program: nothing is downloaded.
-  folder     your own images: NAME.png (or .jpg, .webp, .tif, .avif ...) beside NAME.txt (or NAME.png.txt), which
+  folder     your own images: NAME.png (or .jpg, .webp, .tif, .avif ...) next to NAME.txt (or NAME.png.txt), which
              holds one caption per line in UTF-8, the first one being the main caption. Subfolders are searched too,
              also linked ones. Images are cut to their centre square, colors converted to sRGB. What cannot be
              read, or has no caption, is left out; every file is counted, and manifest.json says why.

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     machine = topology.load(name)
 
-    def progress(line):  # between two programs: what is done is written
+    def progress(line):  # is called between programs, so that finished ones are saved
       keep()
       print(line, flush=True)
 
@@ -88,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _kept_in(folder):
-  """Has JAX leave what it compiles in a folder, or nowhere (None).
+  """Makes JAX store compiled programs in a folder, or nowhere (None).
 
-  Nothing is taken from there, nor from the user's own cache: the compiler is to do its work, and to say what it says.
+  No program is read from there or from the user's cache: the report needs the compiler's own time and messages.
 
-  Yields a function that puts there what is finished, so that it is kept if the next program fails or the user has
-  waited enough. JAX's entries are not whole while they are written.
+  Yields a function that moves finished programs there. They survive if the next program fails or the user interrupts.
+  JAX does not write its entries atomically, so they are moved when they are complete.
   """
   if folder is None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -7,7 +7,7 @@ Released to ours (.pth, .pt, .bin or .safetensors; the folder can be sampled fro
       --config.train.init_from=runs/aurora_v1 --config.generator.text_attention=independent \\
       --config.data.path=DATA --config.text.clip=CLIP
 
-Ours to released (averaged weights; beside it model.json, the released constructor's keyword arguments):
+Ours to released (averaged weights; next to it model.json, the released constructor's keyword arguments):
   python -m aurora_jax convert runs/tuned model.pth
   python -m aurora_jax convert runs/tuned model.safetensors --step 4000
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     type=flag_types.path,
     metavar="JSON",
     help="to ours, in place of --config: the released "
-    "constructor's keyword arguments (default: the .json beside the weight file, if there is one)",
+    "constructor's keyword arguments (default: the .json next to the weight file, if there is one)",
   )
   parser.add_argument(
     "--clip", type=flag_types.path, metavar="DIR", help="to ours: the CLIP folder, the same as --config.text.clip=DIR"
@@ -116,11 +116,11 @@ def _to_ours(args):
 
 def _experiment(args):
   """The experiment of the imported weights, and what was decided on the way."""
-  beside = pathlib.Path(args.source).with_suffix(".json")
+  default_json = pathlib.Path(args.source).with_suffix(".json")
   released = args.released_config
   if args.config_argv and released:
     raise UserError("--config and --released-config say the same: give one of them")
-  if not args.config_argv and not released and not beside.is_file():
+  if not args.config_argv and not released and not default_json.is_file():
     raise UserError(
       "which generator is it? --config configs/NAME.py, or --released-config FILE.json with the released "
       "constructor's keyword arguments"
@@ -131,7 +131,7 @@ def _experiment(args):
     if args.clip:
       experiment = dataclasses.replace(experiment, text=config_lib.Text(clip=args.clip))
   else:
-    path = pathlib.Path(released or beside)
+    path = pathlib.Path(released or default_json)
     experiment = _released_experiment(path, pathlib.Path(args.target).name, args.clip or "")
     if not released:
       notes.append(f"the generator is that of {path}")

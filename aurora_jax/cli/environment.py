@@ -11,8 +11,8 @@ import stat
 import sys
 import warnings
 
-# Settings that other programs need in a shell's start-up file. They would change what is computed here (types, random
-# numbers) or refuse code that is right; a run must not depend on them.
+# A shell's start-up file may set these for other programs. Here they would change results (types, random numbers) or
+# reject correct code. A run must not depend on them.
 _IGNORED = (
   "JAX_DEFAULT_DTYPE_BITS",
   "JAX_DEFAULT_PRNG_IMPL",
@@ -48,10 +48,10 @@ def prepare() -> None:
 
 
 def cache_folder() -> str | None:
-  """The folder in which compiled programs are kept between commands: the same command starts faster the second time.
+  """The folder of compiled programs. A command that runs again takes its programs from there and starts faster.
 
-  In the user's cache folder. Without a home, or with one that cannot be written to or belongs to somebody else, in the
-  temporary folder. Programs of another kind of CPU are kept apart: homes are shared by different machines.
+  It is in the user's cache folder. If there is no home folder, or it is read-only or another user's, it is in the
+  temporary folder. Each kind of CPU has its own folder, since machines of different kinds may share a home folder.
 
   Returns:
     Its path, or None where there is no safe place. Cached programs are run: nobody else may write them.
@@ -111,9 +111,8 @@ def use_utf8() -> None:
   off).
 
   There, Python would take the bytes of UTF-8 arguments for no text, and could not open a file of a non-ASCII name that
-  a config names. A locale with an encoding of its own (Latin-1) is left alone: its arguments are in that encoding. What
-  is
-  shown stays ASCII: the terminal may know no more.
+  a config names. A locale with an encoding of its own (Latin-1) is left alone: its arguments are in that encoding.
+  What is shown stays ASCII: the terminal may know no more.
   """
   if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
     return

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(result, step, seconds):
-  """Prints the figures as a table, those of the real images beside them."""
+  """Prints the figures as a table, those of the real images next to them."""
   from rich import console as rich_console
   from rich import table as rich_table
 

@@ -49,11 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--verify",
     action="store_true",
-    help="for a data set: read every record, checksums and images, and tell what is damaged",
+    help="for a data set: read every record, check checksums and images, and list the corrupt ones",
   )
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
   parser.add_argument(
-    "--sharding", action="store_true", help="for an experiment: how every parameter is cut along the axes of its mesh"
+    "--sharding",
+    action="store_true",
+    help="for an experiment: how every parameter is sharded along the axes of its mesh",
   )
   parser.add_argument(
     "--devices",
@@ -213,14 +215,14 @@ def _captions_line(captions):
 
 
 def _verify_lines(path):
-  """The damaged records of a data set, all or the first, and what is wrong with how many; `UserError` if there are
+  """Lists corrupt records of a data set, at most the first 20, then counts them by reason. UserError if there are
   any.
   """
   text.tolerate_locale()
-  return map(text.printable, _damage_lines(path))
+  return map(text.printable, _corruption_lines(path))
 
 
-def _damage_lines(path):
+def _corruption_lines(path):
   from aurora_jax.data import corrupt_records, dataset
   from aurora_jax.runs.progress import progress
 

@@ -139,7 +139,7 @@ def _train(args, experiment, job, started, profile_steps, signals):
       initialize.check(experiment, args.allow_config_change)
 
   from aurora_jax.reporting import report
-  from aurora_jax.training import loop, setup
+  from aurora_jax.training import loop, setup, stopping
 
   line, warning = hosts.banner(job, args.require)
   prepared = setup.prepare(experiment)
@@ -162,9 +162,9 @@ def _train(args, experiment, job, started, profile_steps, signals):
     profile_steps=profile_steps,
   )
   # After SIGTERM time is short, and what counts is saved.
-  if hosts.is_primary() and outcome.reason not in (loop.ALREADY_DONE, loop.TERMINATED):
+  if hosts.is_primary() and outcome.reason not in (stopping.ALREADY_DONE, stopping.TERMINATED):
     print(f"report: {report.write_report(args.workdir)}")
-  if outcome.reason in (loop.TIME, loop.INTERRUPT, loop.TERMINATED):
+  if outcome.reason in (stopping.TIME, stopping.INTERRUPT, stopping.TERMINATED):
     return args.stopped_status
   return outcome.status
 

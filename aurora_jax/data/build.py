@@ -108,7 +108,7 @@ def build(
 ) -> dict[str, Any]:
   """Writes a data set folder.
 
-  Everything is written to a temporary folder beside `out`, which is renamed at the end: `out` is complete or absent.
+  Everything is written to a temporary folder next to `out`, which is renamed at the end: `out` is complete or absent.
 
   Args:
     source: the source.

@@ -18,7 +18,7 @@ from aurora_jax.data import images
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jp2")
 CAPTION_SUFFIX = ".txt"
-_DATA_SUFFIXES = (".json", ".csv", ".tsv", ".xml", ".yaml", ".npy", ".npz", ".parquet")  # often beside each image
+_DATA_SUFFIXES = (".json", ".csv", ".tsv", ".xml", ".yaml", ".npy", ".npz", ".parquet")  # often next to each image
 _MOST_CAPTION_BYTES = 2**24
 _SHOWN = 60  # characters of a caption in a reason
 
@@ -26,7 +26,7 @@ _SHOWN = 60  # characters of a caption in a reason
 CAPTIONS = "caption files read"
 NO_CAPTION = "images without a caption file"
 BAD_CAPTION = "images whose captions cannot be used"
-UNKNOWN_FORMAT = "files of an unknown format beside a caption"
+UNKNOWN_FORMAT = "files of an unknown format next to a caption"
 STRAY_CAPTION = "caption files without an image"
 OTHER = "files of other kinds"
 HIDDEN = "hidden files and folders"

@@ -208,7 +208,7 @@ def _render_svg(item, resolution):
 
 
 def folder(path: str | os.PathLike) -> Source:
-  """A folder of images with captions: NAME.png (or another image suffix) beside NAME.txt. Subfolders are searched too.
+  """A folder of images with captions: NAME.png (or another image suffix) next to NAME.txt. Subfolders are searched too.
 
   A caption file holds one caption per line; the first is the primary caption. See `image_folder` for the other rules.
 

@@ -1,7 +1,7 @@
-"""TFRecord files (TensorFlow's framing) with an index file beside each, for random access.
+"""TFRecord files (TensorFlow's framing) with an index file next to each, for random access.
 
 A record in the file: its length (uint64), a masked CRC-32C of the length (uint32), the bytes, a masked CRC-32C of the
-bytes (uint32), all little-endian. The index `NAME.index` beside `NAME.tfrecord` is a bare array of little-endian
+bytes (uint32), all little-endian. The index `NAME.index` next to `NAME.tfrecord` is a bare array of little-endian
 uint64 pairs, one per record: where its frame begins in the file, and how many bytes its payload has.
 
 A record is read at the place in its index, and both checksums are always checked. A corrupt record therefore does not

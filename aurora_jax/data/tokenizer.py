@@ -142,7 +142,7 @@ class Tokenizer:
 
     Args:
       folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`. For a part of Stable Diffusion (`text_encoder`),
-        they are in the folder beside it (`tokenizer`).
+        they are in the folder next to it (`tokenizer`).
       context_length: N of the rows; None takes `model_max_length` of `tokenizer_config.json`, else 77.
 
     Returns:
@@ -169,12 +169,12 @@ class Tokenizer:
 
 
 def _folder_of(folder: pathlib.Path) -> pathlib.Path:
-  """The folder of a model's tokenizer: the model's, or the one beside it, such as tokenizer_2 beside text_encoder_2."""
+  """The folder of a model's tokenizer: the model's, or the one next to it (tokenizer_2 of text_encoder_2)."""
   if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
     return folder
   name = folder.resolve().name
-  beside = folder.resolve().with_name(name.replace("text_encoder", "tokenizer"))
-  return beside if beside.name != name and beside.is_dir() else folder
+  sibling = folder.resolve().with_name(name.replace("text_encoder", "tokenizer"))
+  return sibling if sibling.name != name and sibling.is_dir() else folder
 
 
 def _context_length(folder: pathlib.Path) -> int:

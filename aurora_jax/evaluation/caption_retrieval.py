@@ -5,7 +5,7 @@ judge is a CLIP that the generator and its losses never saw. It ranks all captio
 same figures of the real images show what can be reached.
 
 The Frechet distance of the judge's embeddings compares the generated images of the training captions with the real
-ones, one for each real image. The distance between two halves of the real images stands beside it. If a caption has
+ones, one for each real image. The distance between two halves of the real images stands next to it. If a caption has
 several real images, two generated ones should differ as much as two real ones do. Five prompts that name a color are
 compared with their real images by hue.
 """

@@ -1,4 +1,4 @@
-"""Examples of an evaluation that a report shows: images beside their prompts."""
+"""Examples of an evaluation that a report shows: images next to their prompts."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -85,8 +85,8 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
   Args:
     folder: the folder.
     text_only: whether to leave out the image tower, three quarters of a ViT-L/14. The folder may then be that of a text
-      tower alone, such as `text_encoder` of Stable Diffusion, with the tokenizer in it or in `tokenizer` beside it. The
-      config's image tower then has default sizes.
+      tower alone, such as `text_encoder` of Stable Diffusion, with the tokenizer in it or in `tokenizer` next to it.
+      The config's image tower then has default sizes.
 
   Returns:
     `ClipBundle`.

@@ -1,6 +1,6 @@
 """Rebuilds numpy scalars and arrays in a pickle without numpy's own functions, which could run code from the file.
 
-Training scripts store such values beside the weights, for example the best score so far or the state of a random
+Training scripts store such values next to the weights, for example the best score so far or the state of a random
 generator. Only numbers, booleans and text are rebuilt, from their bytes.
 """
 

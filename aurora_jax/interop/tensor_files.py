@@ -1,7 +1,7 @@
 """Reads and writes files of named arrays, one array at a time: PyTorch's (.pth, .pt, .bin) and safetensors.
 
 No code in a file is run. PyTorch's zip files are read by `torch_zip`, its format before 1.6 by `torch_old`, even if
-PyTorch is installed: `torch.load(mmap=True)` would count the mapped file as memory beside the model.
+PyTorch is installed: `torch.load(mmap=True)` would count the mapped file as memory next to the model.
 """
 
 import json

@@ -75,15 +75,15 @@ def _warp(images, augmentation, draws):
   pixels = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0).reshape(-1, 3)
   y, x = jnp.clip(y, 0, framed - 1.001), jnp.clip(x, 0, framed - 1.001)
   top, left = jnp.floor(y).astype(jnp.int32), jnp.floor(x).astype(jnp.int32)
-  below, beside = (y - top)[..., None], (x - left)[..., None]
+  down, right = (y - top)[..., None], (x - left)[..., None]
   first = (jnp.arange(batch, dtype=jnp.int32) * framed * framed)[:, None, None] + top * framed + left
 
   def tap(offset):
     return pixels.at[first + offset].get(mode="promise_in_bounds")
 
-  upper = tap(0) * (1 - beside) + tap(1) * beside
-  lower = tap(framed) * (1 - beside) + tap(framed + 1) * beside
-  return upper * (1 - below) + lower * below
+  upper = tap(0) * (1 - right) + tap(1) * right
+  lower = tap(framed) * (1 - right) + tap(framed + 1) * right
+  return upper * (1 - down) + lower * down
 
 
 def _coarsen(images, share, draws):

@@ -253,9 +253,8 @@ class Layout:
 
     XLA for TPU turns a sum that is then sharded into a reduce-scatter if the sum is over some of the devices, but into
     an all-reduce if it is over all of them (seen with 16, benchmarks/README.md). A parameter that is sharded over all
-    devices
-    therefore takes two steps: along the first mesh axis, then along the others. Each is a sum over part of the devices,
-    and together they move no more than one reduce-scatter.
+    devices therefore takes two steps: along the first mesh axis, then along the others. Each is a sum over part of the
+    devices, and together they move no more than one reduce-scatter.
     """
     axis = next(i for i, axes in enumerate(stored.spec) if axes)
     axes = [name for name in jax.tree.leaves(stored.spec[axis]) if self.mesh.shape[name] > 1]

@@ -117,8 +117,7 @@ def report(
   Returns:
     The report, of plain values: the documented fields (`fits`, `chip`, `devices`, `mesh`, `bytes_per_device`,
     `flops_per_device`, `useful_flops_per_device`, `collectives`, `experts`, `step_seconds_bound`) and some more.
-    Numbers
-    per step are means: a lazy phase counts by its share of the steps.
+    Numbers per step are means: a lazy phase counts by its share of the steps.
 
   Raises:
     UserError: the mesh does not divide the devices, the batch or the experts.

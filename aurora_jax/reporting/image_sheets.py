@@ -231,7 +231,7 @@ def captioned_table(
   Args:
     images: [P, L, K, R, R, 3], float in [-1, 1] or uint8.
     captions: P strings, on the left of the cards; if all are empty, the cards have no room for them.
-    headers: K strings. A header extends over empty ones beside it.
+    headers: K strings. A header extends over empty ones next to it.
     scale: whole factor of enlargement; None takes `default_scale`.
     text_size: pixels.
 
@@ -275,7 +275,7 @@ def captioned_table(
 def _header_places(headers, width, side):
   """Positions of headers: [(column, x of the text, its largest width, PIL anchor)], in pixels from the first column.
 
-  The first header is flush left and the last flush right, if the column beside it is free. All others are centered.
+  The first header is flush left and the last flush right, if the column next to it is free. All others are centered.
   """
   used = [k for k, header in enumerate(headers) if header.strip()] or [0]
   places = []

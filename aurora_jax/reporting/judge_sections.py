@@ -118,7 +118,7 @@ def figures(values: Mapping[str, float], notes: Sequence[str] = ()) -> str:
 
 
 def heldout(examples: Sequence[HeldOutExample]) -> str:
-  """Held-out prompts: the real image beside generated ones."""
+  """Held-out prompts: the real image next to generated ones."""
   cards = "".join(
     f'<article class="card pair"><h3>{escape(e.caption)}</h3>{row(e.real, e.generated, e.caption)}</article>'
     for e in examples

@@ -64,7 +64,7 @@ def figure(image: str, caption: str, css: str = "") -> str:
 
 
 def row(real: np.ndarray, generated: Sequence[np.ndarray] | np.ndarray, caption: str) -> str:
-  """A real image [R, R, 3] beside generated ones [L, R, R, 3], all of one caption."""
+  """A real image [R, R, 3] next to generated ones [L, R, R, 3], all of one caption."""
   tiles = "".join(figure(tile(image, f"generated: {caption}"), "generated") for image in generated)
   return f'<div class="row">{figure(tile(real, f"real: {caption}"), "real", "real")}{tiles}</div>'
 

@@ -26,7 +26,7 @@ FLAG = "--allow-config-change"
 _WHOLE_BYTES = 16 << 20  # files up to this size are read whole
 _BLOCKS, _BLOCK_BYTES = 256, 4096  # of larger ones
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz")
-# What decides how weights are used, among the files beside them. Notes of their making are not part of it.
+# What decides how weights are used, among the files next to them. Notes of their making are not part of it.
 _SETTINGS = ("config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer.json")
 _SHARD_FIELDS = ("file", "examples", "bytes", "sha256")
 

@@ -13,6 +13,7 @@ import numpy as np
 from aurora_jax import config_files, files
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
+from aurora_jax.interop import tensor_files
 from aurora_jax.runs import checkpoint_manager, checkpoint_reader
 from aurora_jax.runs import workdir as workdir_lib
 
@@ -58,6 +59,32 @@ def check_target_folder(workdir: str | os.PathLike, overwrite: bool) -> None:
   folder = workdir_lib.RunFolder(path)
   if checkpoint_reader.newest(folder.checkpoints) is None or checkpoint_reader.only_parts(folder.checkpoints) is None:
     raise UserError(f"{path} is not an earlier conversion, so --overwrite leaves it alone; choose another folder")
+
+
+def check_weight_file(path: pathlib.Path, weights: str) -> bool:
+  """Checks a weight file's name before an export.
+
+  Args:
+    path: of the file to write.
+    weights: "ema", "generator" or "both".
+
+  Returns:
+    Whether it holds one bare state dict (.safetensors).
+
+  Raises:
+    UserError: an unknown suffix, two sets for a file of one, or PyTorch is missing for a .pth file.
+  """
+  if path.suffix not in tensor_files.SUFFIXES:
+    raise UserError(f"{path}: weights are written to {', '.join(tensor_files.SUFFIXES)}")
+  bare = path.suffix == ".safetensors"
+  if bare and weights == "both":
+    raise UserError(
+      f"{path}: a .safetensors file holds one set of weights; say --weights ema or --weights generator, "
+      "or write a .pth file"
+    )
+  if not bare:
+    tensor_files.require_torch(path)
+  return bare
 
 
 def write_run(

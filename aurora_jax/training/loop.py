@@ -34,17 +34,7 @@ from aurora_jax.training import guard, schedule, stopping
 from aurora_jax.training.batch_feed import BatchFeed
 from aurora_jax.training.monitor import Monitor
 from aurora_jax.training.prepared import Prepared, SampleSet
-from aurora_jax.training.stopping import (  # noqa: F401
-  ALREADY_DONE,
-  CORRUPT_RECORDS,
-  DONE,
-  INTERRUPT,
-  NON_FINITE,
-  TERMINATED,
-  TIME,
-  Outcome,
-  StopRule,
-)
+from aurora_jax.training.stopping import ALREADY_DONE, CORRUPT_RECORDS, DONE, NON_FINITE, TIME, Outcome, StopRule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from aurora_jax.evaluation import latents as latents_lib
 from aurora_jax.evaluation import trained_generator
 from aurora_jax.interop import clip_hf
 from aurora_jax.interop.hub import folder as hub_folder
-from aurora_jax.interop.hub import model_card, name_map, weights
+from aurora_jax.interop.hub import model_card, twin_map, weights
 from aurora_jax.ops.losses import normalize
 from aurora_jax.runs import checkpoint_reader
 from aurora_jax.systems import hub
@@ -332,12 +332,12 @@ def test_a_run_that_grows_keeps_what_is_not_trained_yet(home):
 def test_a_map_refuses_other_trees_and_double_names():
   leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
   abstract = {"params": {"a": leaf(2, 3), "b": {"c": leaf(4, 2, 5)}}}
-  place = lambda path, axes: (f"{path[-1]}.{{}}" if axes == 3 else path[-1], name_map.DENSE)
-  table = name_map.table(abstract, place)
-  assert name_map.shapes(table) == {"a": (3, 2)} | {f"c.{i}": (5, 2) for i in range(4)}
+  place = lambda path, axes: (f"{path[-1]}.{{}}" if axes == 3 else path[-1], twin_map.DENSE)
+  table = twin_map.table(abstract, place)
+  assert twin_map.shapes(table) == {"a": (3, 2)} | {f"c.{i}": (5, 2) for i in range(4)}
   tree = jax.tree.map(lambda x: np.random.default_rng(0).standard_normal(x.shape, np.float32), abstract)
-  state = dict(name_map.to_torch(tree, table))
-  assert jax.tree.all(jax.tree.map(np.array_equal, tree, name_map.from_torch(state, table)))
+  state = dict(twin_map.to_torch(tree, table))
+  assert jax.tree.all(jax.tree.map(np.array_equal, tree, twin_map.from_torch(state, table)))
   for bad, message in (
     ({"params": {"a": tree["params"]["a"]}}, "params/b/c is missing"),
     ({"params": {"a": np.zeros((3, 3)), "b": tree["params"]["b"]}}, r"params/a is of shape \(3, 3\)"),
@@ -345,13 +345,13 @@ def test_a_map_refuses_other_trees_and_double_names():
     ({"params": {"a": tree["params"]["a"], "b": {"c": np.zeros((3, 2, 5))}}}, "params/b/c is"),
   ):
     with pytest.raises(UserError, match=message):
-      dict(name_map.to_torch(bad, table))
+      dict(twin_map.to_torch(bad, table))
   with pytest.raises(ValueError, match="the same name"):
-    name_map.table(abstract, lambda path, axes: ("x", name_map.SAME))
+    twin_map.table(abstract, lambda path, axes: ("x", twin_map.SAME))
 
 
 def test_weights_must_come_as_announced(tmp_path):
-  entry = lambda name: name_map.Entry(name, (), name_map.SAME, (2,), np.dtype(np.float32))
+  entry = lambda name: twin_map.Entry(name, (), twin_map.SAME, (2,), np.dtype(np.float32))
   a, b = (("a", np.zeros(2, np.float32)), ("b", np.ones(2, np.float32)))
   for arrays, message in (
     ([b, a], r"a \(2,\) is announced, b \(2,\) came"),

@@ -55,10 +55,9 @@ def experiment(data=0, expert=1, fsdp="", exchange="auto"):
 
   Learning rates and Adam's epsilon are high, so that an update shows the size of its gradient. With the usual epsilon
   the first update is only the sign of the gradient, which is random where the true gradient is zero. The discriminator
-  has no
-  attention: its tied queries and keys have a distance of zero to themselves, and the gradient of that root in float32
-    is
-  rounding noise on any number of devices. It has no text layers either: the generator has some, of the same module.
+  has no attention: its tied queries and keys have a distance of zero to themselves, and the gradient of that root
+  in float32 is rounding noise on any number of devices. It has no text layers either: the generator has some, of the
+  same module.
 
   Args:
     data: devices along `data`.

@@ -1,4 +1,4 @@
-"""MEGAN on eight devices; `test_megan_eight_devices.py` runs it in a process that has them.
+"""MEGAN on eight devices; `test_eight_devices.py` runs it in a process that has them.
 
 Every phase of a step, from one state, gives on a mesh what it gives on one device, and a device does its share of the
 work.

@@ -1,4 +1,4 @@
-"""StyleGAN-T on eight devices; `test_stylegan_t_eight_devices.py` runs it in a process that has them.
+"""StyleGAN-T on eight devices; `test_eight_devices.py` runs it in a process that has them.
 
 Both phases, from one state, give on a mesh what they give on one device, and a device does its share of the work. Two
 micro-batches of four images each follow one another on shares of the batch that are smaller than the devices are many:

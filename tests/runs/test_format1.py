@@ -22,7 +22,7 @@ from aurora_jax.evaluation import trained_generator
 from aurora_jax.runs import checkpoint_manager, checkpoint_reader, config_check, fingerprint, metrics, workdir
 from aurora_jax.runs import format as state_format
 from aurora_jax.systems.aurora.system import System
-from aurora_jax.training import initialize, loop, setup
+from aurora_jax.training import initialize, loop, setup, stopping
 from aurora_jax.training import step as step_lib
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "format1_run"
@@ -147,7 +147,7 @@ def test_it_goes_on_and_is_saved_in_todays_format(run, experiment, tmp_path, cap
     return loop.run(changed, run.path, hooks=hooks), started[0]
 
   outcome, started = train(4)
-  assert (outcome.step, outcome.reason) == (4, loop.DONE)
+  assert (outcome.step, outcome.reason) == (4, stopping.DONE)
   assert "going on from the checkpoint of step 2, to 4" in capsys.readouterr().out
   assert int(started.step) == 2
   leaves = lambda tree: {

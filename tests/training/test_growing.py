@@ -20,7 +20,7 @@ from aurora_jax.ops import frechet, resample
 from aurora_jax.runs import checkpoint_reader
 from aurora_jax.runs import fingerprint as fingerprint_lib
 from aurora_jax.systems.aurora.labels import label
-from aurora_jax.training import loop, setup
+from aurora_jax.training import loop, setup, stopping
 
 RECORDS, SET = 11, 5
 
@@ -80,7 +80,7 @@ def whole(home):
   prepared = setup.prepare(experiment(home))
   prepared = dataclasses.replace(prepared, at_stage=functools.cache(prepared.at_stage))
   outcome = loop.run(prepared, home / "whole")
-  assert (outcome.step, outcome.reason) == (6, loop.DONE)
+  assert (outcome.step, outcome.reason) == (6, stopping.DONE)
   return home / "whole", prepared
 
 
@@ -137,7 +137,7 @@ def test_resumed_across_a_change_of_stage_equals_uninterrupted(home, whole, stop
   """Stopped where the stage has just changed, and between two changes."""
   folder = home / f"stopped-{stop}"
   assert loop.run(dataclasses.replace(whole[1], experiment=experiment(home, stop)), folder).step == stop
-  assert loop.run(whole[1], folder).reason == loop.DONE
+  assert loop.run(whole[1], folder).reason == stopping.DONE
   assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(
     whole[0] / "checkpoints"
   )

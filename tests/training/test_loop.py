@@ -17,7 +17,7 @@ from PIL import Image
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, fingerprint, metrics
 from aurora_jax.runs import workdir as workdir_lib
-from aurora_jax.training import loop
+from aurora_jax.training import loop, stopping
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TIMES = ("seconds", "images_per_second")
@@ -74,7 +74,7 @@ def uninterrupted(tmp_path_factory):
   """A whole run of 12 steps: (folder, Toy)."""
   folder = tmp_path_factory.mktemp("runs") / "whole"
   toy_run, outcome = toy.run(folder)
-  assert (outcome.step, outcome.reason, outcome.status) == (12, loop.DONE, 0)
+  assert (outcome.step, outcome.reason, outcome.status) == (12, stopping.DONE, 0)
   return folder, toy_run
 
 
@@ -113,7 +113,7 @@ def test_logged_values_are_averages_over_the_steps_that_had_them(tmp_path):
 
 @pytest.mark.parametrize(
   "number,reason",
-  [(signal.SIGINT, loop.INTERRUPT), (signal.SIGTERM, loop.TERMINATED), (signal.SIGHUP, loop.TERMINATED)],
+  [(signal.SIGINT, stopping.INTERRUPT), (signal.SIGTERM, stopping.TERMINATED), (signal.SIGHUP, stopping.TERMINATED)],
 )
 def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, reason):
   whole, whole_toy = uninterrupted
@@ -127,7 +127,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, capsys, number, r
 
   second, last = toy.run(tmp_path)
   assert f"going on from the checkpoint of step {outcome.step}" in capsys.readouterr().out
-  assert last.reason == loop.DONE
+  assert last.reason == stopping.DONE
   assert _fingerprint(tmp_path) == _fingerprint(whole)
   assert first.seen[: outcome.step] + second.seen[: 12 - outcome.step] == whole_toy.seen[:12]
   assert _train_lines(tmp_path) == _train_lines(whole)
@@ -170,7 +170,7 @@ def test_max_seconds_stops_and_saves(tmp_path, capsys):
   settings = {"train.total_steps": 10**6, "train.max_seconds": 1.0, "train.sample_every": 10**6}
   toy_run = toy.Toy(toy.experiment(**settings), delay=0.02)
   _, outcome = toy.run(tmp_path, toy=toy_run, hooks=hooks)
-  assert outcome.reason == loop.TIME and outcome.status == 0 and 0 < outcome.step < 100
+  assert outcome.reason == stopping.TIME and outcome.status == 0 and 0 < outcome.step < 100
   assert checkpoint_reader.newest(tmp_path / "checkpoints") == outcome.step
   assert drawn == [0, outcome.step]
   assert "train.max_seconds = 1 are over" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_nothing_is_done_twice(uninterrupted, capsys):
   folder, _ = uninterrupted
   before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
   toy_run, outcome = toy.run(folder)
-  assert outcome.reason == loop.ALREADY_DONE and outcome.status == 0 and toy_run.seen == []
+  assert outcome.reason == stopping.ALREADY_DONE and outcome.status == 0 and toy_run.seen == []
   assert "all 12 steps are done" in capsys.readouterr().out
   assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -206,7 +206,7 @@ def test_nan_in_one_batch_is_skipped_and_training_goes_on(tmp_path, capsys):
         return super().step(step, state, batches)
 
   _, outcome = toy.run(tmp_path, toy=Recording(toy.experiment(), nan_at=(6,)))
-  assert (outcome.reason, outcome.status) == (loop.DONE, 0)
+  assert (outcome.reason, outcome.status) == (stopping.DONE, 0)
   for before, after in zip(jax.tree.leaves(states[6].replace(step=0)), jax.tree.leaves(states[7].replace(step=0))):
     np.testing.assert_array_equal(before, after)
   weights = [state.networks["generator"].params["w"] for state in states]
@@ -228,7 +228,7 @@ def test_nan_in_one_batch_is_skipped_and_training_goes_on(tmp_path, capsys):
 def test_nan_in_every_batch_stops_with_the_last_good_checkpoint_intact(tmp_path, capsys):
   settings = {"train.max_skipped_in_a_row": 5}
   _, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(**settings), nan_at=range(5, 99)))
-  assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 9)
+  assert (outcome.reason, outcome.status, outcome.step) == (stopping.NON_FINITE, 3, 9)
   error = capsys.readouterr().err
   assert "step 9 was skipped (5 in a row)" in error
   assert (
@@ -241,21 +241,21 @@ def test_nan_in_every_batch_stops_with_the_last_good_checkpoint_intact(tmp_path,
   toy.run(tmp_path / "four", **{"train.total_steps": 4})
   assert _fingerprint(tmp_path) == _fingerprint(tmp_path / "four")
   _, outcome = toy.run(tmp_path)  # without the NaN it goes on
-  assert outcome.reason == loop.DONE
+  assert outcome.reason == stopping.DONE
 
 
 def test_steps_skipped_in_a_row_are_counted_over_a_restart(tmp_path):
   settings = {"train.max_skipped_in_a_row": 5}
   first = toy.Toy(toy.experiment(**settings), nan_at=range(5, 99), after_batch=_signal_at(7))
   _, outcome = toy.run(tmp_path, toy=first)
-  assert outcome.reason == loop.INTERRUPT and outcome.step < 10
+  assert outcome.reason == stopping.INTERRUPT and outcome.step < 10
   _, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(**settings), nan_at=range(5, 99)))
-  assert (outcome.reason, outcome.step) == (loop.NON_FINITE, 9)
+  assert (outcome.reason, outcome.step) == (stopping.NON_FINITE, 9)
 
 
 def test_without_the_guard_nan_stops_at_once(tmp_path, capsys):
   _, outcome = toy.run(tmp_path, toy=toy.Toy(toy.experiment(**{"train.guard": False}), nan_at=(6,)))
-  assert (outcome.reason, outcome.status, outcome.step) == (loop.NON_FINITE, 3, 6)
+  assert (outcome.reason, outcome.status, outcome.step) == (stopping.NON_FINITE, 3, 6)
   error = capsys.readouterr().err
   assert "is nan at step 6; training stopped; the last checkpoint, step 4, stands in" in error
   assert checkpoint_reader.steps(tmp_path / "checkpoints") == [4]
@@ -264,7 +264,7 @@ def test_without_the_guard_nan_stops_at_once(tmp_path, capsys):
 def test_warnings_are_said_and_written_once(tmp_path, capsys):
   """The toy's loads are all but even: a limit just below 1 makes every window a reason."""
   _, outcome = toy.run(tmp_path, **{"health.expert_entropy": 0.99999})
-  assert outcome.reason == loop.DONE
+  assert outcome.reason == stopping.DONE
   (line,) = [row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "warning"]
   assert (line["step"], line["warning"], line["limit"]) == (3, "moe/entropy/layer", 0.99999)
   error = capsys.readouterr().err
@@ -291,7 +291,7 @@ def test_a_state_with_a_nan_is_not_saved(tmp_path, capsys):
         return (state.with_network("generator", poisoned) if step == 7 else state), values
 
   _, outcome = toy.run(tmp_path, toy=Poisoned(toy.experiment()))
-  assert outcome.reason == loop.NON_FINITE
+  assert outcome.reason == stopping.NON_FINITE
   assert checkpoint_reader.steps(tmp_path / "checkpoints") == [4]
   assert "state.networks['generator'].ema['b'] is not finite at step 8" in capsys.readouterr().err
 
@@ -312,7 +312,7 @@ def test_a_differing_config_is_refused(tmp_path):
   with pytest.raises(UserError, match="--allow-config-change los: the config has no such"):
     toy.run(tmp_path, allow=("los",), **{"loss.clip_weight": 0.5})
   _, outcome = toy.run(tmp_path, allow=("loss",), **{"loss.clip_weight": 0.5, "train.checkpoint_every": 5})
-  assert outcome.reason == loop.DONE
+  assert outcome.reason == stopping.DONE
   resumed = next(row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "resume")
   assert resumed["changed"] == {
     "loss.clip_weight": [0.2, 0.5],
@@ -330,7 +330,7 @@ def test_a_field_that_is_gone_by_now_can_be_let_go(tmp_path):
   with pytest.raises(UserError, match="loss.phlogiston 0.5 -> .*--allow-config-change loss.phlogiston"):
     toy.run(tmp_path)
   _, outcome = toy.run(tmp_path, allow=("loss.phlogiston",))
-  assert outcome.reason == loop.DONE
+  assert outcome.reason == stopping.DONE
   assert "phlogiston" not in json.loads((tmp_path / "config.json").read_text())["loss"]
 
 
@@ -339,7 +339,7 @@ def test_a_config_written_before_a_field_existed_is_accepted(tmp_path):
   stored = json.loads((tmp_path / "config.json").read_text())
   del stored["optimizer"]["generator"]["beta2"]
   (tmp_path / "config.json").write_text(json.dumps(stored))
-  assert toy.run(tmp_path)[1].reason == loop.DONE
+  assert toy.run(tmp_path)[1].reason == stopping.DONE
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere/run", "gs://bucket/run"])
@@ -357,7 +357,7 @@ def test_one_trainer_at_a_time(tmp_path):
   with workdir_lib.locked(tmp_path):
     with pytest.raises(UserError, match="another process is training in it"):
       toy.run(tmp_path)
-  assert toy.run(tmp_path)[1].reason == loop.DONE
+  assert toy.run(tmp_path)[1].reason == stopping.DONE
 
 
 def test_an_unasked_transfer_is_an_error(tmp_path):

@@ -15,7 +15,7 @@ import toy
 from aurora_jax import config, config_files
 from aurora_jax.runs import checkpoint_manager, checkpoint_reader, metrics
 from aurora_jax.runs import fingerprint as fingerprint_lib
-from aurora_jax.training import loop, schedule
+from aurora_jax.training import schedule, stopping
 
 CFG = config.Schedule(
   resolutions=(4, 8, 16), factor=1.5, every_images=40, max_images=config.PerResolution({4: 100, 8: 200})
@@ -135,7 +135,7 @@ def whole(tmp_path_factory):
   """12 steps of 8 images: 4 pixels for 3 steps (cap), 8 pixels until step 9 (beaten: 7.8 < 8.1), 64 pixels."""
   folder = tmp_path_factory.mktemp("runs") / "whole"
   run, outcome = _run(folder)
-  assert outcome.reason == loop.DONE
+  assert outcome.reason == stopping.DONE
   return folder, run.distances.calls
 
 
@@ -166,7 +166,7 @@ def test_a_stop_around_a_change_of_stage_changes_nothing(whole, tmp_path, capsys
       time.sleep(0.05)
 
   _, outcome = _run(tmp_path, after_batch=interrupt)
-  assert outcome.reason == loop.INTERRUPT
+  assert outcome.reason == stopping.INTERRUPT
   _same_in_the_end(whole, tmp_path)
 
 
@@ -175,14 +175,14 @@ def test_a_measurement_that_is_cut_short_is_taken_when_the_run_goes_on(whole, tm
   """Of nine: the first reference, the second, the generator's before a change of stage and the reference after it."""
   assert whole[1] == 9
   _, outcome = _run(tmp_path, Planted(interrupt=(call,)))
-  assert outcome.reason == loop.INTERRUPT
+  assert outcome.reason == stopping.INTERRUPT
   assert outcome.step == step  # at once
   _same_in_the_end(whole, tmp_path)
 
 
 def _same_in_the_end(whole, folder):
   _, last = _run(folder)
-  assert last.reason == loop.DONE
+  assert last.reason == stopping.DONE
   assert fingerprint_lib.of_checkpoint(folder / "checkpoints") == fingerprint_lib.of_checkpoint(
     whole[0] / "checkpoints"
   )

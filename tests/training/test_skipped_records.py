@@ -19,7 +19,7 @@ from aurora_jax.data import build, loader, schema, sources, tfrecords
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.runs import checkpoint_reader, config_check, metrics, skipped_records
 from aurora_jax.runs import fingerprint as fingerprint_lib
-from aurora_jax.training import loop
+from aurora_jax.training import stopping
 
 RECORDS, SHARDS = 40, 5
 
@@ -151,7 +151,7 @@ def _damaged(data):
 def test_every_fault_is_skipped_listed_counted_and_warned_of(damaged, tmp_path, capsys):
   dataset, faults = damaged
   trained, outcome = train(tmp_path / "run", dataset)
-  assert (outcome.step, outcome.reason) == (12, loop.DONE)
+  assert (outcome.step, outcome.reason) == (12, stopping.DONE)
   assert not set(faults) & {number for batch in trained.seen for number in batch}
   assert {number for batch in trained.seen for number in batch} == set(range(RECORDS)) - set(faults)
 
@@ -189,7 +189,7 @@ def test_a_restart_changes_nothing(damaged, tmp_path, capsys):
       time.sleep(0.05)
 
   _, outcome = train(tmp_path / "run", dataset, stop)
-  assert outcome.reason == loop.TERMINATED
+  assert outcome.reason == stopping.TERMINATED
   # As after a kill: the newest checkpoint is gone, the list runs ahead of the one before and ends within a line.
   shutil.rmtree(tmp_path / f"run/checkpoints/{outcome.step}")
   path = tmp_path / "run/skipped_records.jsonl"
@@ -197,7 +197,7 @@ def test_a_restart_changes_nothing(damaged, tmp_path, capsys):
   path.write_text(path.read_text() + path.read_text()[:30])
   capsys.readouterr()
   _, outcome = train(tmp_path / "run", dataset)
-  assert "going on from the checkpoint of step 4" in capsys.readouterr().out and outcome.reason == loop.DONE
+  assert "going on from the checkpoint of step 4" in capsys.readouterr().out and outcome.reason == stopping.DONE
   assert path.read_text() == (tmp_path / "whole/skipped_records.jsonl").read_text()
   assert logged(tmp_path / "run") == logged(tmp_path / "whole")
   assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
@@ -207,7 +207,7 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
   dataset, faults = damaged
   limit = {"data.max_skipped": 0.2}  # 8 of 40
   trained, outcome = train(tmp_path / "run", dataset, **limit)
-  assert (outcome.reason, outcome.status) == (loop.CORRUPT_RECORDS, 2) and 0 < outcome.step < 12
+  assert (outcome.reason, outcome.status) == (stopping.CORRUPT_RECORDS, 2) and 0 < outcome.step < 12
   assert len(trained.seen) == outcome.step + 1  # The batch that was too much is not trained on.
   assert checkpoint_reader.newest(tmp_path / "run/checkpoints") == outcome.step
   count = len(listed(tmp_path / "run"))
@@ -225,11 +225,13 @@ def test_too_much_damage_stops_and_mended_data_go_on(whole, data, damaged, tmp_p
 
   # Again: it stops where it is. With the data mended, or with a higher limit, it goes on.
   _, again = train(tmp_path / "run", dataset, **limit)
-  assert (again.reason, again.step) == (loop.CORRUPT_RECORDS, outcome.step) and len(listed(tmp_path / "run")) == count
+  assert (again.reason, again.step) == (stopping.CORRUPT_RECORDS, outcome.step) and len(
+    listed(tmp_path / "run")
+  ) == count
   shutil.copy(shard(whole, 3), shard(data, 3))
   capsys.readouterr()
   _, mended = train(tmp_path / "run", Dataset.open(data, "train", True), **limit)
-  assert (mended.reason, mended.step) == (loop.DONE, 12)
+  assert (mended.reason, mended.step) == (stopping.DONE, 12)
   assert f"of the {count} records in {tmp_path}/run/skipped_records.jsonl can be read again" in capsys.readouterr().out
   assert {row["number"] for row in listed(tmp_path / "run")} == {number for number in faults if number < 24}
 
@@ -251,7 +253,7 @@ def test_data_that_are_gone_stop_the_run(data, tmp_path, capsys):
     ),
   )
   _, outcome = toy.run(tmp_path / "run", toy=trained)
-  assert (outcome.reason, outcome.status) == (loop.CORRUPT_RECORDS, 2) and 3 <= outcome.step < 12
+  assert (outcome.reason, outcome.status) == (stopping.CORRUPT_RECORDS, 2) and 3 <= outcome.step < 12
   assert checkpoint_reader.newest(tmp_path / "run/checkpoints") == outcome.step
   line = capsys.readouterr().err.strip().splitlines()[-1]
   assert "no record of data set" in line and "is cut off: 0 of" in line and f"stopped at step {outcome.step};" in line
@@ -285,7 +287,7 @@ def test_a_step_of_several_batches_counts_the_records_of_all_of_them(damaged, tm
   dataset, _ = damaged
   fields = {"data.max_skipped": 0.5, "train.log_every": 1, "train.checkpoint_every": 2}
   whole = TwoBatches(toy.experiment(**fields, **{"train.total_steps": 6}), dataset)
-  assert toy.run(tmp_path / "whole", toy=whole)[1].reason == loop.DONE
+  assert toy.run(tmp_path / "whole", toy=whole)[1].reason == stopping.DONE
   rows = listed(tmp_path / "whole")
   counts = [row["data/skipped"] for row in logged(tmp_path / "whole")]
   assert counts == [sum(row["step"] < 2 * done for row in rows) for done in range(1, 7)] and counts[-1] == len(rows) > 0

@@ -16,7 +16,7 @@ from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import weight_files
 from aurora_jax.interop.clip_hf import ClipBundle, check_writable
-from aurora_jax.interop.hub import name_map, text_encoder, weights
+from aurora_jax.interop.hub import text_encoder, twin_map, weights
 
 CONFIG, EXPERIMENT, CARD, PIPELINE = "config.json", "experiment.json", "README.md", "pipeline.py"
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
@@ -35,7 +35,7 @@ class Model:
 
   config: Mapping[str, Any]
   modeling: pathlib.Path
-  entries: Sequence[name_map.Entry]
+  entries: Sequence[twin_map.Entry]
   arrays: Iterable[tuple[str, np.ndarray]]
 
   @property
@@ -61,7 +61,7 @@ def write(
   overwrite: bool = False,
   shard_bytes: int = weights.SHARD_BYTES,
 ) -> pathlib.Path:
-  """Writes a folder. All of it appears, or nothing: it is written beside its place and then renamed.
+  """Writes a folder. All of it appears, or nothing: it is written next to its place and then renamed.
 
   Args:
     folder: must not exist or be empty, or be an earlier folder of this kind with `overwrite`.

@@ -9,7 +9,7 @@ import numpy as np
 
 from aurora_jax.interop import clip_names
 from aurora_jax.interop.clip_hf import ClipBundle
-from aurora_jax.interop.hub import name_map, weights
+from aurora_jax.interop.hub import twin_map, weights
 
 _PROJECTION = "text_projection.weight"
 
@@ -53,5 +53,5 @@ def write(folder: pathlib.Path, bundle: ClipBundle) -> None:
       yield entry.name, np.ascontiguousarray(array, np.float32).reshape(entry.shape)
 
   float32 = np.dtype(np.float32)
-  announced = [name_map.Entry(entry.name, (), name_map.SAME, entry.shape, float32) for entry in table]
+  announced = [twin_map.Entry(entry.name, (), twin_map.SAME, entry.shape, float32) for entry in table]
   weights.write(folder, announced, arrays())

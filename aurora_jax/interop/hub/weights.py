@@ -9,7 +9,7 @@ import numpy as np
 
 from aurora_jax.errors import UserError
 from aurora_jax.interop import tensor_files, weight_files
-from aurora_jax.interop.hub.name_map import Entry
+from aurora_jax.interop.hub.twin_map import Entry
 
 NAME = "model.safetensors"
 SHARD_BYTES = 5_000_000_000

@@ -5,59 +5,39 @@ becomes a run folder with one checkpoint, of step 0, that has the generator only
 as the start of a training run (`train.init_from`).
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
-import numpy as np
 
-from aurora_jax import config_files, files
+from aurora_jax import files
 from aurora_jax.config import PerResolution, Text
 from aurora_jax.errors import UserError
 from aurora_jax.interop import tensor_files
-from aurora_jax.runs import checkpoint_manager, checkpoint_reader
+from aurora_jax.runs import checkpoint_reader
 from aurora_jax.runs import workdir as workdir_lib
 from aurora_jax.systems import stages
 from aurora_jax.systems.aurora import released
 from aurora_jax.systems.aurora.config import Discriminator, Experiment, Generator
-
-# Takes a description, gives a context manager that yields a function of (done, total); see runs/progress.py.
-Progress = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
+from aurora_jax.systems.conversion import (
+  Converted,
+  Progress,
+  check_target_folder,
+  check_weight_file,
+  counted,
+  differing,
+  no_progress,
+  write_run,
+)
 
 # Our parts and their names in a released file.
 _NAMES = {"ema": "generator_smooth", "generator": "generator"}
 # Our parts and where they are in a checkpoint's generator.
 _PARTS = {"ema": "ema", "generator": "params", "buffers": "variables/buffers"}
 WEIGHTS = ("ema", "generator", "both")
-
-
-def no_progress(description: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
-  """A `Progress` that shows nothing."""
-  del description
-  return contextlib.nullcontext(lambda done, total: None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Converted:
-  """What was written.
-
-  Attributes:
-    path: the file or folder.
-    step: step of the checkpoint.
-    weights: {our part: its released name, "" for a bare state dict}.
-    values: number of values in one set of weights.
-    notes: lines that the user should read.
-  """
-
-  path: pathlib.Path
-  step: int
-  weights: dict[str, str]
-  values: int
-  notes: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,7 +71,7 @@ def import_released(
     UserError: a file that cannot be read or holds no generator, weights that do not fit the config, a folder in use.
   """
   workdir = pathlib.Path(workdir)
-  _check_target_folder(workdir, overwrite)
+  check_target_folder(workdir, overwrite)
   sets, notes = _chosen_sets(path, weights)
   variables = {}
   for part, (name, state_dict) in sets.items():
@@ -104,7 +84,7 @@ def import_released(
       except UserError as error:
         raise UserError(f"{path}: {error}") from error
   buffers = variables["ema"]["buffers"]
-  for name in _differing(buffers, variables["generator"]["buffers"]):
+  for name in differing(buffers, variables["generator"]["buffers"]):
     if name != "w_avg":
       raise UserError(f"{path}: {name} of generator_smooth and generator differ, where one network has one")
     notes.append("w_avg of generator_smooth and of generator differ; the former is used")
@@ -113,19 +93,8 @@ def import_released(
     "ema": variables["ema"]["params"],
     "variables": {"buffers": buffers},
   }
-  parts = {"networks": {"generator": network}}
   origin = {part: name for part, (name, _) in sets.items()}
-  size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
-  with progress(f"writing {size / 1e9:,.1f} GB to {workdir}"), files.atomic_folder(workdir) as tmp_path:
-    folder = workdir_lib.RunFolder(tmp_path)
-    checkpoint_manager.write_parts(
-      folder.checkpoints,
-      0,
-      parts,
-      config_files.to_mapping(experiment),
-      {"converted_from": str(path), "weights": origin},
-    )
-    files.write_text(folder.config, config_files.to_json(experiment))
+  write_run(workdir, experiment, {"generator": network}, {"converted_from": str(path), "weights": origin}, progress)
   values = sum(leaf.size for leaf in jax.tree.leaves(network["ema"]))
   return Converted(workdir, 0, origin, values, tuple(notes))
 
@@ -176,27 +145,6 @@ def _chosen_sets(path, weights):
   return {part: sets.get(part, only) for part in _NAMES}, list(content.notes)
 
 
-def _differing(first, second):
-  """Names of the leaves of two trees that differ."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(first)
-  return [
-    "/".join(entry.key for entry in keys)
-    for (keys, one), two in zip(flat, jax.tree.leaves(second))
-    if one is not two and not np.array_equal(one, two)
-  ]
-
-
-def _check_target_folder(workdir, overwrite):
-  workdir_lib.check_writable(workdir)
-  if not workdir.exists() or not any(workdir.iterdir()):
-    return
-  if not overwrite:
-    raise UserError(f"{workdir} is not empty; choose another folder or say --overwrite")
-  folder = workdir_lib.RunFolder(workdir)
-  if checkpoint_reader.newest(folder.checkpoints) is None or checkpoint_reader.only_parts(folder.checkpoints) is None:
-    raise UserError(f"{workdir} is not an earlier conversion, so --overwrite leaves it alone; choose another folder")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Ours to released
 
@@ -228,16 +176,7 @@ def export_released(
     UserError: no such run, a config that the released code cannot express, PyTorch missing, a file in the way.
   """
   path = pathlib.Path(path)
-  bare = path.suffix == ".safetensors"
-  if path.suffix not in tensor_files.SUFFIXES:
-    raise UserError(f"{path}: weights are written to {', '.join(tensor_files.SUFFIXES)}")
-  if bare and weights == "both":
-    raise UserError(
-      f"{path}: a .safetensors file holds one set of weights; say --weights ema or --weights generator, "
-      "or write a .pth file"
-    )
-  if not bare:
-    tensor_files.require_torch(path)
+  bare = check_weight_file(path, weights)
   folder = workdir_lib.RunFolder(pathlib.Path(workdir))
   experiment = folder.experiment()
   if not isinstance(experiment, Experiment):
@@ -263,7 +202,7 @@ def export_released(
       if bare:
         shapes = released.released_shapes(cfg)
         arrays = released.exported(sets[weights], cfg)
-        tensor_files.write_safetensors(tmp_path, shapes, _counted(arrays, len(shapes), update))
+        tensor_files.write_safetensors(tmp_path, shapes, counted(arrays, len(shapes), update))
       else:
         tensor_files.write_torch(
           tmp_path, {_NAMES[part]: released.export_generator(variables, cfg) for part, variables in sets.items()}
@@ -271,9 +210,3 @@ def export_released(
     tmp_arguments.write_text(text, encoding="utf-8")
   values = sum(leaf.size for leaf in jax.tree.leaves(parts[chosen[0]]))
   return Converted(path, step, {part: "" if bare else _NAMES[part] for part in chosen}, values)
-
-
-def _counted(items, total, update):
-  for done, item in enumerate(items):
-    update(done, total)
-    yield item

@@ -22,7 +22,7 @@ import numpy as np
 
 from aurora_jax.config import PerResolution
 from aurora_jax.errors import UserError
-from aurora_jax.interop.hub import folder, name_map
+from aurora_jax.interop.hub import folder, twin_map
 from aurora_jax.systems.aurora import generator
 from aurora_jax.systems.aurora.config import Experiment, Generator
 
@@ -41,11 +41,11 @@ TRAINING_FIELDS = frozenset(
   }
 )
 
-_FILTERS = name_map.permuted(0, 4, 3, 1, 2)
-_UPSAMPLING_FILTERS = name_map.permuted(0, 3, 4, 1, 2)
-_EXPERTS = name_map.permuted(0, 2, 1)
-_POINTWISE = name_map.Layout(lambda a: a[0, 0, 0].T, lambda t: t.T[None, None, None])
-_CONSTANT = name_map.Layout(lambda a: a.transpose(2, 0, 1)[None], lambda t: t[0].transpose(1, 2, 0))
+_FILTERS = twin_map.permuted(0, 4, 3, 1, 2)
+_UPSAMPLING_FILTERS = twin_map.permuted(0, 3, 4, 1, 2)
+_EXPERTS = twin_map.permuted(0, 2, 1)
+_POINTWISE = twin_map.Layout(to_ours=lambda t: t.T[None, None, None], to_theirs=lambda a: a[0, 0, 0].T)
+_CONSTANT = twin_map.Layout(to_ours=lambda t: t[0].transpose(1, 2, 0), to_theirs=lambda a: a.transpose(2, 0, 1)[None])
 
 # Our path, joined by ".", step by step to the twin's name.
 _RENAMED = tuple(
@@ -68,7 +68,7 @@ _RENAMED = tuple(
 )
 
 
-def _place(path: name_map.Path, axes: int) -> tuple[str, name_map.Layout]:
+def _place(path: twin_map.Path, axes: int) -> tuple[str, twin_map.Layout]:
   name = ".".join(path[1:])
   for pattern, new in _RENAMED:
     name = pattern.sub(new, name)
@@ -82,13 +82,13 @@ def _place(path: name_map.Path, axes: int) -> tuple[str, name_map.Layout]:
       return name, _POINTWISE
     upsamples = path[-2] == "conv1" and re.fullmatch(r"r\d+_block0_conv", path[-3])
     return name, _UPSAMPLING_FILTERS if upsamples else _FILTERS
-  return name, name_map.DENSE if leaf == "weight" else name_map.SAME
+  return name, twin_map.DENSE if leaf == "weight" else twin_map.SAME
 
 
 @functools.cache
-def entries(cfg: Generator) -> list[name_map.Entry]:
+def entries(cfg: Generator) -> list[twin_map.Entry]:
   """Every array of the generator with its name, layout and shape in the twin."""
-  return name_map.table(generator.abstract_variables(cfg), _place)
+  return twin_map.table(generator.abstract_variables(cfg), _place)
 
 
 def to_torch(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str, np.ndarray]]:
@@ -97,7 +97,7 @@ def to_torch(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str
   Raises:
     UserError: the variables do not fit the configuration.
   """
-  return name_map.to_torch(variables, entries(cfg))
+  return twin_map.to_torch(variables, entries(cfg))
 
 
 def from_torch(state_dict: Mapping[str, Any], cfg: Generator) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def from_torch(state_dict: Mapping[str, Any], cfg: Generator) -> dict[str, Any]:
   Raises:
     UserError: lists what is missing, left over or misshapen.
   """
-  return name_map.from_torch(state_dict, entries(cfg))
+  return twin_map.from_torch(state_dict, entries(cfg))
 
 
 def config_to_torch(cfg: Generator) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.interop.hub import folder, name_map
+from aurora_jax.interop.hub import folder, twin_map
 from aurora_jax.systems.megan import generator
 from aurora_jax.systems.megan.config import FEATURE_RESOLUTION, Experiment, Generator
 
@@ -23,10 +23,10 @@ from aurora_jax.systems.megan.config import FEATURE_RESOLUTION, Experiment, Gene
 TRAINING_FIELDS = frozenset({"init", "compute_dtype"})
 
 _SIDE = FEATURE_RESOLUTION
-_TRANSPOSED = name_map.permuted(0, 1, 4, 2, 3)
-_PROJECTION = name_map.Layout(  # [row * column * channel, Z] and [Z, channel * row * column]
-  lambda a: a.reshape(_SIDE, _SIDE, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
-  lambda t: t.reshape(len(t), -1, _SIDE, _SIDE).transpose(2, 3, 1, 0).reshape(-1, len(t)),
+_TRANSPOSED = twin_map.permuted(0, 1, 4, 2, 3)
+_PROJECTION = twin_map.Layout(  # [row * column * channel, Z] and [Z, channel * row * column]
+  to_ours=lambda t: t.reshape(len(t), -1, _SIDE, _SIDE).transpose(2, 3, 1, 0).reshape(-1, len(t)),
+  to_theirs=lambda a: a.reshape(_SIDE, _SIDE, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
 )
 _LEAVES = {
   "kernel": "weight",
@@ -37,19 +37,19 @@ _LEAVES = {
 }
 
 
-def _place(path: name_map.Path, axes: int) -> tuple[str, name_map.Layout]:
+def _place(path: twin_map.Path, axes: int) -> tuple[str, twin_map.Layout]:
   name = ".".join((*path[1:-1], _LEAVES.get(path[-1], path[-1])))
   if path[-1] != "kernel":
-    return name, name_map.SAME
+    return name, twin_map.SAME
   if path[1] == "projection":
     return name, _PROJECTION
-  return name, _TRANSPOSED if axes == 5 else name_map.DENSE
+  return name, _TRANSPOSED if axes == 5 else twin_map.DENSE
 
 
 @functools.cache
-def entries(cfg: Generator) -> list[name_map.Entry]:
+def entries(cfg: Generator) -> list[twin_map.Entry]:
   """Every array of generators, projection and gate with its name, layout and shape in the twin."""
-  return name_map.table(generator.abstract_variables(cfg), _place)
+  return twin_map.table(generator.abstract_variables(cfg), _place)
 
 
 def to_torch(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str, np.ndarray]]:
@@ -58,7 +58,7 @@ def to_torch(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str
   Raises:
     UserError: the variables do not fit the configuration.
   """
-  return name_map.to_torch(variables, entries(cfg))
+  return twin_map.to_torch(variables, entries(cfg))
 
 
 def from_torch(state_dict: Mapping[str, Any], cfg: Generator) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def from_torch(state_dict: Mapping[str, Any], cfg: Generator) -> dict[str, Any]:
   Raises:
     UserError: lists what is missing, left over or misshapen.
   """
-  return name_map.from_torch(state_dict, entries(cfg))
+  return twin_map.from_torch(state_dict, entries(cfg))
 
 
 def config_to_torch(cfg: Generator) -> dict[str, Any]:

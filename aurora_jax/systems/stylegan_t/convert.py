@@ -2,8 +2,7 @@
 
 A file has the state dicts `G_ema` (the moving average), `G` and `D`, or some of them, or is one bare state dict of a
 generator. It becomes a run folder with one checkpoint, of step 0. DINO's weights, which the published discriminator's
-state
-dict contains, are not stored there: `dino.path` names them, and may name such a file.
+state dict contains, are not stored there: `dino.path` names them, and may name such a file.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from aurora_jax.systems.conversion import (
   Converted,
   Progress,
   check_target_folder,
+  check_weight_file,
   counted,
   differing,
   no_progress,
@@ -179,16 +179,7 @@ def export_released(
     UserError: no such run, PyTorch missing, a file in the way.
   """
   path = pathlib.Path(path)
-  bare = path.suffix == ".safetensors"
-  if path.suffix not in tensor_files.SUFFIXES:
-    raise UserError(f"{path}: weights are written to {', '.join(tensor_files.SUFFIXES)}")
-  if bare and weights == "both":
-    raise UserError(
-      f"{path}: a .safetensors file holds one set of weights; say --weights ema or --weights generator, "
-      "or write a .pth file"
-    )
-  if not bare:
-    tensor_files.require_torch(path)
+  bare = check_weight_file(path, weights)
   folder = workdir_lib.RunFolder(pathlib.Path(workdir))
   experiment = folder.experiment()
   if not isinstance(experiment, Experiment):

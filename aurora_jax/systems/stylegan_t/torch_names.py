@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.interop.hub import folder, name_map
+from aurora_jax.interop.hub import folder, twin_map
 from aurora_jax.systems.stylegan_t import generator
 from aurora_jax.systems.stylegan_t.config import Experiment, Generator, TextTower
 
 # Fields of `Generator` that the twin does not have: how training computes and begins.
 TRAINING_FIELDS = frozenset({"w_average_decay", "noise_in_training", "remat", "compute_dtype"})
 
-_FILTERS = name_map.permuted(3, 2, 0, 1)
-_UPSAMPLING_FILTERS = name_map.permuted(2, 3, 0, 1)
+_FILTERS = twin_map.permuted(3, 2, 0, 1)
+_UPSAMPLING_FILTERS = twin_map.permuted(2, 3, 0, 1)
 
 # Our path, joined by ".", step by step to the twin's name.
 _RENAMED = tuple(
@@ -43,20 +43,20 @@ _RENAMED = tuple(
 )
 
 
-def _place(path: name_map.Path, axes: int) -> tuple[str, name_map.Layout]:
+def _place(path: twin_map.Path, axes: int) -> tuple[str, twin_map.Layout]:
   name = ".".join(path[1:])
   for pattern, new in _RENAMED:
     name = pattern.sub(new, name)
   if axes == 4:
     return name, _UPSAMPLING_FILTERS if path[-2] == "conv0" else _FILTERS
   dense = path[-1] in ("weight", "kernel")
-  return name, name_map.DENSE if dense else name_map.SAME
+  return name, twin_map.DENSE if dense else twin_map.SAME
 
 
 @functools.cache
-def entries(cfg: Generator) -> list[name_map.Entry]:
+def entries(cfg: Generator) -> list[twin_map.Entry]:
   """Every array of the generator with its name, layout and shape in the twin."""
-  return name_map.table(generator.abstract_variables(cfg), _place)
+  return twin_map.table(generator.abstract_variables(cfg), _place)
 
 
 def to_torch(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str, np.ndarray]]:
@@ -65,7 +65,7 @@ def to_torch(variables: Mapping[str, Any], cfg: Generator) -> Iterator[tuple[str
   Raises:
     UserError: the variables do not fit the configuration.
   """
-  return name_map.to_torch(variables, entries(cfg))
+  return twin_map.to_torch(variables, entries(cfg))
 
 
 def from_torch(state_dict: Mapping[str, Any], cfg: Generator) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def from_torch(state_dict: Mapping[str, Any], cfg: Generator) -> dict[str, Any]:
   Raises:
     UserError: lists what is missing, left over or misshapen.
   """
-  return name_map.from_torch(state_dict, entries(cfg))
+  return twin_map.from_torch(state_dict, entries(cfg))
 
 
 def config_to_torch(cfg: Generator) -> dict[str, Any]:

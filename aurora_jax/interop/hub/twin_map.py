@@ -12,27 +12,18 @@ import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.interop import name_map as foreign
+from aurora_jax.interop import name_map
+from aurora_jax.interop.name_map import DENSE, SAME, Layout
+
+__all__ = ["DENSE", "SAME", "Entry", "Layout", "Path", "check", "from_torch", "permuted", "shapes", "table", "to_torch"]
 
 Path = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """How one array of ours looks in the twin, and back."""
-
-  to_torch: Callable[[np.ndarray], np.ndarray]
-  from_torch: Callable[[np.ndarray], np.ndarray]
 
 
 def permuted(*axes: int) -> Layout:
   """The twin's axes in terms of ours: `numpy.transpose` and its inverse."""
   inverse = tuple(int(axis) for axis in np.argsort(axes))
-  return Layout(lambda array: array.transpose(axes), lambda array: array.transpose(inverse))
-
-
-SAME = Layout(lambda array: array, lambda array: array)
-DENSE = permuted(1, 0)  # [I, O] and [O, I]
+  return Layout(to_ours=lambda array: array.transpose(inverse), to_theirs=lambda array: array.transpose(axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +68,7 @@ def table(abstract: Mapping[str, Any], place: Callable[[Path, int], tuple[str, L
     parts = [(i, leaf.shape[0]) for i in range(leaf.shape[0])] if "{}" in name else [None]
     # A strided view of one element costs nothing, whatever its shape.
     probe = np.broadcast_to(np.zeros((), np.float32), leaf.shape if parts == [None] else leaf.shape[1:])
-    shape = layout.to_torch(probe).shape
+    shape = layout.to_theirs(probe).shape
     entries += [Entry(name.format(*part or ()), path, layout, shape, np.dtype(leaf.dtype), part) for part in parts]
   names = [entry.name for entry in entries]
   if len(set(names)) < len(names):
@@ -112,7 +103,7 @@ def to_torch(variables: Mapping[str, Any], entries: Sequence[Entry]) -> Iterator
       array = array[entry.part[0]] if array.ndim and len(array) == entry.part[1] else None
     found = "missing" if array is None else f"of shape {array.shape}"
     try:
-      array = None if array is None else entry.layout.to_torch(array)
+      array = None if array is None else entry.layout.to_theirs(array)
     except (ValueError, IndexError):  # too few axes
       array = None
     if array is None or array.shape != entry.shape:
@@ -140,7 +131,7 @@ def from_torch(state_dict: Mapping[str, Any], entries: Sequence[Entry]) -> dict[
     node = variables
     for key in entry.path[:-1]:
       node = node.setdefault(key, {})
-    array = np.array(entry.layout.from_torch(np.asarray(state_dict[entry.name])), entry.dtype, order="C")
+    array = np.array(entry.layout.to_ours(np.asarray(state_dict[entry.name])), entry.dtype, order="C")
     if entry.part is None:
       node[entry.path[-1]] = array
     else:
@@ -151,4 +142,4 @@ def from_torch(state_dict: Mapping[str, Any], entries: Sequence[Entry]) -> dict[
 
 def check(state_dict: Mapping[str, Any], entries: Sequence[Entry]) -> None:
   """Raises a UserError, as `from_torch` does, without reading an array."""
-  foreign.check("the weights do not fit the configuration", foreign.shapes(state_dict), shapes(entries))
+  name_map.check("the weights do not fit the configuration", name_map.shapes(state_dict), shapes(entries))
