@@ -163,6 +163,23 @@ class Data:
   max_skipped: float = 0.2
   # Start although shards or indices are missing, cut off or broken. Their records are skipped when they are read.
   tolerate_corruption: bool = False
+  # How JPEGs are reduced: "full" decodes every pixel and averages, "shrink" reduces inside the decoder, several times
+  # faster, with slightly other pixels (data/decode.py). "auto": as the data set's manifest says, "full" by default.
+  decode: str = "auto"
+  # The order: "full", a permutation of all records; or "blocks", for storage with slow single reads: a permutation of
+  # blocks of neighboring records, and permutations of records within windows of blocks (data/orders.py).
+  shuffle: str = "full"
+  block_records: int = 64  # records of a block, which are read at once
+  window_blocks: int = 64  # blocks of a window, at least; their records are held in memory
+  # The slots of a batch are divided into so many groups, each with its own blocks. If the number of hosts divides it, a
+  # block is read by one host only. The order does not depend on the number of hosts.
+  shuffle_groups: int = 8
+  # Reads at a time, begun ahead of the batches that need them: images per second times seconds per read hides the
+  # latency of storage. 0: the loading threads read, or 256 reads at a time where `path` is a URL.
+  reads: int = 0
+  # Further data sets as "WEIGHT:FOLDER". Each provides its weight of all images, `path` the rest; weights are below 1
+  # and add up to less than 1. Each set is visited in its own order, every record once per epoch of that set.
+  mixture: tuple[str, ...] = dataclasses.field(default=(), metadata={"reference": True})
 
   def __post_init__(self):
     require(0 <= self.max_skipped <= 1, f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
@@ -170,6 +187,41 @@ class Data:
       self.epoch_unit in ("image", "caption"), f"data.epoch_unit must be 'image' or 'caption', got {self.epoch_unit!r}"
     )
     require(self.pairs >= 0, f"data.pairs must be positive, or 0 for none, got {self.pairs}")
+    require(
+      self.decode in ("auto", "full", "shrink"), f"data.decode must be 'auto', 'full' or 'shrink', got {self.decode!r}"
+    )
+    require(self.shuffle in ("full", "blocks"), f"data.shuffle must be 'full' or 'blocks', got {self.shuffle!r}")
+    require_positive("data", self, ("block_records", "window_blocks", "shuffle_groups"))
+    require(self.reads >= 0, f"data.reads must not be negative, got {self.reads}")
+    require(
+      self.epoch_unit == "image" or (self.shuffle == "full" and not self.mixture),
+      "data.epoch_unit='caption' has an order of its own: it needs data.shuffle='full' and no data.mixture",
+    )
+    rest = self.sources[0][0]
+    require(
+      rest > 0, f"data.mixture leaves {rest:g} of the images to data.path; its weights must add up to less than 1"
+    )
+
+  @property
+  def sources(self) -> tuple[tuple[float, str], ...]:
+    """(weight, folder) of every data set: first that of `path`, then those of `mixture`. The weights add up to 1.
+
+    Raises:
+      UserError: an entry of `mixture` is not a weight and a folder.
+    """
+    further = []
+    for entry in self.mixture:
+      weight, colon, path = entry.partition(":")
+      try:
+        value = float(weight)
+      except ValueError:
+        value = 0.0
+      require(
+        colon and path and 0 < value < 1,
+        f"data.mixture has entries 'WEIGHT:FOLDER' with a weight between 0 and 1, got {entry!r}",
+      )
+      further.append((value, path))
+    return ((1 - sum(weight for weight, _ in further), self.path), *further)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aurora_jax import config_migration, config_source, text
+from aurora_jax import config_migration, config_source, plain_config, text
 from aurora_jax.config import Experiment, PerResolution, require
 from aurora_jax.errors import UserError
 from aurora_jax.systems import registry
@@ -97,9 +97,7 @@ def from_json(content: str) -> Experiment:
 
 def defaults(system: str = "aurora") -> "ml_collections.ConfigDict":
   """All fields of a system with their defaults, for the files in `configs/` to start from."""
-  import ml_collections
-
-  return ml_collections.ConfigDict(to_mapping(registry.experiment_class(system)()))
+  return plain_config.config_class()(to_mapping(registry.experiment_class(system)()))
 
 
 def load(config_argv: Sequence[str]) -> Experiment:
@@ -127,8 +125,11 @@ def _overridden(config, overrides):
   """A ConfigDict with values of the command line in it."""
   if not overrides:
     return config
-  from absl import flags
-  from ml_collections import config_flags
+  try:
+    from absl import flags
+    from ml_collections import config_flags
+  except ModuleNotFoundError as error:
+    raise UserError(f"{overrides[0]}: needs a package that is not installed: pip install ml_collections") from error
 
   argv, values = ["aurora_jax", *overrides], flags.FlagValues()
   try:

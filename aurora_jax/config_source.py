@@ -8,7 +8,7 @@ import sys
 import types
 from typing import Any
 
-from aurora_jax import config_search, text
+from aurora_jax import config_search, plain_config, text
 from aurora_jax.errors import UserError
 
 _MODULE = "config_file"  # its name in sys.modules, where dataclasses of a config file look for their module
@@ -22,13 +22,11 @@ def run(argument: str) -> Any:
       with.
 
   Returns:
-    An `ml_collections.ConfigDict`.
+    An `ml_collections.ConfigDict`; a `PlainConfig` where ml_collections is not installed.
 
   Raises:
     UserError: no such file, it is no Python, it raises something, or it returns something else.
   """
-  import ml_collections
-
   path, variant = _split(argument)
   shown = text.printable(text.path_text(path))
   with _explained(path, shown), config_search.importable(path):
@@ -42,7 +40,7 @@ def run(argument: str) -> Any:
     if not callable(get_config):
       raise UserError(f"config: {shown} has no function get_config(variant)")
     config = get_config(*variant)
-  if not isinstance(config, ml_collections.ConfigDict):
+  if not isinstance(config, plain_config.config_class()):
     raise UserError(f"config: get_config of {shown} returns no ConfigDict, but {text.printable(repr(config), 40)}")
   return config
 

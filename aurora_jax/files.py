@@ -5,6 +5,7 @@ are `UserError`s of one line with the path.
 """
 
 import contextlib
+import glob
 import os
 import pathlib
 import re
@@ -15,6 +16,11 @@ from collections.abc import Callable, Iterator
 
 from aurora_jax import text
 from aurora_jax.errors import UserError
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
 
 
 @contextlib.contextmanager
@@ -53,6 +59,8 @@ def atomic_folder(
 ) -> Iterator[pathlib.Path]:
   """Yields a temporary folder next to `path`. It is renamed to `path` if the block succeeds, else removed.
 
+  A process that is killed leaves its temporary folder. The next one with the same path removes it.
+
   Args:
     path: the final path, or a link to it. An existing folder is replaced, and restored if that fails.
     check: called just before the rename; raises if something has appeared there that must stay.
@@ -61,10 +69,14 @@ def atomic_folder(
   Raises:
     UserError: it cannot be written.
   """
-  target, partial = pathlib.Path(path).resolve(), None
+  target, partial, lock = pathlib.Path(path).resolve(), None, None
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{_short(target.name)}.", suffix=".partial", dir=target.parent))
+    _remove_leftovers(target)
+    ours = False
+    while not ours:
+      partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{_short(target.name)}.", suffix=".partial", dir=target.parent))
+      ours, lock = _lock(partial)
     yield partial
     _open_to_others(partial, _umask())
     check()
@@ -74,6 +86,42 @@ def atomic_folder(
   finally:
     if partial is not None:
       shutil.rmtree(partial, ignore_errors=True)
+    if lock is not None:
+      os.close(lock)
+
+
+def _lock(folder):
+  """(whether a temporary folder is ours, a file descriptor that locks it as long as the process lives, or None)."""
+  descriptor = None
+  try:
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Another process may take a folder without a lock for a leftover, just after it was made.
+    ours = os.fstat(descriptor).st_nlink > 0
+  except (BlockingIOError, FileNotFoundError):
+    ours = False
+  except (OSError, AttributeError):  # no locks here: nobody takes the folder for a leftover
+    ours = True
+  if not ours and descriptor is not None:
+    os.close(descriptor)
+  return ours, descriptor if ours else None
+
+
+def _remove_leftovers(target):
+  """Removes temporary folders of dead processes, and what they replaced if the replacement is in its place."""
+  name = re.compile(rf"\.{re.escape(_short(target.name))}\.[a-z0-9_]{{8}}\.(partial|retired)")
+  for path in target.parent.glob(f".{glob.escape(_short(target.name))}.*"):
+    match = name.fullmatch(path.name)
+    if match is None or path.is_symlink() or not path.is_dir():
+      continue
+    with contextlib.suppress(OSError, AttributeError):
+      descriptor = os.open(path, os.O_RDONLY)
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if match[1] == "partial" or target.exists():
+          shutil.rmtree(path, ignore_errors=True)
+      finally:
+        os.close(descriptor)
 
 
 def _replace_folder(new, target):

@@ -11,16 +11,27 @@ With a mesh for a machine: configs/aurora_64_v5e_256.py, configs/aurora_64_a100_
 Values that the paper does not give are from GigaGAN's Table A2 (arXiv 2303.05511), whose generator Aurora extends. The
 comments in aurora_jax/systems/aurora/config.py name the source of every default.
 
+Variant `released`: the same recipe with an architecture that the authors' PyTorch code can hold. What `export --format
+released` writes of a run from scratch then loads there with strict=True. It gives up the self-attention of the text
+head: that code multiplies its logits by False, so that every token attends to all tokens alike.
+
 Variant `test`: the same code at a toy size, without progressive growing; --config.schedule.resolutions="(4, 8, 16)"
-lets it grow.
+lets it grow. `released-test` is both.
 """
 
 from aurora_jax import config_files
 
+VARIANTS = ("", "released", "test", "released-test")
+
+
+def is_test(variant):
+  """Whether a variant is of toy size."""
+  return variant.endswith("test")
+
 
 def get_config(variant=""):
-  if variant not in ("", "test"):
-    raise ValueError(f"the configs of aurora_64 have no variant {variant!r}, only 'test'")
+  if variant not in VARIANTS:
+    raise ValueError(f"the configs of aurora_64 have no variant {variant!r}, only 'released', 'test', 'released-test'")
   config = config_files.defaults()
   config.name = "aurora_64"
 
@@ -71,9 +82,21 @@ def get_config(variant=""):
     "an astronaut riding a horse",
     "a green vase with yellow flowers",
   )
-  if variant == "test":
+  if is_test(variant):
     shrink(config)
+  if variant.startswith("released"):
+    fit_release(config)
   return config
+
+
+def fit_release(config):
+  """What the released code cannot express takes the value that it has there."""
+  generator = config.generator
+  generator.text_attention = "independent"
+  generator.text_heads = generator.heads
+  generator.feed_forward_ratio = 4
+  if generator.deformable_max_resolution:
+    generator.deformable_max_resolution = 16
 
 
 def on_pod(name, variant, *, data, expert=16, batch_size=1024):
@@ -84,7 +107,7 @@ def on_pod(name, variant, *, data, expert=16, batch_size=1024):
 
   Args:
     name: name of the experiment.
-    variant: "" or "test"; "test" takes all devices and has no expert axis.
+    variant: as of `get_config`; one of toy size takes all devices and has no expert axis.
     data, expert: devices along the two axes of the mesh.
     batch_size: images per step, of all devices. The recipe's learning rates and half-lives are meant for 1024.
 
@@ -97,7 +120,7 @@ def on_pod(name, variant, *, data, expert=16, batch_size=1024):
   config.discriminator.remat = False  # recomputing the generator's blocks saves enough memory
   config.mesh.fsdp = True
   config.data.workers = 8  # of each host
-  if not variant:
+  if not is_test(variant):
     config.mesh.data, config.mesh.expert = data, expert
     config.mesh.fsdp_over = "expert"
     config.train.batch_size = batch_size

@@ -12,7 +12,7 @@ instead of experts, attention at 8, 16 and 32 pixels with 2, 2 and 1 layers, que
 cross-attention, no progressive growing. CLIP's features are read after the final norm, as in Aurora; GigaGAN reads them
 before the last layer.
 
-Variant `test`: the same code at a toy size.
+Variants `released`, `test` and `released-test`: as of configs/aurora_64.py.
 """
 
 from configs import aurora_64
@@ -26,8 +26,9 @@ def get_config(variant=""):
   generator.deformable_max_resolution = 0
   generator.tied_attention = True
   generator.w_token = True
-  generator.experts = {8: 1} if variant else {8: 1, 16: 1, 32: 1}
-  if not variant:
+  test = aurora_64.is_test(variant)
+  generator.experts = {8: 1} if test else {8: 1, 16: 1, 32: 1}
+  if not test:
     generator.attention_depth = {8: 2, 16: 2, 32: 1}
   config.schedule.resolutions = ()
   config.schedule.max_images = {}

@@ -20,6 +20,13 @@ Variants:
   tones        latents choose among skin tones alone (build-data --skin-tones unnamed). Images are not augmented, and an
                epoch has every caption once. Results: benchmarks/README.md
   dense        a feed-forward layer of one expert's size in place of the experts: as many active parameters, no router
+  augment      DiffAugment in the discriminator in place of shifts, rotations and scales of the data; pairs are then two
+               images of a caption
+  both         DiffAugment in the discriminator, and the data augmented as ever
+  feature_critic
+               a second critic, on a frozen transformer: the image tower of one more CLIP, with 64 tokens
+               (train-clip --data datasets/openmoji --out clips/backbone --patch 4 --image-width 64 --image-layers 3
+               --seconds 120); --config.dino.path=DIR where it is elsewhere
   test         a few steps
 
 Without a loss: --config.loss.matching_weight=0, --config.loss.clip_weight=0.
@@ -47,11 +54,12 @@ PROMPTS = (
 )
 
 
+VARIANTS = ("progressive", "tones", "dense", "augment", "both", "feature_critic", "test")
+
+
 def get_config(variant=""):
-  if variant not in ("", "progressive", "tones", "dense", "test"):
-    raise ValueError(
-      f"configs/openmoji_32.py has no variant {variant!r}, only 'progressive', 'tones', 'dense' and 'test'"
-    )
+  if variant not in ("", *VARIANTS):
+    raise ValueError(f"configs/openmoji_32.py has no variant {variant!r}, only {', '.join(map(repr, VARIANTS))}")
   config = config_files.defaults()
   config.name = "openmoji_32"
 
@@ -147,6 +155,14 @@ def get_config(variant=""):
     config.data.shift = config.data.scale = config.data.rotate = 0.0
   if variant == "dense":
     generator.experts = {4: 1, 8: 1}
+  if variant in ("augment", "both"):
+    config.name = f"openmoji_32_{variant}"
+    # Without cutout, whose square is large on such images.
+    discriminator.augment = ("brightness", "saturation", "contrast", "translation")
+  if variant == "augment":
+    config.data.shift = config.data.scale = config.data.rotate = 0.0
+  if variant == "feature_critic":
+    add_feature_critic(config)
   if variant == "test":
     train.total_steps = 6
     train.batch_size = 4
@@ -170,3 +186,27 @@ def grow(config):
   schedule.images = 1_000
   schedule.every_images = 2_000
   schedule.max_images = {8: 8_000, 16: 8_000}
+
+
+def add_feature_critic(config):
+  """StyleGAN-T's discriminator beside Aurora's, as in configs/stylegan_t_openmoji_32.py."""
+  config.name = "openmoji_32_feature_critic"
+  config.dino.path = "clips/backbone"
+  config.optimizer.feature_critic.final_lr_fraction = 0.1
+  critic = config.feature_critic
+  critic.weight = 1.0
+  critic.text_dim = 128
+  critic.image_size = 32
+  critic.taps = (0, 1, 2)
+  critic.augment = ("brightness", "saturation", "contrast", "translation")
+  critic.dino.update(
+    image_size=32,
+    patch=4,
+    width=64,
+    depth=3,
+    heads=4,
+    mlp_width=128,
+    layer_norm_epsilon=1e-5,
+    activation="quick_gelu",
+    pre_norm=True,
+  )

@@ -22,6 +22,9 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "launch/setup.sh: Python 3.11 or later is needed, '$PYTHON' is $("$PYTHON" --version 2>&1)" >&2
   exit 2
 fi
+# On machines with accelerators, data may be in a bucket: the package for gs:// as pyproject.toml has it.
+bucket=
+[ -z "$accelerator" ] || bucket=$(sed -n 's/^gcs = \["\(.*\)"\]$/\1/p' pyproject.toml)
 # The same version of JAX with the accelerator's extra.
 jax=$(sed -n "s/^jax\([<>=].*\)/jax[$accelerator]\1/p" requirements.txt)
 stamp=.venv/installed-$requirements$accelerator
@@ -30,7 +33,7 @@ if [ -f "$stamp" ] && cat requirements.txt "$requirements" $compilers $oracles |
 fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 echo "Installing $requirements into .venv (a few minutes the first time) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ${accelerator:+"$jax"} 2> >(grep -v "^WARNING: Location" >&2)
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ${accelerator:+"$jax" "$bucket"} 2> >(grep -v "^WARNING: Location" >&2)
 [ -z "$oracles" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
   -r "$oracles" 2> >(grep -v "^WARNING: Location" >&2)
 [ -z "$compilers" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \

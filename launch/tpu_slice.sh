@@ -17,10 +17,12 @@
 #
 # --dry-run prints the commands instead of running them. Settings are environment variables:
 #   ZONE          e.g. us-west4-a (must be set)
-#   SHARED        what all workers mount at /mnt/shared: 10.0.0.2:/share (Filestore, NFS) or gs://BUCKET by gcsfuse; use a
-#                 bucket with a hierarchical namespace, which renames a folder atomically (must be set)
-#   DATA, CLIP    the data set and the CLIP folder, relative to SHARED (data, clip)
-#   RUN           the run's folder, relative to SHARED (run)
+#   BUCKET        where data and the run are: gs://BUCKET or gs://BUCKET/FOLDER, read and written without a mount; the
+#                 slice's service account needs the role "Storage Object User" (this or SHARED must be set)
+#   SHARED        instead of BUCKET: what all workers mount at /mnt/shared, 10.0.0.2:/share (Filestore, NFS) or
+#                 gs://BUCKET by gcsfuse, with a hierarchical namespace, which renames a folder atomically
+#   DATA, CLIP    the data set and the CLIP folder, relative to BUCKET or SHARED (data, clip)
+#   RUN           the run's folder, relative to BUCKET or SHARED (run)
 #   CONFIG        the experiment (configs/aurora_64_v5e_256.py)
 #   NAME          name of the slice (aurora)
 #   ACCELERATOR   accelerator type (v5litepod-256)
@@ -53,6 +55,10 @@ CONFIG=${CONFIG:-configs/aurora_64_v5e_256.py}
 DATA=${DATA:-data}
 CLIP=${CLIP:-clip}
 RUN=${RUN:-run}
+BUCKET=${BUCKET:-}
+BUCKET=${BUCKET%/}
+SHARED=${SHARED:-}
+root=${BUCKET:-/mnt/shared}
 archive=${TMPDIR:-/tmp}/aurora_jax-$NAME.tar.gz
 
 run() {
@@ -105,12 +111,14 @@ install() {
   run gcloud compute tpus tpu-vm scp "$archive" "$NAME:aurora_jax.tar.gz" --zone="$ZONE" --worker=all || return
   local mount
   case $SHARED in
+    "") mount= ;;
     gs://*) mount="sudo apt-get install -y -q gcsfuse && sudo gcsfuse -o allow_other --implicit-dirs --file-mode=666 --dir-mode=777 ${SHARED#gs://} /mnt/shared" ;;
     *) mount="sudo apt-get install -y -q nfs-common && sudo mount -t nfs $SHARED /mnt/shared" ;;
   esac
+  [ -z "$mount" ] || mount="sudo mkdir -p /mnt/shared; mountpoint -q /mnt/shared || { $mount; }"
   # The runtime's Python is older than 3.11.
   everywhere "set -e; mkdir -p aurora_jax; tar xzf aurora_jax.tar.gz -C aurora_jax
-sudo mkdir -p /mnt/shared; mountpoint -q /mnt/shared || { $mount; }
+$mount
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv python install --quiet 3.12
 cd aurora_jax; PYTHON=\$(~/.local/bin/uv python find 3.12) bash launch/setup.sh --tpu"
 }
@@ -118,8 +126,8 @@ cd aurora_jax; PYTHON=\$(~/.local/bin/uv python find 3.12) bash launch/setup.sh 
 train() {
   say "starting on all workers"
   local flags
-  flags=$(printf '%q ' --config "$CONFIG" --workdir "/mnt/shared/$RUN" --require tpu \
-    --config.data.path="/mnt/shared/$DATA" --config.text.clip="/mnt/shared/$CLIP" --stopped-status 75 \
+  flags=$(printf '%q ' --config "$CONFIG" --workdir "$root/$RUN" --require tpu \
+    --config.data.path="$root/$DATA" --config.text.clip="$root/$CLIP" --stopped-status 75 \
     ${train_flags[@]+"${train_flags[@]}"})
   everywhere "cd aurora_jax; rm -f train.status
 nohup bash -c $(printf %q ".venv/bin/python -m aurora_jax train $flags; echo \$? > train.status") > train.log 2>&1 < /dev/null &"
@@ -173,8 +181,13 @@ case $command in
 esac
 [ -n "${ZONE:-}" ] || fail "ZONE is not set, e.g. ZONE=us-west4-a"
 case $command in
+  up | install | train | watch)
+    [ -n "$BUCKET$SHARED" ] || fail "BUCKET is not set, e.g. BUCKET=gs://my-bucket (or SHARED=10.0.0.2:/share)"
+    [ -z "$BUCKET" ] || [ -z "$SHARED" ] || fail "BUCKET and SHARED are both set: only one of them says where the data is"
+    case $BUCKET in "" | gs://?*) ;; *) fail "BUCKET must begin with gs://, got '$BUCKET'" ;; esac ;;
+esac
+case $command in
   up | install | watch)
-    [ -n "${SHARED:-}" ] || fail "SHARED is not set, e.g. SHARED=10.0.0.2:/share or SHARED=gs://BUCKET"
     [ -f "$CONFIG" ] || fail "config file not found: $CONFIG" ;;
 esac
 [ -n "$dry" ] || command -v gcloud > /dev/null || fail "gcloud is not installed (--dry-run works without)"

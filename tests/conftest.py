@@ -1,8 +1,12 @@
 """One persistent compilation cache for the whole suite and for the processes that it starts."""
 
+import collections
+import gc
 import os
 import pathlib
+import resource
 import signal
+import sys
 
 import pytest
 
@@ -29,3 +33,88 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def flags_of_this_process(monkeypatch):
   """A command that a test calls may add flags for its own process; those that other tests start do not inherit them."""
   monkeypatch.setenv("XLA_FLAGS", FLAGS)
+
+
+# Slow tests besides those that are marked in their files: the beginnings of their ids.
+_SLOW = (
+  "tests/cli/test_bench.py",
+  "tests/cli/test_export.py",
+  "tests/data/test_build_at_scale.py::test_a_killed_build_goes_on",
+  "tests/data/test_build_at_scale.py::test_memory_does_not_grow_with_the_items",
+  "tests/data/test_damaged_files.py::test_a_thousand_damaged_files",
+  "tests/data/test_index_sampler.py::test_pairs",
+  "tests/data/test_loader.py::test_a_program_ends_quietly",
+  "tests/data/test_loader.py::test_processes_change_nothing",
+  "tests/data/test_schema.py::test_beside_tensorflow_in_either_order",
+  "tests/data/test_schema.py::test_tensorflow_stays_out",
+  "tests/interop/test_clip_hf.py",
+  "tests/interop/test_dino.py::test_hugging_face_folders",
+  "tests/interop/test_dino.py::test_the_image_tower_of_a_clip_stands_in",
+  "tests/interop/test_inception_torch.py",
+  "tests/interop/test_tensor_files.py::test_objects_beside_the_weights",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.nodeid.startswith(_SLOW):
+      item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory():
+  """Drops compiled programs after a module that leaves more than 2 GB. Other modules use small ones again."""
+  yield
+  statm = pathlib.Path("/proc/self/statm")
+  if "jax" in sys.modules and statm.exists():
+    if int(statm.read_text().split()[1]) * resource.getpagesize() > 2 << 30:
+      sys.modules["jax"].clear_caches()
+      gc.collect()
+
+
+# ---- CPU seconds: --durations-cpu N. Unlike wall time they hardly depend on what else the machine does. --------------
+
+
+def pytest_addoption(parser):
+  parser.addoption("--durations-cpu", type=int, metavar="N", help="show the CPU seconds of each file and of N tests")
+
+
+_START = "start and collection"
+_BY_TEST, _BY_FILE = collections.Counter(), collections.Counter()  # of all workers
+_used = []  # CPU seconds of this process and of those that it waited for, when it started and after every report
+
+
+def _count():
+  _used.append(sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def pytest_collection_finish():
+  """Tracing a program makes many objects that stay: a fifth of its time went into looking for garbage among them."""
+  gc.freeze()
+  gc.set_threshold(10_000, 20, 20)
+  _count()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+  report = yield
+  _count()
+  report.cpu_seconds, report.cpu_start = _used[-1] - _used[-2], _used[0] if len(_used) == 2 else 0.0
+  return report
+
+
+def pytest_runtest_logreport(report):
+  for name, seconds in ((report.nodeid, report.cpu_seconds), (_START, report.cpu_start)):
+    _BY_TEST[name] += seconds
+    _BY_FILE[name.split("::")[0]] += seconds
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  count = config.getoption("durations_cpu")
+  if count is None:
+    return
+  terminalreporter.section(f"CPU seconds: {_BY_FILE.total():.0f}")
+  for table, rows in ((_BY_FILE, None), (_BY_TEST, count)):
+    for name, seconds in table.most_common(rows):
+      terminalreporter.write_line(f"{seconds:8.1f} {name}")

@@ -1,11 +1,17 @@
 """Files and folders are whole or not there, and what stood there before survives a failure."""
 
 import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from aurora_jax import files
 from aurora_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def contents(folder):
@@ -50,6 +56,32 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
   assert contents(tmp_path) == {"out/x": "old"}
   write("new")
   assert contents(tmp_path) == {"out/x": "new"}
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from aurora_jax import files
+with files.atomic_folder(sys.argv[1]) as folder:
+  (folder / "x").write_text("half")
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+  target, leftovers = tmp_path / "out", lambda: sorted(tmp_path.glob(".*"))
+  done = subprocess.run([sys.executable, "-c", KILLED, target], cwd=ROOT, check=False)
+  assert done.returncode == -signal.SIGKILL and len(leftovers()) == 1 and not target.exists()
+  retired, others = tmp_path / ".out.abcdefgh.retired", tmp_path / ".outer.abcdefgh.partial"
+  for folder in (retired, others):
+    folder.mkdir()
+  with files.atomic_folder(target) as first:
+    # Neither one of a living process, nor what may be the only copy, nor that of another name.
+    assert leftovers() == sorted([first, retired, others])
+    with files.atomic_folder(target) as second:
+      assert leftovers() == sorted([first, second, retired, others])
+  with files.atomic_folder(target):
+    assert not retired.exists()
+  assert leftovers() == [others]
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):

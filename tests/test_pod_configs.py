@@ -14,7 +14,7 @@ from aurora_jax.cli import main, train
 from aurora_jax.parallel import mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PODS = {"aurora_64_v5e_256": 256, "aurora_64_a100_32": 32, "aurora_64_a100_256": 256}
+PODS = {"aurora_64_v5e_256": 256, "aurora_64_a100_32": 32, "aurora_64_a100_256": 256, "aurora_64_h100_64": 64}
 
 
 def load(name, variant=""):

@@ -38,6 +38,7 @@ def temporaries(in_order):
   return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_in_order_one_layers_filters_are_in_memory_at_a_time():
   assert temporaries(True) < temporaries(False) / 3
 

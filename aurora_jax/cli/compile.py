@@ -5,9 +5,10 @@ the lazy regularisation. What they take per device (parameters, optimizer, avera
 each and the sum per step), their collectives, which expert lives on which device and how fast a step can be at best are
 shown as a table and written as JSON with --report.
 
-Machines: TPU slices v4-N, v5e-N, v5p-N, v6e-N, or by shape (v5e:16x16, v5p:2x2x4); nodes of eight A100 a100-N,
-a100-40g-N, or by nodes (a100-4x8); cpu-N, this machine's CPU as N devices. TPU compiles need libtpu, A100 compiles
-jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12; no TPU, GPU or driver.
+Machines: TPU slices v4-N, v5e-N, v5p-N, v6e-N, tpu7x-N, or by shape (v5e:16x16, v5p:2x2x4, tpu7x:2x2x1, two devices
+per chip); nodes of eight GPUs a100-N, a100-40g-N, h100-N, h100-94g-N (H100 NVL), h200-N, b200-N, or by nodes
+(h100-8x8); cpu-N, this machine's CPU as N devices. TPU compiles need libtpu, GPU compiles jax-cuda12-plugin,
+jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12; no TPU, GPU or driver.
 
 Neither data nor CLIP's weights are read: of --config.text.clip only config.json, and if there is none, the CLIP's sizes
 are guessed from generator.text_feature_dim.
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--config", metavar="FILE[:VARIANT]", help="the experiment; --config.mesh.expert=N and the like set single values"
   )
   parser.add_argument(
-    "--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, cpu-8"
+    "--topology", required=True, metavar="NAME", help="the machine, e.g. v5e:4x4, v5p-32, a100-8, h100-8x8, cpu-8"
   )
   parser.add_argument("--report", type=flag_types.path, metavar="FILE", help="write all numbers there, as JSON")
   parser.add_argument(

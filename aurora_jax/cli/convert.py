@@ -80,10 +80,26 @@ def _to_released(args):
     if value:
       raise UserError(f"{name} is for the other way: {args.source} is a run's folder and has its own config")
 
+  to_released(args.source, args.target, args.weights or "ema", args.step, overwrite=args.overwrite)
+
+
+def to_released(source: str, target: str, weights: str, step: int | None, *, overwrite: bool) -> None:
+  """Writes a run's generator as a weight file of the released code and says what was written; `export` does it too.
+
+  Args:
+    source: the run's folder.
+    target: the weight file.
+    weights: "ema", "generator" or "both".
+    step: of the checkpoint; None takes the newest.
+    overwrite: replace the file.
+
+  Raises:
+    UserError: no such run, or one that the released code cannot express.
+  """
   from aurora_jax.runs.progress import progress
 
-  done = registry.converter(workdir.RunFolder(args.source).experiment().system).export_released(
-    args.source, args.target, args.weights or "ema", args.step, overwrite=args.overwrite, progress=progress
+  done = registry.converter(workdir.RunFolder(source).experiment().system).export_released(
+    source, target, weights, step, overwrite=overwrite, progress=progress
   )
   for note in done.notes:
     print(f"note: {note}")

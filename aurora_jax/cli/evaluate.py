@@ -5,16 +5,24 @@ generated image. Train the judge with another seed than the generator's CLIP, on
 
   python -m aurora_jax train-clip --data datasets/openmoji_32 --out clips/judge --split all --seed 1
   python -m aurora_jax evaluate --workdir runs/openmoji_32 --judge clips/judge
+
+A folder of `export`, or hf:OWNER/NAME on the Hub, is measured in the same way and stays as it is: the numbers go to the
+terminal, and to a file with --figures. --data says where the data set is:
+
+  python -m aurora_jax evaluate --workdir exported/openmoji_32 --judge clips/judge --data datasets/openmoji_32
 """
 
 import argparse
 import contextlib
+import json
+import pathlib
 import time
 
-from aurora_jax import text
+from aurora_jax import files, local_copies, storage, text
 from aurora_jax.cli import flag_types, sampling_flags
 from aurora_jax.errors import UserError
-from aurora_jax.runs import checkpoint_folder, references, workdir
+from aurora_jax.runs import references, remote_run
+from aurora_jax.systems.model_folder import ModelFolder
 
 PROTOCOLS = ("caption-retrieval",)
 
@@ -22,7 +30,11 @@ PROTOCOLS = ("caption-retrieval",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   parser.add_argument(
-    "--workdir", type=flag_types.path, required=True, metavar="DIR", help="the run's folder, as of `train`"
+    "--workdir",
+    type=flag_types.path,
+    required=True,
+    metavar="DIR",
+    help="the run's folder, as of `train`; or a folder of `export`, or hf:OWNER/NAME on the Hub",
   )
   parser.add_argument("--protocol", default=PROTOCOLS[0], choices=PROTOCOLS, help="what to measure")
   parser.add_argument(
@@ -31,17 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--data", type=flag_types.path, metavar="DIR", help="the data set (default: the run's own)")
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
   parser.add_argument("--seed", type=flag_types.seed, default=0, help="of the latents (default 0)")
+  parser.add_argument("--figures", type=flag_types.path, metavar="JSON", help="also write all numbers into this file")
   sampling_flags.add_change_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
   """Evaluates, prints the table, appends to metrics.jsonl and writes the report."""
   started = time.monotonic()
-  folder = workdir.RunFolder(args.workdir)
-  experiment = folder.experiment()
+  if storage.is_url(args.workdir):
+    remote_run.fetched(args.workdir, whole=True)  # the report has its samples
+  place = ModelFolder.open(args.workdir)
+  remote_run.refuse_trained(place.run)
+  folder, experiment = place.run, place.experiment
   if not experiment.conditional:
     raise UserError(f"{args.workdir} is a run of '{experiment.system}', which reads no captions: nothing to retrieve")
-  checkpoint_folder.chosen(folder.checkpoints, args.step)
+  place.check_step(args.step)
+  if place.exported and not args.data:
+    raise UserError(f"{args.workdir} does not say where the data set is: --data DIR")
+  if args.figures:
+    files.check_folder(pathlib.Path(args.figures).parent, args.figures)
   groups = ("text",) if args.data else ("text", "data")
   sampling_flags.check_references(folder, experiment, args.allow_config_change, groups)
   judge_identity = references.identify(args.judge)
@@ -63,6 +83,11 @@ def run(args: argparse.Namespace) -> None:
       seed=args.seed,
       on_progress=lambda what, done, total: update(done, total),
     )
+  if args.figures:
+    files.write_text(args.figures, json.dumps({"step": model.step, **result.figures}, indent=2) + "\n")
+  if place.exported:
+    _print(result, model.step, time.monotonic() - started)
+    return
   rows = metrics.history(folder.metrics)
   with contextlib.closing(metrics.MetricsFile(folder.metrics)) as file:
     file.write("judge", model.step, rows[-1]["seconds"] if rows else 0.0, result.figures)
@@ -74,9 +99,10 @@ def run(args: argparse.Namespace) -> None:
     colors=result.colors,
     notes=result.notes,
   )
-  page = report.write_report(args.workdir, panels)
+  page = report.write_report(folder.path, panels)
+  remote_run.write_back(folder)
   _print(result, model.step, time.monotonic() - started)
-  print(f"report: {text.printable(text.path_text(page))}")
+  print(f"report: {text.printable(local_copies.shown(text.path_text(page)))}")
 
 
 def _print(result, step, seconds):

@@ -1,9 +1,13 @@
-"""Describes a run, a checkpoint, a data set, a CLIP or an experiment.
+"""Describes a run, a checkpoint, an exported folder, a data set, a CLIP or an experiment.
 
   python -m aurora_jax inspect runs/openmoji                     the story of a run: restarts, time, warnings, numbers
   python -m aurora_jax inspect runs/openmoji/checkpoints/4000    a checkpoint's parts and their sizes
+  python -m aurora_jax inspect exported/hearts                   a folder of `export`: what it is, where it is from
   python -m aurora_jax inspect datasets/openmoji                 a data set's splits, source, licence, some captions
+  python -m aurora_jax inspect datasets/openmoji --html page.html
+                                                                 the same as a page with a sample of the images
   python -m aurora_jax inspect datasets/openmoji --verify        reads every record; lists those that are damaged
+  python -m aurora_jax inspect gs://bucket/runs/openmoji         any of these may be at a gs:// or s3:// URL
   python -m aurora_jax inspect --config configs/aurora_64.py     an experiment's networks, without allocating them
   python -m aurora_jax inspect --config configs/aurora_64.py --sharding --devices 256 --config.mesh.expert=16
                                                                  where every parameter lies, on any mesh
@@ -15,20 +19,18 @@ Exit status: 0, or 2 for wrong input and for a data set in which --verify finds 
 """
 
 import argparse
-import collections
 import json
 import math
-import pathlib
 import re
 import sys
 
-from aurora_jax import config_files, text
-from aurora_jax.cli import flag_types, standard_streams
+from aurora_jax import config_files, local_copies, storage, text
+from aurora_jax.cli import flag_types, places, standard_streams
 from aurora_jax.errors import UserError
+from aurora_jax.interop.hub import layout, remote
+from aurora_jax.systems import registry
 
-_CAPTIONS_SHOWN = 6
-_LENGTH_SHOWN = 100  # characters of what a file says
-_DAMAGED_SHOWN = 20
+_IMAGES = 60  # of a page about a data set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     type=flag_types.path,
     nargs="?",
     metavar="PATH",
-    help="a run's folder, a checkpoint in it, a data set, a CLIP folder, or a config file",
+    help="a run's folder, a checkpoint in it, a folder of `export` (also hf:OWNER/NAME), a data set, a CLIP folder, or "
+    "a config file",
   )
   parser.add_argument("--config", metavar="FILE[:VARIANT]", help="an experiment, as of `train`")
   parser.add_argument(
@@ -50,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--verify",
     action="store_true",
     help="for a data set: read every record, check checksums and images, and list the corrupt ones",
+  )
+  parser.add_argument(
+    "--html", type=flag_types.path, metavar="FILE", help="for a data set: write a page with images and captions, too"
+  )
+  parser.add_argument(
+    "--images", type=int, metavar="N", help=f"with --html: number of images on the page (default {_IMAGES})"
   )
   parser.add_argument("--parameters", action="store_true", help="for an experiment: list every parameter")
   parser.add_argument(
@@ -74,19 +83,27 @@ def run(args: argparse.Namespace) -> None:
   if args.fingerprint:
     if not args.path:
       raise UserError("--fingerprint is for a run or a checkpoint, not for a config")
-    print(_fingerprint(pathlib.Path(args.path)))
+    print(_fingerprint(places.local(args.path)))
     return
   if (args.sharding or args.devices is not None) and not args.config_argv:
     raise UserError("--sharding and --devices are for a config, not for a run")
+  if args.images is not None and not args.html:
+    raise UserError("--images is for --html")
+  for flag in ("--verify", "--html"):
+    if getattr(args, flag[2:]) and not _is_data_set(args.path):
+      raise UserError(f"{flag} is for a data set's folder")
+  if args.html:
+    _write_page(args)
   if args.verify:
-    if not args.path or not (pathlib.Path(args.path) / "manifest.json").is_file():
-      raise UserError("--verify is for a data set's folder")
-    lines = _verify_lines(pathlib.Path(args.path))
+    path = places.local(args.path)
+    from aurora_jax.reporting import data_summary
+
+    lines = data_summary.verify_lines(path)
   elif args.sharding:
     lines = _sharding_lines(config_files.load(args.config_argv), args.devices)
   else:
-    lines = _describe_config(args) if args.config_argv else _describe_path(pathlib.Path(args.path))
-  for line in lines:
+    lines = _describe_config(args) if args.config_argv else _describe_path(places.local(args.path))
+  for line in map(local_copies.shown, lines):
     print(text.printable(line) if "\n" not in line else line)
     if standard_streams.lost(sys.stdout):
       break
@@ -95,20 +112,45 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(f"standard output cannot be written: {error.strerror or error}")
 
 
+def _is_data_set(path):
+  local = path and places.local(path)
+  return bool(local) and not storage.is_url(local) and (local / "manifest.json").is_file()
+
+
+def _write_page(args):
+  """Writes the page about a data set."""
+  from aurora_jax.reporting import dataset_page
+
+  count = _IMAGES if args.images is None else args.images
+  if count < 1:
+    raise UserError(f"--images must be at least 1, got {count}")
+  dataset_page.write(places.local(args.path), args.html, count)
+
+
 def _describe_path(path):
   """Lines about whatever stands at a path."""
-  if not path.exists():
+  if remote.is_remote(path):
+    path = remote.download(str(path))
+  if not storage.is_url(path) and not path.exists():
     raise UserError(f"nothing to inspect at {path}: it does not exist")
-  if _is_checkpoint(path):
+  if places.is_checkpoint(path):
     return _checkpoint_lines(path)
   if (path / "manifest.json").is_file():
-    return _data_lines(path)
+    from aurora_jax.reporting import data_summary
+
+    return data_summary.lines(path)
+  if layout.model_type(path) in registry.SYSTEMS:
+    from aurora_jax.reporting import export_summary
+
+    return export_summary.lines(path)
   stored = _json(path / "config.json") if (path / "config.json").is_file() else {}
   if "generator" in stored or "system" in stored:
     return _run_lines(path)
   if stored.get("model_type") == "clip" or "text_config" in stored:
     return _clip_lines(path, stored)
-  raise UserError(f"{path} is no run, checkpoint, data set or CLIP: it has no config.json or manifest.json of one")
+  raise UserError(
+    f"{path} is no run, checkpoint, exported folder, data set or CLIP: it has no config.json or manifest.json of one"
+  )
 
 
 def _run_lines(path):
@@ -123,10 +165,6 @@ def _run_lines(path):
     yield f"changed    {line}"
 
 
-def _is_checkpoint(path):
-  return path.name.isdigit() and path.parent.name == "checkpoints"
-
-
 def _json(path):
   try:
     values = json.loads(text.read_text(path))
@@ -138,13 +176,13 @@ def _json(path):
 
 
 def _fingerprint(path):
-  from aurora_jax.runs import fingerprint
+  from aurora_jax.runs import fingerprint, workdir
 
-  if _is_checkpoint(path):
+  if places.is_checkpoint(path):
     return fingerprint.of_checkpoint(path.parent, int(path.name))[1]
   if not path.is_dir():
     raise UserError(f"run folder not found: {path}")
-  return fingerprint.of_checkpoint(path / "checkpoints")[1]
+  return fingerprint.of_checkpoint(workdir.RunFolder(path).checkpoints)[1]
 
 
 def _checkpoint_lines(path):
@@ -169,96 +207,6 @@ def _checkpoint_lines(path):
     )
 
 
-def _data_lines(path):
-  """A description of a data set by its manifest, and some captions; safe for a terminal, whatever they hold."""
-  text.tolerate_locale()
-  return map(text.printable, _manifest_lines(path))
-
-
-def _manifest_lines(path):
-  from aurora_jax.data import dataset, tfrecords
-  from aurora_jax.reporting import run_summary
-
-  manifest = dataset.read_manifest(path)
-  yield f"data set   {text.path_text(path)} ({manifest['name']})"
-  for name in ("source", "licence"):
-    if manifest.get(name):
-      yield f"{name:10s} {text.printable(manifest[name], _LENGTH_SHOWN)}"
-  yield f"images     {manifest['resolution']}x{manifest['resolution']} pixels"
-  for split, entry in manifest["splits"].items():
-    opened = dataset.Dataset.open(path, split)  # says what is missing or cut
-    size = sum((path / shard["file"]).stat().st_size for shard in entry["shards"])
-    captions = f"{entry['captions']:,} captions, " if isinstance(entry.get("captions"), int) else ""
-    yield (
-      f"{split:10s} {len(opened):,} images, {captions}{len(entry['shards'])} "
-      f"file{'s' if len(entry['shards']) != 1 else ''}, {run_summary.format_bytes(size)}"
-    )
-    for i in range(0, len(opened), max(1, len(opened) // _CAPTIONS_SHOWN))[:_CAPTIONS_SHOWN]:
-      try:
-        yield f"             {_captions_line(opened[i].captions)}"
-      except tfrecords.RecordError as error:
-        yield f"             {error} (--verify lists all that are damaged)"
-  rejected = manifest.get("rejected") or {"count": 0}
-  yield f"rejected   {rejected['count'] or 'none'}"
-  for entry in rejected.get("listed", [])[:_CAPTIONS_SHOWN]:
-    key, reason = (text.printable(entry[name], _LENGTH_SHOWN) for name in ("key", "reason"))
-    yield f"             {key}: {reason}"
-  files = manifest.get("files")
-  if files:
-    yield f"files      {files['seen']:,} seen: {'; '.join(f'{what}: {n:,}' for what, n in files['counts'].items())}"
-
-
-def _captions_line(captions):
-  """The captions of one image in one line: as many as fit, at least the first."""
-  line = text.printable(" | ".join(captions), _LENGTH_SHOWN)
-  return f"{line} ({len(captions)} captions)" if len(captions) > 1 and line.endswith("...") else line
-
-
-def _verify_lines(path):
-  """Lists corrupt records of a data set, at most the first 20, then counts them by reason. UserError if there are
-  any.
-  """
-  text.tolerate_locale()
-  return map(text.printable, _corruption_lines(path))
-
-
-def _corruption_lines(path):
-  from aurora_jax.data import corrupt_records, dataset
-  from aurora_jax.runs.progress import progress
-
-  damaged, total, changed = 0, 0, 0
-  for split in dataset.read_manifest(path)["splits"]:
-    opened = dataset.Dataset.open(path, split, tolerate_corruption=True)
-    yield from (f"{split:10s} {line}" for line in _first(opened.problems, "shards and indices"))
-    found, reasons = 0, collections.Counter()
-    with progress(f"reading {split}") as update:
-      for skip in corrupt_records.verify(opened, update):
-        found += 1
-        reasons[re.split(r"[:(]", skip.reason)[0].strip()] += 1
-        if found <= _DAMAGED_SHOWN:
-          yield f"{split:10s} {skip}"
-    if found > _DAMAGED_SHOWN:
-      yield f"{split:10s} ... and {found - _DAMAGED_SHOWN:,} more records"
-      yield from (f"{split:10s} {count:,} of them: {reason}" for reason, count in reasons.most_common(_DAMAGED_SHOWN))
-    yield f"{split:10s} {f'{found:,}' if found else 'none'} of {len(opened):,} records damaged"
-    names = list(corrupt_records.changed_shards(opened))
-    changed += len(names)
-    lines = (f"{name}: its bytes are not those that the manifest has the SHA-256 of" for name in names)
-    yield from (f"{split:10s} {line}" for line in _first(list(lines), "shards"))
-    damaged, total = damaged + found, total + len(opened)
-  if damaged or changed:
-    shards = f"; {changed} shard{'s' if changed > 1 else ''} changed since build-data" if changed else ""
-    raise UserError(
-      f"data set {text.printable(text.path_text(path))}: {damaged:,} of {total:,} records are damaged{shards}"
-    )
-
-
-def _first(lines, what):
-  """The first lines of many, and how many more there are of what."""
-  more = len(lines) - _DAMAGED_SHOWN
-  return lines[:_DAMAGED_SHOWN] + ([f"... and {more:,} more {what}"] if more > 0 else [])
-
-
 def _clip_lines(path, stored):
   text, vision = stored.get("text_config", {}), stored.get("vision_config", {})
   yield f"CLIP       {path}"
@@ -279,7 +227,6 @@ def _describe_config(args):
   import jax
 
   from aurora_jax.reporting import run_summary
-  from aurora_jax.systems import registry
   from aurora_jax.training import step as step_lib
 
   system = registry.system_class(experiment.system)(experiment)
@@ -332,7 +279,6 @@ def _sharding_lines(experiment, devices):
 
   from aurora_jax.parallel import mesh
   from aurora_jax.reporting import run_summary
-  from aurora_jax.systems import registry
   from aurora_jax.training import step as step_lib
 
   cfg, batch = experiment.mesh, experiment.train.batch_size

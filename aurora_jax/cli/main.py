@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from aurora_jax import text
+from aurora_jax import local_copies, text
 from aurora_jax.cli import environment, flag_types, foreign_errors
 from aurora_jax.errors import UserError
 
@@ -22,6 +22,7 @@ COMMANDS = {
   "evaluate": "metrics of a run by a named protocol",
   "compile": "compile the training step for a named TPU or GPU machine, without it: does it fit?",
   "bench": "measurements of this project on this machine",
+  "export": "a run to a folder that PyTorch users sample from",
   "convert": "a released PyTorch checkpoint to ours, and back",
   "inspect": "describe a run, a checkpoint, a data set or a config",
 }
@@ -114,5 +115,5 @@ def _report(name: str, known: UserError, error: Exception) -> int:
   if os.environ.get(TRACEBACK_VARIABLE):
     raise error
   program = f"aurora_jax {name}".rstrip()
-  print(f"{program}: {text.printable(' '.join(str(known).split()))}", file=sys.stderr)
+  print(f"{program}: {text.printable(' '.join(local_copies.shown(known).split()))}", file=sys.stderr)
   return 2

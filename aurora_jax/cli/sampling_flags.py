@@ -4,12 +4,13 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING
 
-from aurora_jax import text, xla_flags
+from aurora_jax import storage, text, xla_flags
 from aurora_jax.cli import flag_types
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
 from aurora_jax.evaluation import arguments
-from aurora_jax.runs import checkpoint_folder, references, workdir
+from aurora_jax.runs import references, workdir
+from aurora_jax.systems.model_folder import ModelFolder
 
 if TYPE_CHECKING:
   import numpy as np
@@ -25,7 +26,11 @@ _MOST_TEXTS = 32
 def add_arguments(parser: argparse.ArgumentParser, *, latents: int, mean_latents: int, most_latents: int) -> None:
   """Adds the flags; `latents` and `mean_latents` are the command's defaults, `most_latents` what it can show."""
   parser.add_argument(
-    "--workdir", type=flag_types.path, required=True, metavar="DIR", help="the run's folder, as of `train` or `convert`"
+    "--workdir",
+    type=flag_types.path,
+    required=True,
+    metavar="DIR",
+    help="the run's folder, as of `train` or `convert`; or a folder of `export`, or hf:OWNER/NAME on the Hub",
   )
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
   parser.add_argument(
@@ -85,7 +90,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   if args.prompts:
     prompts += [line.strip() for line in text.lines(text.read_text(args.prompts)) if line.strip()]
   arguments.check_prompts(prompts)
-  experiment = workdir.RunFolder(args.workdir).experiment()
+  experiment = ModelFolder.open(args.workdir).experiment
   if experiment.conditional and not prompts:
     raise UserError("no prompt: --prompt TEXT or --prompts FILE")
   if not experiment.conditional and prompts:
@@ -125,12 +130,12 @@ def check(args: argparse.Namespace) -> "dict[str, np.ndarray] | None":
     value = getattr(args, flag)
     if value is not None and not least <= value <= most:
       raise UserError(f"--{flag.replace('_', '-')} must lie between {least} and {most:,}, got {value}")
-  folder = workdir.RunFolder(args.workdir)
-  experiment = folder.experiment()
-  checkpoint_folder.chosen(folder.checkpoints, args.step)
+  folder = ModelFolder.open(args.workdir)
+  experiment = folder.experiment
+  folder.check_step(args.step)
   if args.clip is None:
-    check_references(folder, experiment, args.allow_config_change)
-  elif not pathlib.Path(args.clip).is_dir():
+    check_references(folder.run, experiment, args.allow_config_change)
+  elif not storage.is_url(args.clip) and not pathlib.Path(args.clip).is_dir():
     raise UserError(f"no CLIP folder at {args.clip}")
 
   from aurora_jax.evaluation import latents_files
@@ -180,7 +185,7 @@ def prepare(
   from aurora_jax.evaluation import latents, trained_generator
   from aurora_jax.systems import registry
 
-  experiment = workdir.RunFolder(args.workdir).experiment()
+  experiment = ModelFolder.open(args.workdir).experiment
   draw_one = registry.system_class(experiment.system)(experiment).draw_latents
   if arrays is not None:
     values = latents.fit(

@@ -22,6 +22,8 @@ An experiment that differs from the stored one is refused, field by field, unles
 data set or a CLIP that is no longer the one at that path with which the run began.
 --config.train.init_from=RUN begins a new run with the networks of another one, or of a checkpoint of `convert`.
 
+--workdir and data.path may be gs:// and s3:// URLs (docs/pods.md).
+
 On several hosts, start the same command on each, with a --workdir that all of them share. On Cloud TPU, in a SLURM step
 (srun) and in an indexed Job of Kubernetes they find each other; anywhere else --coordinator, --processes and --process
 say which process is which. See README and launch/.
@@ -45,15 +47,17 @@ be saved (training stops, earlier checkpoints stand), 3 too many steps in a row 
 """
 
 import argparse
+import contextlib
 import hashlib
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from aurora_jax import config_files, xla_flags
+from aurora_jax import config_files, local_copies, storage, text, xla_flags
 from aurora_jax.cli import flag_types, host_flags
 from aurora_jax.parallel import environment
-from aurora_jax.runs import checkpoint_folder, config_check, profiler, references, workdir
+from aurora_jax.runs import checkpoint_folder, config_check, profiler, references, remote_run, workdir
 from aurora_jax.runs.signals import Signals
 
 if TYPE_CHECKING:
@@ -70,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="the experiment, e.g. configs/openmoji_32.py; --config.train.total_steps=N and the like set single values",
   )
   parser.add_argument(
-    "--workdir", type=flag_types.path, required=True, metavar="DIR", help="the run's folder, made if missing"
+    "--workdir", type=flag_types.path, required=True, metavar="DIR", help="the run's folder or URL, made if missing"
   )
   parser.add_argument(
     "--allow-config-change",
@@ -104,37 +108,53 @@ def run(args: argparse.Namespace) -> int:
   profile_steps = profiler.parse(args.profile_steps) if args.profile_steps else None
   experiment = config_files.load(args.config_argv)
   if environment.find(args.coordinator, args.processes, args.process).processes == 1:
-    _check_folder(args, experiment)  # before the seconds that JAX, data and CLIP take
+    # Before the seconds that JAX, data and CLIP take.
+    workdir.check_writable(args.workdir)
+    if not storage.is_url(args.workdir):
+      workdir.refuse_locked(args.workdir)
+      _check_folder(args, experiment, workdir.RunFolder(args.workdir))
 
   from aurora_jax.parallel import hosts
 
   job = hosts.join(args, hashlib.sha256(config_files.to_json(experiment).encode()).hexdigest())
   with hosts.exiting_on_local_errors("train"), Signals(args.stopped_status) as signals:
-    return _train(args, experiment, job, started, profile_steps, signals)
+    with _exiting_without_storage(), remote_run.trained(args.workdir, hosts.is_primary()) as place:
+      return _train(args, experiment, place, job, started, profile_steps, signals)
 
 
-def _check_folder(args, experiment):
+@contextlib.contextmanager
+def _exiting_without_storage():
+  """Ends the process at once if a server of object storage is away: a normal exit would wait for writes to it."""
+  try:
+    yield
+  except storage.StorageError as error:
+    print(f"aurora_jax train: {text.printable(local_copies.shown(error))}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def _check_folder(args, experiment, folder):
   """Refuses a run's folder that cannot be used.
 
   Returns:
     (identities of what the experiment refers to, lines about those that differ and are allowed to).
   """
-  workdir.check_writable(args.workdir)
-  workdir.refuse_locked(args.workdir)
-  folder = workdir.RunFolder(args.workdir)
   config_check.refuse_changes(folder, experiment, args.allow_config_change)
   found = references.of_experiment(experiment)
   begun = checkpoint_folder.newest(folder.checkpoints) is not None
   return found, references.refuse_changes(folder, found, args.allow_config_change) if begun else []
 
 
-def _train(args, experiment, job, started, profile_steps, signals):
+def _train(args, experiment, place, job, started, profile_steps, signals):
   from aurora_jax.parallel import hosts
   from aurora_jax.training import initialize
 
-  folder = workdir.RunFolder(args.workdir)
+  folder = place.folder
   with hosts.together("looking at the run's folder"):
-    found, differences = _check_folder(args, experiment)
+    if not folder.url:
+      workdir.check_writable(args.workdir)
+      workdir.refuse_locked(args.workdir)
+    found, differences = _check_folder(args, experiment, folder)
     if experiment.train.init_from and checkpoint_folder.newest(folder.checkpoints) is None:
       initialize.check(experiment, args.allow_config_change)
 
@@ -151,7 +171,7 @@ def _train(args, experiment, job, started, profile_steps, signals):
       print(f"aurora_jax train: {line}", file=sys.stderr, flush=True)
   outcome = loop.run(
     prepared,
-    args.workdir,
+    place,
     hooks=loop.Hooks(
       on_samples=write_samples,
       on_start=lambda step, state: references.record(folder, found) if hosts.is_primary() else None,
@@ -163,7 +183,7 @@ def _train(args, experiment, job, started, profile_steps, signals):
   )
   # After SIGTERM time is short, and what counts is saved.
   if hosts.is_primary() and outcome.reason not in (stopping.ALREADY_DONE, stopping.TERMINATED):
-    print(f"report: {report.write_report(args.workdir)}")
+    print(local_copies.shown(f"report: {report.write_report(folder.path)}"))
   if outcome.reason in (stopping.TIME, stopping.INTERRUPT, stopping.TERMINATED):
     return args.stopped_status
   return outcome.status

@@ -41,6 +41,14 @@ def to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
   return image.convert("RGB")
 
 
+def is_srgb(profile: bytes | None, mode: str) -> bool:
+  """Whether `to_rgb` leaves the values of an image of mode L or RGB as they are: no usable profile, or that of sRGB."""
+  space = _space(profile or _NO_PROFILE)
+  if space is None or not (space == "RGB" or (space == "GRAY" and mode == "L")):
+    return True
+  return _transform(profile or _NO_PROFILE, space) is None
+
+
 @functools.lru_cache(maxsize=64)
 def _space(profile: bytes) -> str | None:
   """The color space of a profile; None for a broken profile or an unknown space."""

@@ -1,19 +1,22 @@
 """Records that cannot be read: a description of one, and the search for all of them in a data set."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from aurora_jax import text
-from aurora_jax.data import tfrecords
+from aurora_jax.data import remote_shards, tfrecords
 from aurora_jax.data.dataset import Dataset
 
-# Records per chunk of `verify`. Few, so that progress is reported often.
-_CHUNK = 256
+_RUN = 64  # records that are read at once
+_AHEAD = 4  # tasks per thread that wait
 _KEY_SHOWN = 100  # characters
+_PART_BYTES = 1 << 20
+_Task, _Result = TypeVar("_Task"), TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def skip_of(dataset: Dataset, number: int, error: tfrecords.RecordError, step: i
 
 
 def verify(dataset: Dataset, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Skip]:
-  """Reads every record of a split and decodes every image.
+  """Reads every record of a split and decodes every image, in threads.
 
   Args:
     dataset: the split, opened with `tolerate_corruption`.
@@ -67,32 +70,63 @@ def verify(dataset: Dataset, on_progress: Callable[[int, int], None] = lambda do
     A `Skip` with step 0 for each corrupt record, in order.
   """
 
-  def look(number):
+  def look(first):
+    found = []
+    for number, record in enumerate(dataset.read_run(first, min(_RUN, len(dataset) - first)), first):
+      try:
+        if isinstance(record, tfrecords.RecordError):
+          raise record
+        dataset.image(number, record)
+      except tfrecords.RecordError as error:
+        found.append(skip_of(dataset, number, error, 0))
+    return found
+
+  for i, found in enumerate(_in_threads(look, range(0, len(dataset), _RUN)), 1):
+    yield from found
+    on_progress(min(i * _RUN, len(dataset)), len(dataset))
+
+
+def _in_threads(function: Callable[[_Task], _Result], tasks: Iterable[_Task]) -> Iterator[_Result]:
+  """The results of a function for each task, in order. Reading, hashing and decoding release Python's lock."""
+  threads = min(16, os.cpu_count() or 1)
+  waiting = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     try:
-      dataset.image(number)
-    except tfrecords.RecordError as error:
-      return skip_of(dataset, number, error, 0)
-    return None
-
-  numbers = iter(range(len(dataset)))
-  done = 0
-  with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL.
-    while chunk := list(itertools.islice(numbers, _CHUNK)):
-      yield from filter(None, pool.map(look, chunk))
-      done += len(chunk)
-      on_progress(done, len(dataset))
+      for task in tasks:
+        waiting.append(pool.submit(function, task))
+        if len(waiting) > _AHEAD * threads:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+    finally:
+      for future in waiting:
+        future.cancel()
 
 
-def changed_shards(dataset: Dataset) -> Iterator[str]:
+def changed_shards(
+  dataset: Dataset, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[str]:
   """Yields the names of the shards whose SHA-256 is not that of the manifest. Missing shards are left out.
 
   All records of such a shard may be readable: it may have been replaced by another one.
+
+  Args:
+    dataset: the split.
+    on_progress: called with (shards done, shards in all).
   """
-  for entry in dataset.manifest["splits"][dataset.split]["shards"]:
+
+  def look(entry):
+    digest = hashlib.sha256()
     try:
-      with open(dataset.path / entry["file"], "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+      with remote_shards.stream(dataset.path / entry["file"]) as file:
+        while part := file.read(_PART_BYTES):
+          digest.update(part)
     except OSError:
-      continue
-    if digest != entry.get("sha256", digest):
+      return False
+    return digest.hexdigest() != entry.get("sha256", digest.hexdigest())
+
+  entries = dataset.manifest["splits"][dataset.split]["shards"]
+  for i, (entry, changed) in enumerate(zip(entries, _in_threads(look, entries)), 1):
+    if changed:
       yield entry["file"]
+    on_progress(i, len(entries))

@@ -6,6 +6,7 @@ make an image unreadable (a broken EXIF block, tags out of order, many pixels) i
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import io
 import logging
@@ -30,6 +31,7 @@ _SIGNED = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "PSD", "QOI
 _SIGNATURE_BYTES = 16
 # Profiles of scanners and printers take megabytes. The limit guards against small chunks that expand to gigabytes.
 _MAXIMAL_CHUNK = 2**25
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT, _PNG_PROFILE = (b"tEXt", b"zTXt", b"iTXt"), (b"iCCP",)
 
@@ -129,6 +131,45 @@ def _open(data, least_side, size):
   bits = _bits(image)
   image.load()
   return to_rgb(_upright(image), bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What the header of an encoded image says.
+
+  Attributes:
+    format: such as "JPEG".
+    size: (width, height) of the upright image, in pixels.
+    frames: more than 1 for an animation.
+    plain: whether the stored values are the image in sRGB, as every decoder gives it: JPEG, PNG or WebP of one frame
+      with 8 bits per value, no transparency, no rotation in EXIF, no color profile other than sRGB.
+  """
+
+  format: str
+  size: tuple[int, int]
+  frames: int
+  plain: bool
+
+
+def header(data: bytes) -> Header | None:
+  """Reads the header of an encoded image without decoding it; None if it cannot be read."""
+  try:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+      # The frames of an MPO are views for both eyes, those of a TIFF are pages.
+      frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
+      orientation = image.getexif().get(_ORIENTATION, 1)
+      size = image.size if orientation not in _TURNED else image.size[::-1]
+      plain = (
+        image.format in ("JPEG", "PNG", "WEBP")
+        and frames == 1
+        and image.mode in ("L", "RGB")
+        and not image.has_transparency_data
+        and orientation in (0, 1)
+        and color_profiles.is_srgb(image.info.get("icc_profile"), image.mode)
+      )
+      return Header(image.format or "", size, frames, plain)
+  except Exception:  # as in `open_image`
+    return None
 
 
 def _too_large(what):

@@ -15,6 +15,8 @@ import numpy as np
 
 from aurora_jax.data import shuffle, tfrecords
 from aurora_jax.data.dataset import Dataset
+from aurora_jax.data.joined import Joined
+from aurora_jax.data.orders import FullOrder, Order, Runs
 from aurora_jax.errors import UserError
 
 IMAGE, CAPTION = "image", "caption"
@@ -27,7 +29,14 @@ class IndexSampler:
     digest: int32, a checksum of what is sampled. It must be equal on all hosts.
   """
 
-  def __init__(self, dataset: Dataset, epoch_unit: str = IMAGE, pairs: int = 0, warped: bool = False):
+  def __init__(
+    self,
+    dataset: Dataset | Joined,
+    epoch_unit: str = IMAGE,
+    pairs: int = 0,
+    warped: bool = False,
+    order: Order | None = None,
+  ):
     """Reads all captions of the data set once, unless the unit is `IMAGE` and there are no pairs.
 
     Args:
@@ -37,10 +46,12 @@ class IndexSampler:
         captions with several images are taken; if there are too few, the remaining slots are ordinary ones. At most
         half the batch.
       warped: whether each slot is warped in its own way (`augment`). Two slots with the same image are then a pair too.
+      order: order of the examples, if the unit is `IMAGE`; None is a full shuffle.
 
     Raises:
       UserError: no example can be read.
     """
+    self._order = FullOrder(len(dataset)) if order is None else order
     self._size, self._epoch_unit, self._pairs = len(dataset), epoch_unit, pairs
     self._least = 1 if warped else 2  # images that a caption must have for a pair
     self.digest = self._size % 2**31
@@ -50,8 +61,8 @@ class IndexSampler:
   def _group(self, dataset):
     """Lists the examples caption by caption, and where those of each caption begin."""
     groups = {}
-    for number, example in dataset.readable():
-      groups.setdefault(example.captions[0], []).append(number)
+    for number, captions in dataset.readable_captions():
+      groups.setdefault(captions[0], []).append(number)
     if not groups:
       raise UserError(f"no record of data set {dataset.path} can be read; {_why_not(dataset)}")
     self._members = np.concatenate([np.asarray(group, np.int64) for group in groups.values()])
@@ -75,7 +86,28 @@ class IndexSampler:
       int64 [b], numbers of the examples.
     """
     slots = np.atleast_1d(np.asarray(slots, np.int64))
-    numbers = self._drawn(seed, batch_size, step, slots)
+    return self._paired(seed, batch_size, step, slots, self._drawn(seed, batch_size, step, slots))
+
+  def plan(
+    self, seed: int, batch_size: int, step: int, slots: np.ndarray | Sequence[int] | int
+  ) -> tuple[np.ndarray, Runs]:
+    """(the examples of some slots of a step, int64 [b]; the runs of neighboring records to read for them)."""
+    slots = np.atleast_1d(np.asarray(slots, np.int64))
+    drawn = self._drawn(seed, batch_size, step, slots)
+    numbers = self._paired(seed, batch_size, step, slots, drawn.copy())
+    if self._epoch_unit == CAPTION:
+      return numbers, Runs(numbers, numbers, np.ones_like(numbers))
+    runs = self._order.runs(seed, batch_size, step, slots, drawn)
+    paired = numbers != drawn
+    first, count = np.where(paired, numbers, runs.first), np.where(paired, 1, runs.count)
+    return numbers, Runs(runs.window, first, count)
+
+  def held_runs(self, batch_size: int) -> int:
+    """Runs of several records that are in use at a time; 0 if records are read one by one."""
+    return self._order.held_runs(batch_size) if self._epoch_unit == IMAGE else 0
+
+  def _paired(self, seed, batch_size, step, slots, numbers):
+    """`numbers` [b] of the slots, with those of pairs in the slots for them."""
     second = slots - (batch_size - self._pairs)  # which pair a slot completes
     if (second >= 0).any():
       # Neighbors lend each other mismatched captions (training/step.py): none of these slots is a neighbor of a pair's.
@@ -90,7 +122,7 @@ class IndexSampler:
   def _drawn(self, seed, batch_size, step, slots):
     """The examples of slots [b] without pairs."""
     if self._epoch_unit == IMAGE:
-      return shuffle.example_index(seed, self._size, batch_size, step, slots)
+      return self._order(seed, batch_size, step, slots)
     captions = shuffle.example_index(seed, len(self._counts), batch_size, step, slots)
     draws = shuffle.uniform(seed, "picture", step, slots)[:, 0]
     return self._members[self._begins[captions] + (draws * self._counts[captions]).astype(np.int64)]

@@ -1,39 +1,39 @@
-"""Training batches: random access, a keyed permutation per epoch, decoding ahead in threads or processes.
+"""Training batches: random access, a keyed order, reading and decoding ahead in threads.
 
-The batch of step s is a pure function of (data set, seed, s): `BatchMaker.__call__`. grain runs that function ahead of
-the training loop. The only iterator state is the step, so a run resumes at any step at once, and any number of hosts
-sees the same global batches.
+The batch of step s is a pure function of (data set, settings, seed, s): `BatchMaker.__call__`. Threads run that
+function ahead of the training loop; reading, decoding and resizing release Python's lock. The only iterator state is
+the step, so a run resumes at any step at once, and any number of hosts and threads sees the same global batches.
 
 A record is corrupt if its checksum is wrong, its shard is truncated or missing, it is no Example, it has no caption, or
 its image is unreadable or has another size than the record says. A corrupt record is skipped. Its slot gets the first
 readable record of a keyed permutation of that step and slot (`shuffle.replacement_index`), which is a pure function of
-(data set, seed, step, slot) as well. Each batch carries its skipped records out of grain's threads or processes, to
-`Batches.skipped`.
+(data set, seed, step, slot) as well. Each batch carries its skipped records out of the threads, to `Batches.skipped`.
 """
 
 import dataclasses
-import signal
+import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
-from PIL import Image
 
 from aurora_jax.data import augment as augmentation
-from aurora_jax.data import corrupt_records, images, schema, shuffle, tfrecords
+from aurora_jax.data import corrupt_records, decode, schema, shuffle, tfrecords
 from aurora_jax.data.augment import Augment
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.data.index_sampler import IndexSampler
+from aurora_jax.data.joined import Joined
+from aurora_jax.data.prefetch import Prefetch
+from aurora_jax.data.read_ahead import ReadAhead
 from aurora_jax.errors import UserError
 
 CACHE_BYTES = 512 * 2**20
 # Replacements that are tried for one slot, so that a batch never reads millions of records. If every second record is
 # corrupt, all of them fail once in 2**1000 slots.
 _MOST_ATTEMPTS = 1000
+_BLOCK_READS = 8  # reads of blocks at a time
 
 
 class NothingReadable(UserError):
@@ -45,7 +45,9 @@ def to_float(pixels: np.ndarray) -> np.ndarray:
   return pixels.astype(np.float32) / 127.5 - 1
 
 
-def load_pixels(dataset: Dataset, number: int, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def load_pixels(
+  dataset: Dataset | Joined, number: int, side: int, decoding: str = decode.FULL, record: bytes | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
   """Reads and decodes one image.
 
   Args:
@@ -54,6 +56,8 @@ def load_pixels(dataset: Dataset, number: int, side: int) -> tuple[np.ndarray, t
     side: side of the result, in pixels. A larger image is reduced by area averaging (Pillow's BOX), which does not ring
       around flat shapes. For a factor of two it is exactly the reduction of an augmented image. A smaller image is
       enlarged (bicubic).
+    decoding: how a JPEG is reduced; see `Dataset.pixels`.
+    record: the bytes of the record, if they have been read.
 
   Returns:
     (uint8 [side, side, 3], captions).
@@ -61,10 +65,8 @@ def load_pixels(dataset: Dataset, number: int, side: int) -> tuple[np.ndarray, t
   Raises:
     tfrecords.RecordError: the record or its image cannot be read.
   """
-  image, example = dataset.image(number)
-  if image.size != (side, side):
-    image = images.square(image, side, Image.Resampling.BOX if min(image.size) >= side else Image.Resampling.BICUBIC)
-  return np.asarray(image), example.captions
+  pixels, example = dataset.pixels(number, side, decoding, record)
+  return pixels, example.captions
 
 
 def load_images(dataset: Dataset, resolution: int, numbers: Iterable[int] | np.ndarray | None = None) -> np.ndarray:
@@ -90,12 +92,32 @@ def load_images(dataset: Dataset, resolution: int, numbers: Iterable[int] | np.n
   return np.stack(loaded) if loaded else np.zeros((0, resolution, resolution, 3), np.uint8)
 
 
-def check_resolution(dataset: Dataset, resolution: int) -> None:
+def check_resolution(dataset: Dataset | Joined, resolution: int) -> None:
   """Raises `UserError` unless the resolution lies between 1 and that of the data set."""
   if not 1 <= resolution <= dataset.resolution:
     raise UserError(
       f"resolution {resolution} cannot be had from data set {dataset.path}, which was built at {dataset.resolution}"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+  """An image that was read, its captions, and their weights as of `_cumulative_weights`."""
+
+  pixels: np.ndarray
+  captions: tuple[str, ...]
+  weights: np.ndarray | None
+
+
+def _cumulative_weights(example):
+  """float64 [captions], the running sum of an example's caption weights, which ends at 1. None if it has no weights."""
+  weights = example.features.get(schema.CAPTION_WEIGHT)
+  if weights is None or weights.shape != (len(example.captions),):
+    return None
+  weights = np.asarray(weights, np.float64)
+  if not np.isfinite(weights).all() or weights.min() < 0 or not weights.sum():
+    return None
+  return np.cumsum(weights) / weights.sum()
 
 
 @dataclasses.dataclass
@@ -104,9 +126,10 @@ class BatchMaker:
 
   Attributes: see `train_batches`.
     cached: whether decoded images are held in memory.
+    reader: gives the records of the steps, each once; None reads them when they are needed.
   """
 
-  dataset: Dataset
+  dataset: Dataset | Joined
   resolution: int
   batch_size: int
   seed: int
@@ -116,6 +139,9 @@ class BatchMaker:
   index_sampler: IndexSampler | None = None
   slots: np.ndarray | None = None
   cached: bool = False
+  decoding: str = decode.FULL
+  normalize: bool = True
+  reader: ReadAhead | None = None
 
   def __post_init__(self):
     self._cache = {}
@@ -145,8 +171,10 @@ class BatchMaker:
     slots = self.slots
     skipped = {}
     numbers, examples = [], []
-    for slot, number in zip(slots, self.index_sampler(self.seed, self.batch_size, step, slots)):
-      number, example = self._readable(step, slot, int(number), skipped)
+    ahead = None if self.reader is None else self.reader.take(step)
+    drawn = self.index_sampler(self.seed, self.batch_size, step, slots) if ahead is None else ahead.numbers
+    for at, (slot, number) in enumerate(zip(slots.tolist(), drawn.tolist())):
+      number, example = self._readable(step, slot, number, skipped, ahead and functools.partial(ahead.record, at))
       if example is None:
         last = list(skipped.values())[-1]
         return {
@@ -160,82 +188,80 @@ class BatchMaker:
       draws = shuffle.uniform(self.seed, "augment", step, slots, augmentation.DRAWS)
       inverses = augmentation.inverse_affine(self.augment, draws)
       pixels = [
-        augmentation.warp(pixels, self.resolution, inverse) for (pixels, _), inverse in zip(examples, inverses.tolist())
+        augmentation.warp(example.pixels, self.resolution, inverse)
+        for example, inverse in zip(examples, inverses.tolist())
       ]
     else:
-      pixels = [pixels for pixels, _ in examples]
+      pixels = [example.pixels for example in examples]
     draws = shuffle.uniform(self.seed, "caption", step, slots, 2)
-    captions = [self._choose(captions, *row) for (_, captions), row in zip(examples, draws)]
+    captions = [self._choose(example.captions, example.weights, *row) for example, row in zip(examples, draws)]
     batch = {
-      "image": to_float(np.stack(pixels)),
+      "image": to_float(np.stack(pixels)) if self.normalize else np.stack(pixels),
       "caption": captions,
       "index": np.array(numbers, np.int64),
-      "caption_id": np.array([schema.caption_id(captions[0]) for _, captions in examples], np.int32),
+      "caption_id": np.array([schema.caption_id(example.captions[0]) for example in examples], np.int32),
       "skipped": list(skipped.values()),
     }
     if self.tokenizer is not None:
       batch["tokens"] = np.asarray(self.tokenizer(captions), np.int32)
     return batch
 
-  def _readable(self, step, slot, number, skipped):
+  def is_cached(self, number: int) -> bool:
+    """Whether an image is held in memory."""
+    return number in self._cache
+
+  def _readable(self, step, slot, number, skipped, record):
     """Reads the example of a slot, or its first readable replacement.
 
-    Records that cannot be read are added to `skipped`, {number: `corrupt_records.Skip`}.
+    Records that cannot be read are added to `skipped`, {number: `corrupt_records.Skip`}. `record` waits for the bytes
+    of the slot's record, or is None.
 
     Returns:
-      (number, (pixels, captions)), or (_, None) if none can be read.
+      (number, `_Loaded`), or (_, None) if none can be read.
     """
     size = len(self.dataset)
     for attempt in range(min(size, _MOST_ATTEMPTS) + 1):
       if attempt:
         number = shuffle.replacement_index(self.seed, size, step, slot, attempt - 1)
       try:
-        return number, self._load(number)
+        return number, self._load(number, record if not attempt else None)
       except tfrecords.RecordError as error:
         if number not in skipped:
           skipped[number] = corrupt_records.skip_of(self.dataset, number, error, int(step))
     return number, None
 
-  def _load(self, number):
-    """(pixels, captions); with augmentation the pixels are those of `augmentation.prepare`."""
+  def _load(self, number, record):
+    """`_Loaded` of an example; with augmentation the pixels are those of `augmentation.prepare`."""
     if number in self._cache:
       return self._cache[number]
-    pixels, captions = load_pixels(self.dataset, number, self.side)
+    pixels, example = self.dataset.pixels(number, self.side, self.decoding, record and record())
     if self.augment.active:
       pixels = augmentation.prepare(pixels, self.resolution)
+    loaded = _Loaded(pixels, example.captions, _cumulative_weights(example))
     if self.cached:  # if two threads load the same image, their results are equal
-      self._cache[number] = pixels, captions
-    return pixels, captions
+      self._cache[number] = loaded
+    return loaded
 
-  def _choose(self, captions, primary_draw, other_draw):
+  def _choose(self, captions, weights, primary_draw, other_draw):
+    if weights is not None:
+      return captions[min(int(np.searchsorted(weights, primary_draw, side="right")), len(captions) - 1)]
     if len(captions) == 1 or primary_draw < self.primary_caption_probability:
       return captions[0]
     return captions[1 + int(other_draw * (len(captions) - 1))]
 
 
-def _ignore_interrupts(worker, workers):
-  """Ignores Ctrl-C in a worker.
-
-  It reaches every process of a terminal; the main process handles it and ends the workers.
-  """
-  del worker, workers
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  if hasattr(signal, "SIGHUP"):  # the end of the terminal reaches every process too
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
 class Batches:
-  """Iterator over batches, made by `train_batches`. As a context manager it ends its threads or processes on exit.
+  """Iterator over batches, made by `train_batches`. As a context manager it ends its threads on exit.
 
   Attributes:
     step: global step of the next batch.
     skipped: {number of the example: `corrupt_records.Skip`} of all batches so far, in order of occurrence.
   """
 
-  def __init__(self, iterator: Iterator[dict[str, Any]], step: int):
-    # Threads and processes must end, and grain's iterator must be deleted, before the interpreter unloads modules.
-    self._running = [iterator]
-    self._end = weakref.finalize(self, lambda running: running.pop().close(), self._running)
+  def __init__(self, iterator: Prefetch[dict[str, Any]], step: int, reader: ReadAhead | None = None):
+    # Threads must end before the interpreter unloads modules. Reads are dropped first: batches may wait for them.
+    self._running: list[Any] = [iterator, *([] if reader is None else [reader])]
+    self._end = weakref.finalize(self, _close_all, self._running)
     self.step = step
     self.skipped = {}
 
@@ -254,7 +280,7 @@ class Batches:
     return batch
 
   def close(self) -> None:
-    """Ends the threads or processes. A second call does nothing."""
+    """Ends the threads. A second call does nothing."""
     self._end()
 
   def __enter__(self) -> "Batches":
@@ -266,8 +292,13 @@ class Batches:
     self.close()
 
 
+def _close_all(running):
+  while running:
+    running.pop().close()
+
+
 def train_batches(
-  dataset: Dataset,
+  dataset: Dataset | Joined,
   *,
   resolution: int,
   batch_size: int,
@@ -281,6 +312,9 @@ def train_batches(
   workers: int = 2,
   prefetch: int = 4,
   cache_bytes: int = CACHE_BYTES,
+  decoding: str = decode.FULL,
+  normalize: bool = True,
+  reads: int = 0,
 ) -> Batches:
   """Endless training batches, in another order every epoch.
 
@@ -291,18 +325,24 @@ def train_batches(
     seed: seed of the order and of all draws.
     start_step: global step of the first batch.
     augment: random warp of the images, drawn for each step and slot.
-    tokenizer: captions -> int32 [b, N], or None. It is pickled for worker processes.
-    primary_caption_probability: probability of an example's first caption; otherwise one of the others, uniformly.
+    tokenizer: captions -> int32 [b, N], or None. It is called in several threads.
+    primary_caption_probability: probability of an example's first caption; otherwise one of the others, uniformly. An
+      example with caption weights (`schema.CAPTION_WEIGHT`) has its captions drawn by these instead.
     index_sampler: `IndexSampler` of the data set; None visits every image once an epoch.
     slots: int [b], the slots of the global batch that this host makes; None makes all.
-    workers: number of threads if the decoded split fits into `cache_bytes`, for then every image is decoded only once.
-      Otherwise number of processes; 0 is one thread.
-    prefetch: batches made ahead, per worker process.
-    cache_bytes: largest size of the cache of decoded images; 0 disables it.
+    workers: number of threads that make batches; 0 is one.
+    prefetch: batches made ahead.
+    cache_bytes: largest size of the cache of decoded images; 0 disables it. It is used if all images fit, for then
+      every image is decoded only once.
+    decoding: how a JPEG is reduced; see `Dataset.pixels`.
+    normalize: whether images are float32 in [-1, 1] as of `to_float`; otherwise uint8, a quarter of the bytes.
+    reads: reads at a time, begun ahead of the batches that need them. It hides the latency of storage if it is at least
+      the product of records per second and seconds per read. 0: the threads that make batches read, which is best for
+      local files. Orders of blocks read ahead in any case.
 
   Returns:
     `Batches`, an iterator over dicts of b slots:
-      `image`: float32 [b, resolution, resolution, 3] in [-1, 1];
+      `image`: float32 [b, resolution, resolution, 3] in [-1, 1], or uint8 (`normalize`);
       `caption`: b strings;
       `index`: int64 [b], numbers of the examples;
       `caption_id`: int32 [b], ids of the primary captions (see `schema.caption_id`), whichever captions were chosen;
@@ -324,14 +364,15 @@ def train_batches(
     dataset, resolution, batch_size, seed, augment, tokenizer, primary_caption_probability, index_sampler, slots
   )
   maker.cached = len(dataset) * maker.side**2 * 3 <= cache_bytes
-  threads = max(1, workers) if maker.cached else 1
-  steps = grain.MapDataset.range(start_step, 2**62).map(maker)
-  batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads)))
-  if workers and not maker.cached:
-    if not flags.FLAGS.is_parsed():  # grain reads its own absl flags, and this program has no absl main
-      flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
-      worker_init_fn=_ignore_interrupts,
-    )
-  return Batches(iter(batches), start_step)
+  maker.decoding, maker.normalize = decoding, normalize
+  threads = max(1, workers)
+  ahead = max(prefetch, threads)
+  sampler = maker.index_sampler
+  held = sampler.held_runs(batch_size)
+  if reads or held:
+    reads = reads or _BLOCK_READS
+    steps = max(ahead, -(-2 * reads // len(maker.slots))) if not held else ahead
+    plan = functools.partial(sampler.plan, seed, batch_size, slots=maker.slots)
+    skip = maker.is_cached
+    maker.reader = ReadAhead(dataset, plan, start_step, threads=reads, steps=steps, held=held, skip=skip)
+  return Batches(Prefetch(maker, start_step, threads, ahead), start_step, maker.reader)

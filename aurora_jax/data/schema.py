@@ -23,6 +23,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from aurora_jax import text
 
 SCHEMA_VERSION = 1
+# A feature with one number per caption: the probability with which training takes it. `build-data` stores it for mixed
+# captions.
+CAPTION_WEIGHT = "caption_weight"
 _RESERVED = ("image", "caption", "width", "height", "key")
 _NAMES_SHOWN = 200  # characters
 
@@ -173,11 +176,31 @@ def decode(record: bytes) -> Example:
     height=_first_integer(feature, "height"),
     key=key,
     features={
-      name: np.array(value.float_list.value, np.float32)
-      for name, value in feature.items()
-      if name not in _RESERVED and value.WhichOneof("kind") == "float_list"
+      name: np.array(feature[name].float_list.value, np.float32)
+      for name in feature
+      if name not in _RESERVED and feature[name].WhichOneof("kind") == "float_list"
     },
   )
+
+
+def decode_features(record: bytes) -> dict[str, list[bytes] | list[float] | list[int]]:
+  """Reads all features of any `tf.train.Example`.
+
+  Args:
+    record: its bytes.
+
+  Returns:
+    {name: values}; empty features are left out.
+
+  Raises:
+    ExampleError: not a `tf.train.Example`.
+  """
+  try:
+    feature = _ExampleProto.FromString(record).features.feature
+  except (message.DecodeError, UnicodeDecodeError):
+    raise ExampleError(f"not a tf.train.Example ({len(record)} bytes)") from None
+  kinds = {name: value.WhichOneof("kind") for name, value in feature.items()}
+  return {name: list(getattr(feature[name], kind).value) for name, kind in kinds.items() if kind}
 
 
 def _names(feature):

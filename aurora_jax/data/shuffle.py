@@ -69,11 +69,20 @@ def epoch_permutation(
     int64 [b]: the record at each position.
   """
   keys = fold(seed, zlib.crc32(b"epoch"), epoch)
-  return _permutation(keys, size, positions)
+  return keyed_permutation(keys, size, positions)
 
 
-def _permutation(keys, size, positions):
-  """`epoch_permutation` under uint64 keys [1] or [b]."""
+def keyed_permutation(keys: np.ndarray, size: int, positions: np.ndarray | Sequence[int] | int) -> np.ndarray:
+  """`epoch_permutation` under any keys.
+
+  Args:
+    keys: uint64 [1] or [b], of `fold`. Every key has its own permutation.
+    size: number of values, at least 1.
+    positions: int [b] in range(size).
+
+  Returns:
+    int64 [b]: the value at each position.
+  """
   columns = math.isqrt(size - 1) + 1
   rows = -(-size // columns)
   values = np.atleast_1d(np.asarray(positions, np.int64)).astype(np.uint64)
@@ -93,7 +102,7 @@ def _permutation(keys, size, positions):
 
 
 def example_index(
-  seed: int, size: int, batch_size: int, step: int, slots: np.ndarray | Sequence[int] | int
+  seed: int, size: int, batch_size: int, step: int | np.ndarray, slots: np.ndarray | Sequence[int] | int
 ) -> np.ndarray:
   """The record at slots of a global step.
 
@@ -103,7 +112,7 @@ def example_index(
     seed: seed of the order.
     size: number of records.
     batch_size: global batch size.
-    step: global step, from 0.
+    step: global step, from 0, or int [b] with one step per slot.
     slots: int [b] in range(batch_size).
 
   Returns:
@@ -129,4 +138,4 @@ def replacement_index(seed: int, size: int, step: int, slot: int, attempt: int) 
   Returns:
     int in range(size).
   """
-  return int(_permutation(fold(seed, zlib.crc32(b"stand-in"), step, slot), size, attempt)[0])
+  return int(keyed_permutation(fold(seed, zlib.crc32(b"stand-in"), step, slot), size, attempt)[0])

@@ -8,16 +8,20 @@ A record is read at the place in its index, and both checksums are always checke
 affect the next one, and no changed byte goes unnoticed.
 """
 
+import array
 import errno
 import hashlib
 import os
 import pathlib
 import struct
 import types
+from collections.abc import Iterator
 
 import google_crc32c
 import numpy as np
 
+from aurora_jax import storage
+from aurora_jax.data import remote_shards
 from aurora_jax.errors import UserError
 
 HEADER_BYTES = 12
@@ -30,6 +34,8 @@ _MASK_DELTA = 0xA282EAD8
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # A larger record is read only if the file is that long: a corrupt index may hold any length.
 _LARGE = 2**26
+ROW_BYTES = 16  # of an index
+_CHECKED_ROWS = 2**15  # of an index at a time, so that checking a long one takes little memory
 
 
 class RecordError(Exception):
@@ -86,6 +92,7 @@ class ShardWriter:
     self.size = 0
     self._hash = hashlib.sha256()
     self._file = open(self.path, "wb")
+    self.path.with_suffix(".captions").unlink(missing_ok=True)  # of a former shard of this name
 
   @property
   def sha256(self) -> str:
@@ -115,7 +122,7 @@ class ShardWriter:
 
 
 def read_record(
-  file: str | os.PathLike | int,
+  file: str | os.PathLike | int | storage.RangeReader,
   offset: int,
   length: int,
   name: str | os.PathLike | None = None,
@@ -136,43 +143,109 @@ def read_record(
   Raises:
     RecordError: the file is truncated or cannot be read, a length differs from the index, or a checksum is wrong.
   """
-  if not isinstance(file, int):
-    descriptor = open_shard(file)
+  if isinstance(file, (str, os.PathLike)):
+    opened = open_shard(file)
     try:
-      return read_record(descriptor, offset, length, name or file, number)
+      return read_record(opened, offset, length, name or file, number)
     finally:
-      os.close(descriptor)
-  where = f"{name}: record at byte {offset}" if number is None else f"{name}: record {number} at byte {offset}"
+      remote_shards.close_file(opened)
+  where = _where(name, offset, number)
   wanted = length + FRAME_BYTES
   try:
-    there = wanted if length <= _LARGE else min(wanted, max(0, os.fstat(file).st_size - offset))
-    data = os.pread(file, wanted, offset) if there == wanted else b""
-    while there == wanted and len(data) < wanted:  # a mounted file system may return fewer bytes
-      more = os.pread(file, wanted - len(data), offset + len(data))
-      data += more
-      there = wanted if more else len(data)
+    data, there = read_bytes(file, offset, wanted)
   except OSError as error:
-    raise _unreadable(error, where) from None
+    raise unreadable(error, where) from None
   if there < wanted:
     raise RecordError(where, f"is cut off: {there} of {wanted} bytes")
+  return _payload(data, length, where)
+
+
+def read_records(
+  file: str | os.PathLike | int | storage.RangeReader, rows: np.ndarray, name: str | os.PathLike, first: int
+) -> list[bytes | RecordError]:
+  """Reads neighboring records of a shard at once and checks each of them.
+
+  Args:
+    file: a path, or a descriptor open for reading (see `read_record`).
+    rows: int64 [n, 2], rows of the shard's index that follow each other.
+    name: name of the file for messages.
+    first: number of the first of these records in the shard.
+
+  Returns:
+    For each record its payload, or the error that `read_record` would raise.
+  """
+  offset, rows = int(rows[0, 0]), rows.tolist()
+  wanted = sum(rows[-1]) + FRAME_BYTES - offset
+  whole = wanted <= _LARGE and all(a[0] + a[1] + FRAME_BYTES == b[0] for a, b in zip(rows, rows[1:]))
+  data = b""
+  if whole:
+    try:
+      opened = open_shard(file) if isinstance(file, (str, os.PathLike)) else file
+      try:
+        data, _ = read_bytes(opened, offset, wanted)
+      finally:
+        if opened is not file:
+          remote_shards.close_file(opened)
+    except (OSError, RecordError):
+      whole = False
+  if not whole or len(data) < wanted:  # each record on its own, for its own error
+    return [_read_or_error(file, begin, length, name, first + i) for i, (begin, length) in enumerate(rows)]
+  found = []
+  for i, (begin, length) in enumerate(rows):
+    try:
+      part = data[begin - offset : begin - offset + length + FRAME_BYTES]
+      found.append(_payload(part, length, _where(name, begin, first + i)))
+    except RecordError as error:
+      found.append(error)
+  return found
+
+
+def _read_or_error(file, offset, length, name, number):
+  try:
+    return read_record(file, offset, length, name, number)
+  except RecordError as error:
+    return error
+
+
+def _where(name, offset, number):
+  return f"{name}: record at byte {offset}" if number is None else f"{name}: record {number} at byte {offset}"
+
+
+def read_bytes(file: int | storage.RangeReader, offset: int, wanted: int) -> tuple[bytes, int]:
+  """(bytes, number of bytes that are there) of an open file. The bytes are empty if a long read cannot succeed."""
+  if isinstance(file, storage.RangeReader):
+    there = wanted if wanted <= _LARGE + FRAME_BYTES else min(wanted, max(0, file.size - offset))
+    data = file.pread(wanted, offset) if there == wanted else b""
+    return data, min(there, len(data)) if data else there
+  there = wanted if wanted <= _LARGE + FRAME_BYTES else min(wanted, max(0, os.fstat(file).st_size - offset))
+  data = os.pread(file, wanted, offset) if there == wanted else b""
+  while there == wanted and len(data) < wanted:  # a mounted file system may return fewer bytes
+    more = os.pread(file, wanted - len(data), offset + len(data))
+    data += more
+    there = wanted if more else len(data)
+  return data, there
+
+
+def _payload(data, length, where):
+  """The payload of a frame of `length` bytes, after its checks."""
   stored_length, length_crc = struct.unpack_from("<QI", data)
   if length_crc != masked_crc(data[:8]) or stored_length != length:
     raise RecordError(where, f"has a broken header (length {stored_length}, the index says {length})")
   payload = data[HEADER_BYTES:-FOOTER_BYTES]
-  if struct.unpack("<I", data[-FOOTER_BYTES:])[0] != masked_crc(payload):
+  if struct.unpack_from("<I", data, len(data) - FOOTER_BYTES)[0] != masked_crc(payload):
     raise RecordError(where, "has a wrong checksum")
   return payload
 
 
-def open_shard(path: str | os.PathLike) -> int:
-  """Opens a descriptor for `read_record`; the caller closes it. Raises `RecordError` if the file cannot be opened."""
+def open_shard(path: str | os.PathLike) -> int | storage.RangeReader:
+  """Opens a file for `read_record`; `remote_shards.close_file` closes it. Raises `RecordError` if that fails."""
   try:
-    return os.open(path, os.O_RDONLY)
+    return remote_shards.open_file(path)
   except OSError as error:
-    raise _unreadable(error, f"{path}:") from None
+    raise unreadable(error, f"{path}:") from None
 
 
-def _unreadable(error, where):
+def unreadable(error: OSError, where: str) -> RecordError | UserError:
   """The `RecordError` for a file that cannot be read, or a `UserError` if the process lacks resources."""
   if error.errno in _LACKING:
     return UserError(f"{where.removesuffix(':')} cannot be read: {error.strerror}")
@@ -191,20 +264,20 @@ def scan(path: str | os.PathLike) -> np.ndarray:
   Raises:
     RecordError: a header is broken, or the file ends within a record.
   """
-  index, error = _scan_to_error(path)
+  index, error = scan_to_error(path)
   if error is not None:
     raise error
   return index
 
 
-def _scan_to_error(path):
+def scan_to_error(path: str | os.PathLike) -> tuple[np.ndarray, RecordError | UserError | None]:
   """(index of the records before the first error, the error or None)."""
-  entries, position, error = [], 0, None
+  entries, position, error = array.array("q"), 0, None
   try:
-    with open(path, "rb") as file:
-      size = os.fstat(file.fileno()).st_size
+    with remote_shards.stream(path) as file:
+      size = os.path.getsize(path)
       while position < size:
-        where = f"{path}: record {len(entries)} at byte {position}"
+        where = f"{path}: record {len(entries) // 2} at byte {position}"
         file.seek(position)
         header = file.read(HEADER_BYTES)
         if len(header) < HEADER_BYTES:
@@ -215,10 +288,10 @@ def _scan_to_error(path):
           raise RecordError(where, f"has a broken header{f': {why}' if why else ''}")
         if position + length + FRAME_BYTES > size:
           raise RecordError(where, f"is cut off: {size - position} of {length + FRAME_BYTES} bytes")
-        entries.append((position, length))
+        entries.extend((position, length))
         position += length + FRAME_BYTES
   except OSError as caught:
-    error = _unreadable(caught, f"{path}:")
+    error = unreadable(caught, f"{path}:")
   except RecordError as caught:
     error = caught
   return np.array(entries, np.int64).reshape(-1, 2), error
@@ -237,24 +310,33 @@ def load_index(path: str | os.PathLike) -> np.ndarray:
     UserError: the shard is missing, its size differs from the index, the index is broken, or a scan fails.
   """
   path = pathlib.Path(path)
-  try:
-    size = path.stat().st_size
-  except OSError:
-    raise UserError(f"shard {path} is missing") from None
-  index = _stored_index(path)
+  size = shard_size(path)
+  index = stored_index(path)
   if index is None:
     return _rebuild_index(path)
-  expected = int(index[-1].sum()) + FRAME_BYTES if len(index) else 0
+  check_size(path, size, int(index[-1].sum()) + FRAME_BYTES if len(index) else 0)
+  return index
+
+
+def shard_size(path: pathlib.Path) -> int:
+  """Size of a shard in bytes. Raises `UserError` if it is missing."""
+  try:
+    return path.stat().st_size
+  except OSError:
+    raise UserError(f"shard {path} is missing") from None
+
+
+def check_size(path: pathlib.Path, size: int, expected: int) -> None:
+  """Raises `UserError` unless the shard ends where the last record of its index ends."""
   if size != expected:
     why = _compressed(path) or "it is truncated or was changed"
     raise UserError(f"shard {path} has {size} bytes, its index says {expected}: {why}")
-  return index
 
 
 def _compressed(path):
   """A message if TensorFlow has compressed the shard, else None."""
   try:
-    with open(path, "rb") as file:
+    with remote_shards.stream(path) as file:
       head = file.read(HEADER_BYTES)
   except OSError:
     return None
@@ -267,60 +349,41 @@ def _compressed(path):
   return f"it is compressed ({kind}), and shards are read as they are: decompress it" if kind else None
 
 
-def _stored_index(path):
+def stored_index(path: pathlib.Path) -> np.ndarray | None:
   """int64 [records, 2] from the index file of a shard; None if there is none. `UserError` if it is broken."""
-  broken = f"index {index_path(path)} is broken (delete it to have it made anew)"
   try:
-    data = index_path(path).read_bytes()
+    parts = list(index_rows(path))
   except FileNotFoundError:
     return None
-  except OSError as error:
-    raise UserError(f"{broken}: {error.strerror}") from None
-  if len(data) % 16:
-    raise UserError(f"{broken}: {len(data)} bytes are not whole pairs")
-  index = np.frombuffer(data, "<u8").astype(np.int64).reshape(-1, 2)
-  ends = index.sum(axis=1) + FRAME_BYTES
-  # A length of 2**63 or more is negative here, and a sum that overflows ends below its beginning.
-  if (
-    (index < 0).any() or (ends < index[:, 0]).any() or not np.array_equal(index[1:, 0], ends[:-1]) or index[:1, 0].any()
-  ):
-    raise UserError(f"{broken}: its records do not follow each other")
-  return index
+  return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
 
 
-def salvage_index(path: str | os.PathLike, records: int) -> tuple[np.ndarray, str | None]:
-  """The index of a shard that may be corrupt, as far as it can be found.
-
-  There is a row for every record. No index file of a corrupt shard is written.
-
-  Args:
-    path: path of the shard.
-    records: number of records according to the manifest.
-
-  Returns:
-    (index, problem). index: int64 [records, 2] as of `load_index`; -1 if the place of a record is unknown. problem: a
-    message, or None if nothing is wrong.
+def index_rows(path: str | os.PathLike) -> Iterator[np.ndarray]:
+  """Yields the index file of a shard in parts, int64 [n, 2].
 
   Raises:
-    UserError: the shard holds more records than the manifest says.
+    FileNotFoundError: there is none.
+    UserError: it is broken.
   """
-  problem = None
+  broken = f"index {index_path(path)} is broken (delete it to have it made anew)"
+  end = 0
   try:
-    index = load_index(path)
-  except UserError as error:
-    problem = str(error)
-    try:
-      index = _stored_index(pathlib.Path(path))
-    except UserError:
-      index = None
-    if index is None or len(index) != records:
-      index, _ = _scan_to_error(path)
-  if len(index) > records:
-    raise UserError(f"shard {path} holds {len(index)} examples, the manifest says {records}")
-  if len(index) < records:
-    problem = problem or f"shard {path} holds {len(index)} examples, the manifest says {records}"
-    index = np.concatenate([index, np.full((records - len(index), 2), -1)])
-  return index, problem
+    with open(index_path(path), "rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      if size % ROW_BYTES:
+        raise UserError(f"{broken}: {size} bytes are not whole pairs")
+      while data := file.read(ROW_BYTES * _CHECKED_ROWS):
+        rows = np.frombuffer(data, "<u8").astype(np.int64).reshape(-1, 2)
+        ends = rows.sum(axis=1) + FRAME_BYTES
+        # A length of 2**63 or more is negative here, and a sum that overflows ends below its beginning.
+        if (rows < 0).any() or (ends < rows[:, 0]).any() or (rows[:, 0] != np.append(end, ends[:-1])).any():
+          raise UserError(f"{broken}: its records do not follow each other")
+        end = int(ends[-1])
+        yield rows
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    raise UserError(f"{broken}: {error.strerror}") from None
 
 
 def _rebuild_index(path):

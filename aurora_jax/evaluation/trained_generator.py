@@ -1,4 +1,4 @@
-"""A trained generator from a run's folder: averaged weights, frozen networks and a sampler."""
+"""A trained generator from a run's folder, or an exported one: weights, frozen networks and a sampler."""
 
 import dataclasses
 import pathlib
@@ -15,8 +15,8 @@ from aurora_jax.evaluation import interpolation, sampling
 from aurora_jax.evaluation import latents as latents_lib
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.runs import checkpoint_reader
-from aurora_jax.runs import workdir as workdir_lib
-from aurora_jax.systems import base, registry, stages
+from aurora_jax.systems import base, hub, registry, stages
+from aurora_jax.systems.model_folder import ModelFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class TrainedGenerator:
   """A generator, ready to sample.
 
   Attributes:
-    folder: the run's folder.
+    folder: the run's folder, or the exported one.
     system: the system; for a run that grows, at the stage of the checkpoint.
     step: step of the checkpoint.
-    weights: averaged and frozen networks.
+    weights: averaged (unless asked otherwise) and frozen networks.
     sampler: compiled sampling programs.
   """
 
@@ -60,11 +60,12 @@ def load(
   prompts_at_once: int | None = None,
   clip: str | None = None,
   dtype: str | None = None,
+  weights: str = "ema",
 ) -> TrainedGenerator:
-  """Reads a run.
+  """Reads a run, or a folder that a run was exported to.
 
   Args:
-    workdir: the run's folder.
+    workdir: the folder, or "hf:OWNER/NAME" for one on the Hub.
     step: step of the checkpoint; None takes the newest.
     batch_size: images per call of the sampler; None takes the system's default.
     images: number of images to be sampled in all, if known. It limits the batch size.
@@ -72,20 +73,29 @@ def load(
     clip: a CLIP folder in place of the one in the run's configuration.
     dtype: type of the weights and the arithmetic: "float32", or "bfloat16" for half the memory. None: weights in
       float32, arithmetic as in training.
+    weights: "ema", or "generator" for the parameters themselves; an exported folder has one of them.
 
   Raises:
-    UserError: no such run, no checkpoint, no CLIP folder, or a CLIP of another width.
+    UserError: no such folder, no checkpoint, no CLIP folder, a CLIP of another width, or weights that do not fit.
   """
-  folder = workdir_lib.RunFolder(workdir)
-  if not folder.path.is_dir():
+  place = ModelFolder.open(workdir)
+  if not place.path.is_dir():
     raise UserError(f"run folder not found: {workdir}")
-  experiment = stages.at_checkpoint(_adjusted(folder.experiment(), clip, dtype), folder.checkpoints, step)
-  system = registry.system_class(experiment.system)(experiment, mesh_lib.single_device())
+  place.check_step(step)
+  if place.exported:
+    experiment = place.experiment  # says what is missing where there is none
+    imported = hub.read_folder(place.path, experiment.system)
+    experiment = imported.trained or experiment
+    read = lambda system: (imported.step, {name: _placed(imported.networks[name], dtype) for name in system.sampled})
+  else:
+    experiment = stages.at_checkpoint(place.experiment, place.run.checkpoints, step)
+    read = lambda system: _read_networks(system, place.run.checkpoints, step, dtype, weights)
+  system = registry.system_class(experiment.system)(_adjusted(experiment, clip, dtype), mesh_lib.single_device())
   frozen = _load_frozen(system, clip)  # first, because it is small and may be missing
-  step, networks = _read_networks(system, folder.checkpoints, step, dtype)
+  step, networks = read(system)
   batch_size = batch_size or system.sampling_batch_size
   sampler = sampling.Sampler(system, batch_size if images is None else min(batch_size, images), prompts_at_once)
-  return TrainedGenerator(folder.path, system, step, sampling.Weights(networks, jax.device_put(frozen)), sampler)
+  return TrainedGenerator(place.path, system, step, sampling.Weights(networks, jax.device_put(frozen)), sampler)
 
 
 def _adjusted(experiment, clip, dtype):
@@ -110,9 +120,16 @@ def _load_frozen(system, clip):
     raise UserError(f"{error} (as the run's config has it; --clip DIR names another)") from error
 
 
-def _read_networks(system, folder, step, dtype):
+def _placed(variables, dtype):
+  """An exported network's variables on the device."""
+  params = _cast(variables.pop("params"), jnp.bfloat16 if dtype == "bfloat16" else None)
+  return {"params": params, **jax.device_put(variables)}
+
+
+def _read_networks(system, folder, step, dtype, weights):
   """(step, {network: variables}): averages, or parameters where a network has none."""
-  source = {name: "ema" if network.ema is not None else "params" for name, network in system.networks.items()}
+  averaged = lambda network: weights == "ema" and network.ema is not None
+  source = {name: "ema" if averaged(network) else "params" for name, network in system.networks.items()}
   prefixes = [f"networks/{name}/{part}" for name in system.sampled for part in (source[name], "variables")]
   step, found = checkpoint_reader.read_parts(folder, prefixes, step)
   networks = {}
@@ -126,10 +143,13 @@ def _read_networks(system, folder, step, dtype):
 
 
 def _cast(params, dtype):
-  """Casts all parameters, leaf by leaf. `params` is emptied, so that no second copy exists."""
+  """Casts all parameters (None: leaves them as they are) on the device, leaf by leaf.
+
+  `params` is emptied, so that no second copy exists.
+  """
   leaves, structure = jax.tree.flatten(params)
   params.clear()
   for i, leaf in enumerate(leaves):
-    leaves[i] = leaf.astype(dtype)
+    leaves[i] = jax.device_put(leaf if dtype is None else leaf.astype(dtype))
     del leaf
   return jax.tree.unflatten(structure, leaves)

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from aurora_jax import files
+from aurora_jax import files, local_copies
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_names, name_map, tensor_files, weight_files
@@ -83,7 +83,7 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
   Weights of any float type become float32. They are read one tensor at a time, so no second copy is in memory.
 
   Args:
-    folder: the folder.
+    folder: the folder, or its gs:// or s3:// URL.
     text_only: whether to leave out the image tower, three quarters of a ViT-L/14. The folder may then be that of a text
       tower alone, such as `text_encoder` of Stable Diffusion, with the tokenizer in it or in `tokenizer` next to it.
       The config's image tower then has default sizes.
@@ -94,7 +94,7 @@ def load(folder: str | os.PathLike, *, text_only: bool = False) -> ClipBundle:
   Raises:
     UserError: no such folder, not a CLIP, or weights that do not fit its config. All misfits are named.
   """
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(local_copies.of_folder(os.fspath(folder)))
   if not folder.is_dir():
     raise UserError(f"no CLIP folder at {folder}")
   config = read_config(folder)

@@ -8,22 +8,21 @@ weights are frozen, and gradients pass to the image.
   P side of a patch, L blocks (the leading axis of every block parameter)
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aurora_jax.config import require
 from aurora_jax.models.clip import ACTIVATIONS
+from aurora_jax.models.dino_config import DinoConfig
 from aurora_jax.ops import resample
 
 # Mean and standard deviation of the colors in [0, 1] (ImageNet) that every published DINO expects.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# Methods that resize the position table to another grid.
+# Methods that resize the position table to another grid, by `dino_config.RESIZES`.
 _RESIZES = {
   # PyTorch's "bilinear": timm's and StyleGAN-T's.
   "bilinear": lambda x, rows, columns: jax.image.resize(
@@ -36,66 +35,6 @@ _RESIZES = {
     x, (1, rows, columns, x.shape[3]), "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST
   ),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DinoConfig:
-  """Sizes. The defaults are those of DINO's ViT-S/16: 21,665,664 parameters.
-
-  Attributes:
-    image_size: side of the images that have the grid of the position table, in pixels.
-    patch: side of a patch, in pixels.
-    width: W.
-    depth: number of blocks.
-    heads: attention heads per block.
-    mlp_width: width of the feed-forward; with `swiglu` the width of each half.
-    registers: number of register tokens.
-    qkv_bias: whether query, key and value have a bias.
-    layer_scale: whether each residual branch has a gain per channel (DINOv2).
-    swiglu: whether the feed-forward is silu(gate) * value (DINOv2's giant).
-    activation: activation of the feed-forward without `swiglu`, one of `models.clip.ACTIVATIONS`.
-    pre_norm: whether there is a layer norm after the position embedding, as in CLIP's image towers.
-    layer_norm_epsilon: epsilon of all layer norms.
-    position_resize: "bilinear", "bicubic" or "bicubic_antialiased", for images of another size.
-  """
-
-  image_size: int = 224
-  patch: int = 16
-  width: int = 384
-  depth: int = 12
-  heads: int = 6
-  mlp_width: int = 1536
-  registers: int = 0
-  qkv_bias: bool = True
-  layer_scale: bool = False
-  swiglu: bool = False
-  activation: str = "gelu"
-  pre_norm: bool = False
-  layer_norm_epsilon: float = 1e-6
-  position_resize: str = "bilinear"
-
-  def __post_init__(self):
-    for name in ("image_size", "patch", "width", "depth", "heads", "mlp_width"):
-      require(getattr(self, name) >= 1, f"dino.{name} must be at least 1, got {getattr(self, name)}")
-    require(self.registers >= 0, f"dino.registers must not be negative, got {self.registers}")
-    require(self.width % self.heads == 0, f"dino.width {self.width} is not a multiple of dino.heads {self.heads}")
-    require(
-      self.image_size % self.patch == 0,
-      f"dino.image_size {self.image_size} is not a multiple of dino.patch {self.patch}",
-    )
-    require(
-      self.activation in ACTIVATIONS,
-      f"dino.activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}",
-    )
-    require(
-      self.position_resize in _RESIZES,
-      f"dino.position_resize must be one of {', '.join(_RESIZES)}, got {self.position_resize!r}",
-    )
-
-  @property
-  def grid(self) -> int:
-    """Side of the position table, in patches."""
-    return self.image_size // self.patch
 
 
 def dino_vit_s16() -> DinoConfig:

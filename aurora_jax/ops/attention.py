@@ -8,21 +8,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from aurora_jax.ops import l2_flash
+from aurora_jax.ops.l2_flash import heads_first as _heads_first
+from aurora_jax.ops.l2_flash import heads_last as _heads_last
+
+IMPLEMENTATIONS = ("xla", "pallas")
+
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
   """Square root whose gradient at zero is zero instead of infinite. x >= 0."""
   positive = x > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
-
-
-def _heads_first(x):
-  """[B, N, A, D] -> [B * A, N, D]. With two batch axes XLA's products on a CPU are four times slower."""
-  return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def _heads_last(x, heads):
-  """[B * A, N, D] -> [B, N, A, D]."""
-  return x.reshape(-1, heads, *x.shape[1:]).swapaxes(1, 2)
 
 
 def _attend(logits, values):
@@ -46,20 +42,40 @@ def _l2_attend(queries, keys, key_squares, values):
   return _attend(-distance * queries.shape[-1] ** -0.5, values)
 
 
-def l2_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, *, chunk: int | None = None) -> jax.Array:
+def l2_attention(
+  queries: jax.Array, keys: jax.Array, values: jax.Array, *, chunk: int | None = None, implementation: str = "xla"
+) -> jax.Array:
   """Softmax attention with logits -|q - k|_2 / sqrt(D): the distance itself, not its square.
 
   Args:
     queries: [B, N, A, D].
     keys, values: [B, M, A, D].
-    chunk: queries per chunk, each recomputed in the backward pass; None: all queries at once.
+    chunk: queries per chunk, each recomputed in the backward pass; None: all queries at once. With "pallas" it applies
+      to second derivatives, and to everything on a CPU.
+    implementation: one of `IMPLEMENTATIONS`. "xla": logits of a chunk are in memory. "pallas": the fused kernels of
+      `l2_flash.py` on TPUs and NVIDIA GPUs, XLA's operations elsewhere; it has no forward-mode derivative.
 
   Returns:
     [B, N, A, D] in the dtype of `values`. Distances and softmax are float32.
 
   Raises:
-    ValueError: the chunk does not divide the number of queries.
+    ValueError: the chunk does not divide the number of queries; an unknown implementation.
   """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"attention implementation must be 'xla' or 'pallas', got {implementation!r}")
+  if implementation == "pallas":
+    return l2_flash.attend(queries, keys, values, by_xla(chunk))
+  return by_xla(chunk)(queries, keys, values)
+
+
+@functools.cache
+def by_xla(chunk: int | None) -> l2_flash.Reference:
+  """`l2_attention` by XLA's operations with a chunk size: one function object for each."""
+  return functools.partial(_l2_attention, chunk=chunk)
+
+
+def _l2_attention(queries, keys, values, chunk):
+  """See `l2_attention`."""
   heads = queries.shape[2]
   queries, keys, values = (
     _heads_first(queries.astype(jnp.float32)),

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-# In the order of application. Each has its own random stream, so leaving one out does not change the others.
-POLICY = ("brightness", "saturation", "contrast", "translation", "cutout")
+from aurora_jax.ops.diff_augment_policy import POLICY
 
 TRANSLATION = 0.125  # at most this fraction of the side
 CUTOUT = 0.2  # side of the square, as a fraction of the image's

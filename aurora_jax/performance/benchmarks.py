@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ import numpy as np
 
 from aurora_jax.config import Experiment
 from aurora_jax.performance import flop_count
-from aurora_jax.runs import checkpoint_manager, metrics
 from aurora_jax.systems import base, registry
-from aurora_jax.training import guard, setup
+
+if TYPE_CHECKING:
+  from aurora_jax.runs import metrics
+  from aurora_jax.training import guard, setup  # read data; the other benchmarks need none of its packages
 
 
 class SampleSpeed(NamedTuple):
@@ -64,7 +66,7 @@ def matmul_flops_per_second(repeats: int = 15) -> float:
   return 2 * 4096 * 512 * 4096 / median_seconds(lambda: multiply(left, right), repeats, warm_up=3)
 
 
-class _Sampling(NamedTuple):
+class Sampling(NamedTuple):
   """The arguments of one call of `System.sample`, as shapes."""
 
   networks: Mapping[str, Any]
@@ -72,20 +74,26 @@ class _Sampling(NamedTuple):
   latents: Any
 
 
-def _sampling_shapes(system: base.System, batch: int) -> _Sampling:
+def sampling_shapes(system: base.System, batch: int) -> Sampling:
+  """The arguments of `System.sample` for `batch` images, as shapes."""
   variables = jax.eval_shape(system.init, jax.random.key(0))
   networks = {name: dict(variables[name]) for name in system.sampled}
   inputs = system.abstract_inputs(batch)
   condition = jax.eval_shape(system.condition, networks, system.abstract_frozen(), inputs)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-  return _Sampling(networks, condition, jax.eval_shape(jax.vmap(system.draw_latents), keys))
+  return Sampling(networks, condition, jax.eval_shape(jax.vmap(system.draw_latents), keys))
 
 
 def useful_flops(experiment: Experiment) -> int:
   """Floating-point operations of one image, in the products and convolutions that every implementation needs."""
+  return sum(useful_flops_by_precision(experiment).values())
+
+
+def useful_flops_by_precision(experiment: Experiment) -> Mapping[str, int]:
+  """`useful_flops` by precision, see `flop_count.by_precision`."""
   system = registry.system_class(experiment.system)(experiment).with_least_work()
-  shapes = _sampling_shapes(system, 1)
-  return flop_count.count(lambda *arguments: system.sample(arguments[0], {}, *arguments[1:]).image, *shapes)
+  draw = lambda *arguments: system.sample(arguments[0], {}, *arguments[1:]).image
+  return flop_count.by_precision(jax.make_jaxpr(draw)(*sampling_shapes(system, 1)).jaxpr)
 
 
 def random_values(shapes: Any, seed: int = 0) -> Any:
@@ -109,10 +117,10 @@ def sample_speed(experiment: Experiment, batches: Sequence[int], repeats: int = 
     `SampleSpeed` of each batch size.
   """
   system, flops = registry.system_class(experiment.system)(experiment), useful_flops(experiment)
-  networks = random_values(_sampling_shapes(system, 1).networks)
+  networks = random_values(sampling_shapes(system, 1).networks)
   run = jax.jit(lambda networks, condition, latents: system.sample(networks, {}, condition, latents).image)
   for batch in batches:
-    shapes = _sampling_shapes(system, batch)
+    shapes = sampling_shapes(system, batch)
     arguments = networks, *random_values((shapes.condition, shapes.latents), 1)
     begin = time.perf_counter()
     jax.block_until_ready(run(*arguments))
@@ -125,7 +133,7 @@ def sample_speed(experiment: Experiment, batches: Sequence[int], repeats: int = 
 def parameter_bytes(experiment: Experiment) -> int:
   """Bytes of the float32 variables of the networks that `System.sample` needs."""
   system = registry.system_class(experiment.system)(experiment)
-  return sum(4 * leaf.size for leaf in jax.tree.leaves(_sampling_shapes(system, 1).networks))
+  return sum(4 * leaf.size for leaf in jax.tree.leaves(sampling_shapes(system, 1).networks))
 
 
 def peak_bytes() -> int:
@@ -178,6 +186,9 @@ def guard_cost(experiment: Experiment, pairs: int = 100, warm_up: int = 3) -> Gu
     pairs: pairs of steps that count.
     warm_up: pairs before them, in addition to the one that compiles.
   """
+  from aurora_jax.runs import checkpoint_manager, metrics
+  from aurora_jax.training import batch_feed, guard, setup
+
   arms = {}
   for on in (True, False):
     train = dataclasses.replace(experiment.train, guard=on)
@@ -190,14 +201,7 @@ def guard_cost(experiment: Experiment, pairs: int = 100, warm_up: int = 3) -> Gu
   try:
     for step in range(warm_up + pairs):
       prepared = arms[True].prepared
-      step_batches = [
-        {
-          name: jax.make_array_from_process_local_data(prepared.batch_sharding, value)
-          for name, value in next(batches).items()
-          if isinstance(value, np.ndarray)
-        }
-        for _ in range(prepared.batches_per_step)
-      ]
+      step_batches = [batch_feed.put(next(batches), prepared.batch_sharding) for _ in range(prepared.batches_per_step)]
       for on in (step % 2 == 0, step % 2 == 1):
         begin, begin_work = time.perf_counter(), time.process_time()
         arms[on].train(step, step_batches)
@@ -223,10 +227,10 @@ def guard_cost(experiment: Experiment, pairs: int = 100, warm_up: int = 3) -> Gu
 class _Arm:
   """One of the two runs."""
 
-  prepared: setup.Prepared
+  prepared: "setup.Prepared"
   state: base.TrainState
-  skips: guard.Skips
-  window: metrics.Window
+  skips: "guard.Skips"
+  window: "metrics.Window"
 
   def train(self, step, batches):
     self.state, phases = self.prepared.step(step, self.state, batches)

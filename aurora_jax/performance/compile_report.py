@@ -98,9 +98,15 @@ def _refusal(error):
 
 def useful_flops(system: base.System, platform: str) -> dict[str, int]:
   """{program: floating-point operations of all devices without recomputation}."""
+  return {name: sum(flops.values()) for name, flops in useful_flops_by_precision(system, platform).items()}
+
+
+def useful_flops_by_precision(system: base.System, platform: str) -> dict[str, Mapping[str, int]]:
+  """`useful_flops` of each program by precision, see `flop_count.by_precision`."""
   step = step_lib.build(system.without_recomputation())
   frozen = system.abstract_frozen()
-  count = lambda index: flop_count.of_jaxpr(step.trace(index, frozen).jaxpr.jaxpr, flop_count.usual_branch, platform)
+  jaxpr = lambda index: step.trace(index, frozen).jaxpr.jaxpr
+  count = lambda index: flop_count.by_precision(jaxpr(index), flop_count.usual_branch, platform)
   return {program.name: count(index) for index, program in enumerate(step.programs)}
 
 
@@ -161,6 +167,7 @@ def report(
     "flops_per_device": flops,
     "useful_flops_per_device": mean(useful) / len(devices),
     "flops_per_device_by_precision": by_precision,
+    "precision_policy": estimate.precision_policy(topology.chip, by_precision, system.compute_dtype),
     "worst_routing_flops_per_device": mean({n: program.worst_flops for n, program in compiled.items()}) / len(devices),
     "collectives": [row for name in found for row in estimate.summed(found[name][0], name)],
     "loops_of_unknown_length": sum(unknown for _, unknown in found.values()),

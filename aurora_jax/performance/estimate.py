@@ -13,6 +13,7 @@ import numpy as np
 
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.performance import collectives as collectives_lib
+from aurora_jax.performance import flop_count
 from aurora_jax.performance import topology as topology_lib
 
 
@@ -140,6 +141,32 @@ def step_seconds(
   return parts | {"bound": max(known, default=None), "assumptions": list(ASSUMPTIONS)}
 
 
+def precision_policy(chip: topology_lib.Chip, flops: Mapping[str, float], compute_dtype: str) -> dict[str, Any]:
+  """What the products at the highest precision add to the bound by arithmetic.
+
+  Which products these are is a decision of the networks: distances of attention, router logits, losses, statistics.
+
+  Args:
+    chip: rates.
+    flops: per device and step, by precision (`flop_count.by_precision`).
+    compute_dtype: of most products.
+
+  Returns:
+    {"compute_dtype", "seconds": {precision: by arithmetic}, "highest_share": of the operations, "highest_seconds":
+    what they take, "highest_seconds_at_default": what they would take at the device's default precision}. Seconds are
+    None where a rate is unknown.
+  """
+  at = lambda count, rate: count / rate if rate else None
+  highest, total = flops.get(flop_count.HIGHEST, 0), sum(flops.values())
+  return {
+    "compute_dtype": compute_dtype,
+    "seconds": {precision: at(count, chip.peak(precision)) for precision, count in flops.items()},
+    "highest_share": highest / total if total else 0.0,
+    "highest_seconds": at(highest, chip.highest),
+    "highest_seconds_at_default": at(highest, chip.float32),
+  }
+
+
 def summed(found: Mapping[collectives_lib.Collective, int], program: str) -> list[dict[str, Any]]:
   """The report's `collectives` of one program: by kind and axes, the most bytes first."""
   rows = {}
@@ -187,6 +214,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   )
   shares = ", ".join(f"{kind} {count / every:.1%}" for kind, count in report["flops_per_device_by_precision"].items())
   yield f"precision of products: {shares}"
+  yield from _policy_lines(report["precision_policy"])
   yield from _program_lines(report["programs"])
   bound = report["step_seconds_bound"]
   shown = lambda seconds: "unknown" if seconds is None else f"{seconds * 1e3:,.4g} ms"
@@ -210,6 +238,15 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "experts"
     yield from _expert_lines(report["experts"], report["devices"])
+
+
+def _policy_lines(policy):
+  highest, default = policy["highest_seconds"], policy["highest_seconds_at_default"]
+  cost = "" if highest is None or default is None else f": {highest * 1e3:,.4g} ms, {default * 1e3:,.4g} by default"
+  yield (
+    f"precision policy: networks in {policy['compute_dtype']}; {policy['highest_share']:.1%} of the operations "
+    f"(distances of attention, routers, losses, statistics) in float32 at the highest precision{cost}"
+  )
 
 
 def _program_lines(programs):

@@ -130,20 +130,23 @@ _GROUPS = (
   ("R1", r"(^|[/_])r1($|[/_])"),
   ("CLIP", r"clip"),
   ("Mixture of experts", r"moe|router|balance"),
-  ("Adversarial", r"adversarial|logit|^[dg]/"),
+  ("Adversarial", r"adversarial|critic|logit|^[dg]/"),
   ("Learning", r"grad|norm|learning_rate|(^|/)lr|ema|per_second|weight"),
   ("Other", r""),
 )
 # First part of a curve's name -> its name in a chart's title.
 _PREFIXES = {
+  "c": "feature critic",
   "d": "discriminator",
   "g": "generator",
   "grad_norm": "gradient norm",
   "update_norm": "update norm",
   "grad_norm/g": "gradient of the generator",
   "grad_norm/d": "gradient of the discriminator",
+  "grad_norm/c": "gradient of the feature critic",
   "update_norm/g": "update of the generator",
   "update_norm/d": "update of the discriminator",
+  "update_norm/c": "update of the feature critic",
   "samples": "mean distance of samples",
 }
 _ORDER = (

@@ -1,21 +1,32 @@
-"""The folders of checkpoints: which ones exist, how large they are, their JSON items. Imports neither JAX nor Orbax."""
+"""The folders of checkpoints: which ones exist, how large they are, their JSON items. Imports neither JAX nor Orbax.
 
+A folder may be at a gs:// or s3:// URL, as a string or an `etils.epath.Path`.
+"""
+
+import atexit
+import functools
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
-from aurora_jax import text
+from aurora_jax import local_copies, storage, text
 from aurora_jax.errors import UserError
 
 Path = str | os.PathLike
+COMMIT = "commit_success.txt"  # the last object of a checkpoint, as Orbax writes it where there is no rename
 
 
 def steps(folder: Path) -> list[int]:
   """Steps of the complete checkpoints in a folder, ascending; [] if there is no such folder.
 
-  Orbax writes into a folder of another name and renames it at the end, so a name that is a number means complete.
+  Orbax writes into a folder of another name and renames it at the end, so a name that is a number means complete. In a
+  bucket it writes the object COMMIT at the end.
   """
+  if storage.is_url(folder):
+    numbers = [name for name in storage.list_folder(str(folder))[1] if name.isdigit()]
+    return sorted(int(name) for name in numbers if storage.exists(storage.join(folder, name, COMMIT)))
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     return []
@@ -34,13 +45,15 @@ def chosen(folder: Path, step: int | None) -> int:
     raise UserError(f"no checkpoint in {folder}")
   if step is not None and step not in found:
     raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, found))}")
-  if not text.is_utf8(folder):
+  if not storage.is_url(folder) and not text.is_utf8(folder):
     raise UserError(f"{folder}: checkpoints cannot be read under a name whose bytes are not UTF-8 (rename the folder)")
   return found[-1] if step is None else step
 
 
 def size_bytes(folder: Path, step: int) -> int:
   """Size of a checkpoint on disk, in bytes."""
+  if storage.is_url(folder):
+    return sum(storage.find(storage.join(folder, str(step))).values())
   return sum(path.stat().st_size for path in (pathlib.Path(folder) / str(step)).rglob("*") if path.is_file())
 
 
@@ -67,7 +80,43 @@ def _stored_config_item(folder, step):
 def _stored_item(folder, step, name):
   """A JSON item of a checkpoint; {} if there is none."""
   step = newest(folder) if step is None else step
+  if storage.is_url(folder):
+    try:
+      return json.loads(storage.read(storage.join(folder, str(step), name, "metadata")))
+    except storage.MissingError:
+      return {}
   for path in (pathlib.Path(folder) / str(step) / name).glob("*"):
     if path.is_file() and path.name == "metadata":
       return json.loads(path.read_text(encoding="utf-8"))
   return {}
+
+
+def reachable(folder: Path, step: int) -> pathlib.Path:
+  """The folder of one checkpoint, as Orbax can read it.
+
+  Orbax reads gs:// itself, each process only what it needs. Of s3:// a copy is made, for as long as the process lives.
+
+  Args:
+    folder: path of `checkpoints/`.
+    step: of a checkpoint in it.
+  """
+  if not storage.is_url(folder):
+    return pathlib.Path(os.path.abspath(folder)) / str(step)
+  if str(folder).startswith("gs://"):
+    storage.prepare_orbax()
+    return storage.path(storage.join(folder, str(step)))
+  return _copied(storage.join(folder, str(step)))
+
+
+@functools.lru_cache(maxsize=1)
+def _copied(url):
+  place = _temporary_folder() / url.rsplit("/", 1)[-1]
+  local_copies.show_as(place, url)
+  storage.download_all(url, place, storage.find(url))
+  return place
+
+
+def _temporary_folder():
+  folder = tempfile.TemporaryDirectory(prefix="aurora_jax-")
+  atexit.register(folder.cleanup)
+  return pathlib.Path(folder.name)

@@ -27,8 +27,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from aurora_jax import storage
 from aurora_jax.errors import UserError
-from aurora_jax.runs import checkpoint_reader, cleanup, orbax_errors, retention
+from aurora_jax.runs import checkpoint_reader, cleanup, orbax_errors, retention, workdir
 from aurora_jax.runs import format as state_format
 
 _SECONDS_BETWEEN_FOLDER_CHECKS = 1.0
@@ -49,7 +50,7 @@ class Checkpoints:
     """Opens the folder, which is made if missing, and removes what interrupted saves left there.
 
     Args:
-      folder: path of `checkpoints/`.
+      folder: path of `checkpoints/`, or its gs:// URL.
       policy: which checkpoints stay on disk.
 
     Raises:
@@ -57,15 +58,20 @@ class Checkpoints:
     """
     import orbax.checkpoint as ocp
 
-    self.folder = pathlib.Path(os.path.abspath(folder))
+    self._remote = storage.is_url(folder)
+    if self._remote:
+      storage.prepare_orbax()
+    self.folder = storage.path(folder) if self._remote else pathlib.Path(os.path.abspath(folder))
     self._ocp = ocp
+    self._complete: int | None = None  # the newest checkpoint, as far as it has been seen
     self._saving: int | None = None  # the step of a save that is not known to be complete
     self._failures: list[BaseException] = []  # of background writes in this process
-    self._remover = cleanup.Remover(self.folder)
+    self._remover = cleanup.Nothing() if self._remote else cleanup.Remover(self.folder)
     self._next_folder_check = 0.0
     orbax_errors.silence_log()
     try:
-      os.makedirs(self.folder, exist_ok=True)
+      if not self._remote:
+        os.makedirs(self.folder, exist_ok=True)
       self._remover.finish()
       self._manager = ocp.CheckpointManager(
         self.folder,
@@ -76,7 +82,7 @@ class Checkpoints:
         },
         options=ocp.CheckpointManagerOptions(
           preservation_policy=policy,
-          todelete_subdir=cleanup.FOLDER,
+          todelete_subdir=None if self._remote else cleanup.FOLDER,
           create=False,
           cleanup_tmp_directories=True,
           enable_async_checkpointing=True,
@@ -84,6 +90,8 @@ class Checkpoints:
       )
     except OSError as error:
       raise UserError(f"checkpoint folder {folder} cannot be used: {error.strerror or error}") from error
+    if self._remote:
+      self.newest()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -95,13 +103,20 @@ class Checkpoints:
       self.wait()
       self._manager.close()
       self._remover.finish()
-    elif jax.process_count() == 1:  # with several, closing would wait for processes that saw no error
+    elif jax.process_count() == 1 and not isinstance(error, storage.StorageError):
+      # With several processes, closing would wait for those that saw no error; without a server, for that server.
       with contextlib.suppress(Exception):  # `error` says more than an error of closing
         self._manager.close()
 
   def newest(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
-    return checkpoint_reader.newest(self.folder)
+    self._complete = checkpoint_reader.newest(self.folder)
+    return self._complete
+
+  @property
+  def last_seen(self) -> int | None:
+    """As `newest`, but without asking a server: it may have been seen some time ago."""
+    return self._complete if self._remote else self.newest()
 
   def save(self, step: int, state: Any, config: Mapping[str, Any], progress: Mapping[str, Any] | None = None) -> None:
     """Starts a save. Returns when the arrays are copied; the files are written in the background.
@@ -140,7 +155,7 @@ class Checkpoints:
       self._remover.start()
 
   def _check_folder(self, step):
-    if not self.folder.is_dir():
+    if not self._remote and not self.folder.is_dir():
       what = "nothing can be saved any more" if step is None else f"checkpoint of step {step} cannot be saved"
       raise SaveError(f"{what}: the folder {self.folder} has vanished")
 
@@ -152,13 +167,18 @@ class Checkpoints:
     """
     saving = self._saving
     with self._reporting(saving):
+      next_question = time.monotonic() + storage.attempt_seconds() if self._remote else float("inf")
       while self._manager.is_saving_in_progress():
         self._raise_failure()
         time.sleep(_SECONDS_BETWEEN_POLLS)
+        if time.monotonic() > next_question:  # Orbax repeats requests for longer than our deadline
+          storage.exists(storage.join(self.folder, "0"))
+          next_question = time.monotonic() + storage.attempt_seconds()
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     if saving is not None and jax.process_index() == 0 and saving not in checkpoint_reader.steps(self.folder):
       raise SaveError(f"checkpoint of step {saving} is missing from {self.folder} after it was saved")
+    self._complete = self._complete if saving is None else saving
     self._saving = None
 
   def _raise_failure(self):
@@ -174,7 +194,7 @@ class Checkpoints:
       raise
     except Exception as error:
       self._saving = None
-      last = self.newest()
+      last = self.last_seen
       remaining = "no other is there" if last is None else f"the last complete one is of step {last}"
       raise SaveError(
         f"checkpoint of step {step} could not be saved in {self.folder}: {orbax_errors.reason(error)} ({remaining})"
@@ -198,6 +218,29 @@ class Checkpoints:
     self.wait()
     step, state = checkpoint_reader.read(self.folder, abstract_state, step, whole=True)
     return state, checkpoint_reader.stored_progress(self.folder, step)
+
+
+def of_run(folder: workdir.RunFolder, policy: retention.Policy) -> Checkpoints:
+  """The checkpoints of a run, local or at a URL.
+
+  Of a run at a URL a single process writes them by way of a local folder (staged_checkpoints.py), with a tenth of the
+  requests that Orbax makes for small files. Several processes write to gs:// directly, by Orbax.
+
+  Raises:
+    UserError: the folder cannot be used; or it is at s3:// and there are several processes.
+  """
+  if not storage.is_url(folder.checkpoints):
+    return Checkpoints(folder.checkpoints, policy)
+  if jax.process_count() == 1:
+    from aurora_jax.runs import staged_checkpoints
+
+    return staged_checkpoints.StagedCheckpoints(str(folder.checkpoints), folder.path / "checkpoints", policy)
+  if not str(folder.checkpoints).startswith("gs://"):
+    raise UserError(
+      f"{folder.checkpoints}: {jax.process_count()} processes cannot write checkpoints there. Orbax writes to gs:// or "
+      "to a folder that all processes share (such as a mounted bucket)"
+    )
+  return Checkpoints(folder.checkpoints, policy)
 
 
 def _config_item(config, **more):

@@ -3,7 +3,6 @@
 checkpoint_manager.py writes them and describes their items. checkpoint_folder.py has what needs neither JAX nor Orbax.
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from aurora_jax.runs.checkpoint_folder import (
   chosen,
   newest,
   only_parts,
+  reachable,
   size_bytes,
   steps,
   stored_config,
@@ -65,7 +65,7 @@ def read(folder: Path, wanted: Any, step: int | None = None, *, whole: bool = Fa
   import orbax.checkpoint as ocp
 
   step = chosen(folder, step)
-  path = pathlib.Path(os.path.abspath(folder)) / str(step)
+  path = reachable(folder, step)
   orbax_errors.silence_log()
   wanted = jax.tree.map(_as_stored, with_shardings(wanted))
   differences = _differences(path, wanted, whole)
@@ -117,7 +117,7 @@ def read_parts(folder: Path, prefixes: Sequence[str], step: int | None = None) -
   """
   step = chosen(folder, step)
   device = jax.local_devices()[0]
-  path = pathlib.Path(os.path.abspath(folder)) / str(step)
+  path = reachable(folder, step)
   leaves = stored_arrays.read(path, prefixes, lambda array: jax.device_put(array, device))
   if leaves is None:
     wanted = {n: leaf for n, leaf in shapes(folder, step).items() if any(n.startswith(f"{p}/") for p in prefixes)}
@@ -159,7 +159,7 @@ def describe(folder: Path, step: int | None = None) -> dict[str, tuple[int, int,
     UserError: the checkpoint does not exist or cannot be read.
   """
   parts = {}
-  for name, leaf in _stored_leaves(pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))).items():
+  for name, leaf in _stored_leaves(reachable(folder, chosen(folder, step))).items():
     part = state_format.part(name)
     leaves, values, size = parts.get(part, (0, 0, 0))
     count = int(np.prod(leaf.shape))
@@ -182,7 +182,7 @@ def _stored_leaves(path):
 
 def shapes(folder: Path, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
   """{name: shape and dtype} of a checkpoint's leaves, from its metadata."""
-  path = pathlib.Path(os.path.abspath(folder)) / str(chosen(folder, step))
+  path = reachable(folder, chosen(folder, step))
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _stored_leaves(path).items()}
 
 
@@ -214,7 +214,7 @@ def misfit(folder: Path, step: int, wanted: Any) -> str | None:
   Raises:
     UserError: the checkpoint cannot be read.
   """
-  return _differences(pathlib.Path(os.path.abspath(folder)) / str(step), wanted, whole=False)
+  return _differences(reachable(folder, step), wanted, whole=False)
 
 
 def _differences(path, wanted, whole):

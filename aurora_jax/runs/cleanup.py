@@ -13,7 +13,17 @@ import jax
 FOLDER = ".removed"
 
 
-class Remover:
+class Nothing:
+  """Does nothing: in a bucket Orbax deletes checkpoints at once. `Remover` has the same methods."""
+
+  def start(self) -> None:
+    """Starts to delete what is in FOLDER, unless a deletion is running. Returns at once."""
+
+  def finish(self) -> None:
+    """Deletes FOLDER and returns when it is gone. Must not be called during a save."""
+
+
+class Remover(Nothing):
   """Deletes the dropped checkpoints of one run. Only the primary process does the work."""
 
   def __init__(self, checkpoints: pathlib.Path):

@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-import pathlib
 
 import jax
 import numpy as np
 
 from aurora_jax.errors import UserError
-from aurora_jax.runs import checkpoint_reader, orbax_errors
+from aurora_jax.runs import checkpoint_folder, checkpoint_reader, orbax_errors
 from aurora_jax.runs import format as state_format
 
 # Leaves are read and hashed in groups of about this size, to save memory.
@@ -33,7 +32,7 @@ def of_checkpoint(folder: str | os.PathLike, step: int | None = None) -> tuple[i
   import orbax.checkpoint as ocp
 
   step = checkpoint_reader.chosen(folder, step)
-  path = pathlib.Path(os.path.abspath(folder)) / str(step)
+  path = checkpoint_folder.reachable(folder, step)
   digest = hashlib.sha256()
   orbax_errors.silence_log()
   try:

@@ -23,12 +23,12 @@ class Silent:
   ) -> None:
     pass
 
-  def update(self, done: int, total: int, detail: str | None = None) -> None:
+  def update(self, done: int, total: int | None, detail: str | None = None) -> None:
     """Shows that `done` of `total` items are done.
 
     Args:
       done: number of items.
-      total: number of items.
+      total: number of items, or None if it is not known.
       detail: text behind the numbers; None shows an estimate of the time left where that is possible.
     """
 
@@ -64,8 +64,9 @@ class Bar(Silent):
   ) -> None:
     self._bar.stop()
 
-  def update(self, done: int, total: int, detail: str | None = None) -> None:
-    self._bar.update(self._task, completed=done, total=total, numbers=f"{done:,}/{total:,}")
+  def update(self, done: int, total: int | None, detail: str | None = None) -> None:
+    numbers = f"{done:,}" if total is None else f"{done:,}/{total:,}"
+    self._bar.update(self._task, completed=done, total=total, numbers=numbers)
     if detail is None:
       left = self._bar.tasks[0].time_remaining
       detail = "" if left is None else f"{duration(left)} left"
@@ -95,12 +96,13 @@ class Lines(Silent):
   ) -> None:
     self._end_of_waiting.set()
 
-  def update(self, done: int, total: int, detail: str | None = None) -> None:
+  def update(self, done: int, total: int | None, detail: str | None = None) -> None:
     self._end_of_waiting.set()
     now = time.monotonic()
     if now - self._last >= self._seconds_between_lines or (done == total and detail):
       self._last = now
-      self._print(f"{self._item} {done:,} of {total:,}  {detail or ''}".strip())
+      numbers = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+      self._print(f"{self._item} {numbers}  {detail or ''}".strip())
 
   def status(self, message: str, brief: bool = False) -> None:
     if not brief:
@@ -130,7 +132,9 @@ def _make(description, stream, seconds_between_lines, item=""):
 
 
 @contextlib.contextmanager
-def progress(description: str, stream: TextIO | None = None) -> Generator[Callable[[int, int], None], None, None]:
+def progress(
+  description: str, stream: TextIO | None = None
+) -> Generator[Callable[[int, int | None], None], None, None]:
   """Shows the progress of a command.
 
   Args:
@@ -138,7 +142,7 @@ def progress(description: str, stream: TextIO | None = None) -> Generator[Callab
     stream: None takes stderr.
 
   Yields:
-    A function of (done, total). It may be called often.
+    A function of (done, total), total being None if it is not known. It may be called often.
   """
   with _make(description, stream, _SECONDS_BETWEEN_LINES) as display:
     yield display.update

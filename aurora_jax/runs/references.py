@@ -17,8 +17,9 @@ import os
 import pathlib
 from collections.abc import Collection, Mapping
 
-from aurora_jax import files, text
+from aurora_jax import files, local_copies, storage, text
 from aurora_jax.config import Experiment
+from aurora_jax.data import remote_shards
 from aurora_jax.errors import UserError
 from aurora_jax.runs.workdir import RunFolder, read_json
 
@@ -53,6 +54,10 @@ def identify(path: str | os.PathLike) -> Identity | None:
     None if nothing is there, or if it cannot be read: opening it says more about that.
   """
   place = pathlib.Path(path)
+  if storage.is_url(path):
+    path = str(path).rstrip("/")
+    is_data = storage.exists(storage.join(path, "manifest.json"))
+    place = remote_shards.local(path) if is_data else pathlib.Path(local_copies.of_folder(path))
   try:
     if (place / "manifest.json").is_file():
       content, summary = _of_manifest(json.loads((place / "manifest.json").read_bytes()))
@@ -61,7 +66,8 @@ def identify(path: str | os.PathLike) -> Identity | None:
   except (OSError, ValueError, TypeError, KeyError, AttributeError):
     return None
   digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-  return Identity(text.printable(text.path_text(os.path.abspath(place))), digest, summary) if content else None
+  name = path if storage.is_url(path) else os.path.abspath(place)
+  return Identity(text.printable(text.path_text(name)), digest, summary) if content else None
 
 
 def _of_manifest(manifest):
@@ -122,6 +128,8 @@ def _fields(values, prefix=""):
     value, name = getattr(values, field.name), f"{prefix}{field.name}"
     if dataclasses.is_dataclass(value):
       yield from _fields(value, f"{name}.")
+    elif field.metadata.get("reference") and isinstance(value, tuple):  # data.mixture, "WEIGHT:FOLDER"
+      yield from ((f"{name}.{number}", entry.partition(":")[2]) for number, entry in enumerate(value))
     elif field.metadata.get("reference") and value:
       yield name, value
 

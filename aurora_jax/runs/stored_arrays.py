@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from aurora_jax import storage
 from aurora_jax.runs import format as state_format
 
 _ARRAYS = ("jax.Array", "np.ndarray")
@@ -67,7 +68,7 @@ def _read(state, names, place) -> Iterator[tuple[str, Any]]:
     name: ts.open(
       {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{stored}/"},
+        "kvstore": {"driver": "ocdbt", "base": _base(state), "path": f"{stored}/"},
       },
       open=True,
       read=True,
@@ -84,6 +85,15 @@ def _read(state, names, place) -> Iterator[tuple[str, Any]]:
       yield from _placed(group, place)
       group, size = {}, 0
   yield from _placed(group, place)
+
+
+def _base(state):
+  """TensorStore's name of a folder."""
+  url = str(state)
+  if not storage.is_url(url):
+    return {"driver": "file", "path": f"{url}/"}
+  bucket, _, path = url.removeprefix("gs://").partition("/")
+  return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
 def _placed(group, place):

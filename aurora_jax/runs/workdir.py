@@ -9,6 +9,8 @@ samples/          step-00001000.png
 tensorboard/      event files
 profile/          profiler traces of --profile-steps
 report.html       written when training ends
+
+A run may be at a gs:// or s3:// URL. `RunFolder` is then a local copy of it without checkpoints (runs/remote_run.py).
 """
 
 import contextlib
@@ -20,7 +22,7 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from aurora_jax import config_files, files, text
+from aurora_jax import config_files, files, storage, text
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
 
@@ -28,6 +30,8 @@ try:
   import fcntl
 except ImportError:  # not Unix: there is no lock
   fcntl = None
+
+URL_FILE = ".url"  # in the local copy of a run at a URL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +52,18 @@ class RunFolder:
     return self.path / "references.json"
 
   @property
+  def url(self) -> str | None:
+    """Where the run is, if this is a local copy of it."""
+    try:
+      return (self.path / URL_FILE).read_text(encoding="utf-8")
+    except OSError:
+      return None
+
+  @property
   def checkpoints(self) -> pathlib.Path:
-    return self.path / "checkpoints"
+    """The folder of the checkpoints: for a run at a URL an `etils.epath.Path` of that URL."""
+    url = self.url
+    return self.path / "checkpoints" if url is None else storage.path(storage.join(url, "checkpoints"))
 
   @property
   def metrics(self) -> pathlib.Path:
@@ -96,10 +110,13 @@ def check_writable(path: str | os.PathLike) -> None:
   """Checks that a run can be written to `path`. Leaves nothing behind.
 
   Raises:
-    UserError: `path` is a file or a URL, or it (or the folder in which it would be made) cannot be written to.
+    UserError: `path` is a file, or it (or the folder in which it would be made) cannot be written to.
   """
+  if storage.is_url(path):
+    storage.check_writable(str(path), f"workdir {path}")
+    return
   if "://" in str(path):
-    raise UserError(f"workdir {path}: a run needs a local or mounted folder, not a URL")
+    raise UserError(f"workdir {path}: a run needs a folder, or a URL that begins with gs:// or s3://")
   if not text.is_utf8(path):
     raise UserError(f"workdir {path}: checkpoints cannot be stored under a name whose bytes are not UTF-8")
   files.check_folder(path, f"workdir {path}")
@@ -138,7 +155,12 @@ def refuse_locked(path: str | os.PathLike) -> None:
 
 
 def is_locked(path: str | os.PathLike) -> bool:
-  """Whether a process trains in the folder now."""
+  """Whether a process trains in the folder now; for the copy of a run at a URL, whether one does so there."""
+  url = RunFolder(pathlib.Path(path)).url
+  if url is not None:
+    from aurora_jax.runs import remote_run
+
+    return remote_run.is_leased(url)
   descriptor = os.open(path, os.O_RDONLY)
   try:
     return not _lock(descriptor)

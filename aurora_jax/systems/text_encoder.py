@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from aurora_jax import local_copies, storage
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
@@ -25,6 +26,7 @@ def clip_config(folder: str, width: int) -> tuple[clip_lib.ClipConfig, str]:
   Returns:
     (the sizes, a phrase that says where they are from).
   """
+  folder = local_copies.of_folder(folder)
   if folder and pathlib.Path(folder).is_dir():
     return clip_hf.read_config(pathlib.Path(folder)), f"of {folder}"
   missing = f"nothing at text.clip={folder}" if folder else "text.clip is not set"
@@ -38,6 +40,7 @@ def clip_config(folder: str, width: int) -> tuple[clip_lib.ClipConfig, str]:
 def tokenizer(folder: str) -> Tokenizer:
   """The tokenizer of a CLIP folder. UserError if there is no such folder."""
   _require(folder)
+  folder = local_copies.of_folder(folder)
   return Tokenizer.load(pathlib.Path(folder), clip_hf.read_config(pathlib.Path(folder)).text.context_length)
 
 
@@ -50,7 +53,7 @@ def load(folder: str, text_only: bool) -> clip_hf.ClipBundle:
 def _require(folder):
   if not folder:
     raise UserError("no CLIP: --config.text.clip DIR, a run of train-clip or a Hugging Face CLIP folder")
-  if not pathlib.Path(folder).is_dir():
+  if not storage.is_url(folder) and not pathlib.Path(folder).is_dir():
     raise UserError(f"no CLIP folder at {folder}")
 
 

@@ -1,9 +1,11 @@
 """Batches on their way to the devices."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aurora_jax.data import loader
@@ -13,6 +15,9 @@ from aurora_jax.runs.timer import Timer
 from aurora_jax.training.prepared import Prepared
 
 DeviceBatch = dict[str, jax.Array]
+# 1 / 127.5 as the sum of a number of 16 significant bits and a remainder.
+_INVERSE_HIGH = np.float32(round(2**22 / 127.5) / 2**22)
+_INVERSE_LOW = np.float32(1 / 127.5 - float(_INVERSE_HIGH))
 
 
 class BatchFeed:
@@ -61,11 +66,52 @@ class BatchFeed:
       close()
 
   def _put(self, batch):
-    """Starts the transfer of a batch. Only arrays of numbers travel; captions stay on the host."""
-    arrays = {
-      name: value for name, value in batch.items() if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
-    }
-    sharding = self._prepared.batch_sharding
-    if sharding is None:
-      return jax.device_put(arrays)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
+    return put(batch, self._prepared.batch_sharding)
+
+
+def put(batch: Mapping[str, Any], sharding: jax.sharding.NamedSharding | None) -> DeviceBatch:
+  """Starts the transfer of a batch.
+
+  Only arrays of numbers travel; captions stay on the host. A uint8 image travels as it is. The device then makes it
+  float32 in [-1, 1], bitwise as `loader.to_float`.
+
+  Args:
+    batch: of the loader.
+    sharding: of every entry; None: the default device.
+  """
+  arrays = {
+    name: value for name, value in batch.items() if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+  }
+  if sharding is None:
+    placed = jax.device_put(arrays)
+  else:
+    placed = {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
+  image = placed.get("image")
+  if image is not None and image.dtype == np.uint8:
+    placed["image"] = _conversion(sharding, _computes_exactly())(image)
+  return placed
+
+
+@functools.cache
+def _conversion(sharding, computes_exactly):
+  """uint8 -> float32 in [-1, 1], compiled once per shape."""
+  return jax.jit(_by_products if computes_exactly else _by_table, out_shardings=sharding)
+
+
+@functools.cache
+def _computes_exactly():
+  """Whether the device's arithmetic gives the host's values."""
+  values = np.arange(256, dtype=np.uint8)
+  return np.array_equal(np.asarray(jax.jit(_by_products)(values)), loader.to_float(values))
+
+
+def _by_products(pixels):
+  # XLA divides by a scalar as it multiplies by its rounded inverse, which is wrong in the last bit for half of the
+  # values. The inverse is therefore split: a pixel times its 16 leading bits is exact, and the sum of both products is
+  # rounded once, also where a product and a sum are fused.
+  pixels = pixels.astype(jnp.float32)
+  return (pixels * _INVERSE_HIGH + pixels * _INVERSE_LOW) - 1
+
+
+def _by_table(pixels):
+  return jnp.asarray(loader.to_float(np.arange(256, dtype=np.uint8)))[pixels.astype(jnp.int32)]

@@ -13,19 +13,19 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from PIL import Image
 
 from aurora_jax import xla_flags
-from aurora_jax.data import loader, schema
+from aurora_jax.data import loader
 from aurora_jax.data.dataset import Dataset
 from aurora_jax.data.index_sampler import CAPTION, IndexSampler
+from aurora_jax.data.joined import Joined
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop.clip_hf import ClipBundle
@@ -100,42 +100,6 @@ class TrainState(NamedTuple):
   key: jax.Array
   params: Any
   optimizer: Any
-
-
-class Joined:
-  """Several data sets, one after the other, with the interface of one (the splits of a folder)."""
-
-  def __init__(self, *datasets: Dataset):
-    self._datasets = datasets
-    self._starts = np.cumsum([0, *map(len, datasets)])
-    self.path, self.name, self.resolution = datasets[0].path, datasets[0].name, datasets[0].resolution
-
-  def __len__(self) -> int:
-    return int(self._starts[-1])
-
-  def __getitem__(self, number: int) -> schema.Example:
-    dataset, number = self._locate(number)
-    return dataset[number]
-
-  def image(self, number: int) -> tuple[Image.Image, schema.Example]:
-    dataset, number = self._locate(number)
-    return dataset.image(number)
-
-  def place(self, number: int) -> tuple[str, int, int]:
-    dataset, number = self._locate(number)
-    return dataset.place(number)
-
-  def readable(self) -> Iterator[tuple[int, schema.Example]]:
-    for start, dataset in zip(self._starts, self._datasets):
-      for number, example in dataset.readable():
-        yield int(start) + number, example
-
-  def captions(self) -> list[tuple[str, ...]]:
-    return list(itertools.chain.from_iterable(dataset.captions() for dataset in self._datasets))
-
-  def _locate(self, number):
-    which = int(np.searchsorted(self._starts, number, side="right")) - 1
-    return self._datasets[which], number - int(self._starts[which])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

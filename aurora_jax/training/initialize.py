@@ -2,7 +2,9 @@
 
 A run takes over parameters, averages and other collections: of the networks that sampling needs, and of the others (the
 discriminator) where the source has one that fits. Optimizers and the step start anew. A system may let parts of a
-network start fresh (`base.System.begins_fresh`), such as the blocks above the source's resolution.
+network start fresh (`base.System.begins_fresh`), such as the blocks above the source's resolution. The source may also
+be an exported folder (systems/hub.py), fine-tuned in PyTorch or not: it has the sampled networks, and their weights
+become both parameters and averages.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ from aurora_jax import config_files, xla_flags
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, config_check
-from aurora_jax.systems import base
+from aurora_jax.systems import base, hub
+from aurora_jax.systems.model_folder import ModelFolder
+from aurora_jax.systems.stages import Progress
 from aurora_jax.training import optimizers
 
 
@@ -41,8 +45,37 @@ def source(init_from: str) -> tuple[pathlib.Path, int]:
   folder = path if path.name == "checkpoints" else path / "checkpoints"
   step = checkpoint_reader.newest(folder)
   if step is None:
-    raise UserError(f"train.init_from={init_from}: no checkpoint there (give a run's folder, or RUN/checkpoints/STEP)")
+    raise UserError(
+      f"train.init_from={init_from}: no checkpoint there (give a run's folder, RUN/checkpoints/STEP, or an exported "
+      "folder)"
+    )
   return folder, step
+
+
+def stage_of(init_from: str) -> int | None:
+  """The resolution of progressive growing that the source had reached; None if it records none.
+
+  Raises:
+    UserError: there is no such source.
+  """
+  place = _exported(init_from)
+  if place is not None:
+    return _opened(init_from, place).stage
+  stored = checkpoint_reader.stored_progress(*source(init_from)).get("schedule")
+  return Progress.from_json(stored).stages[-1].resolution if stored else None
+
+
+def _exported(init_from):
+  """The exported folder of `train.init_from`; None for a run."""
+  place = ModelFolder.open(init_from)
+  return place if place.exported else None
+
+
+def _opened(init_from, place, system=None):
+  try:
+    return hub.read_folder(place.path, system)
+  except UserError as error:
+    raise UserError(f"train.init_from={init_from}: {error}") from error
 
 
 def check(experiment: Experiment, allowed: tuple[str, ...] = ()) -> None:
@@ -56,7 +89,11 @@ def check(experiment: Experiment, allowed: tuple[str, ...] = ()) -> None:
     UserError: no checkpoint there, or one line with every field that differs.
   """
   init_from = experiment.train.init_from
-  stored = _stored_experiment(*source(init_from))
+  place = _exported(init_from)
+  if place is not None:
+    stored = _experiment_of(_opened(init_from, place, experiment.system))
+  else:
+    stored = _stored_experiment(*source(init_from))
   if stored is None:
     return  # a difference shows in the shapes
   if stored.system != experiment.system:
@@ -93,8 +130,11 @@ def first_state(system: base.System, abstract_state: base.TrainState) -> tuple[b
   if not train.init_from:
     state = jax.jit(init, out_shardings=shardings, compiler_options=compiler_options)(key)
     return _with_initial_weights(system, state, {}), ""
-  folder, step = source(train.init_from)
-  taken, origin = _take_over(system, abstract_state, folder, step)
+  place = _exported(train.init_from)
+  if place is not None:
+    taken, origin = _take_over_exported(system, abstract_state, place)
+  else:
+    taken, origin = _take_over(system, abstract_state, *source(train.init_from))
 
   def rest(key):
     """The state without the leaves that are taken over, which XLA does not compute."""
@@ -201,6 +241,56 @@ def _take_over(system, abstract_state, folder, step):
     else:
       origin += f"; {name} fresh ({why_not})"
   return taken, origin
+
+
+def _take_over_exported(system, abstract_state, place):
+  """`_take_over` for an exported folder."""
+  init_from = system.experiment.train.init_from
+  imported = _opened(init_from, place, system.experiment.system)
+  stored = _experiment_of(imported)
+  try:
+    begins_fresh = system.begins_fresh(stored) if stored else lambda name, path: False
+  except UserError as error:
+    raise UserError(f"train.init_from={init_from}: {error}") from error
+  taken: dict[str, Any] = {}
+  problems: list[str] = []
+  for name in system.sampled:
+    wanted = _wanted(name, abstract_state.networks[name], begins_fresh)
+    variables = imported.networks.pop(name)
+    params = variables.pop("params")
+    found = {"params": params, "ema": params, "variables": variables}
+    taken[name] = {part: _placed(tree, found[part], name, problems) for part, tree in wanted.items()}
+  if problems:
+    more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+    raise UserError(f"train.init_from={init_from}: it does not fit: {'; '.join(problems[:3])}{more}")
+  origin = f"{' and '.join(system.sampled)} with averages from the exported folder {place.path}"
+  others = [name for name in system.networks if name not in taken]
+  return taken, origin + "".join(f"; {name} fresh (the folder has none)" for name in others)
+
+
+def _experiment_of(imported):
+  """The experiment of an exported folder with the folder's generator; None where it has none."""
+  if imported.experiment is None:
+    return None
+  try:
+    return dataclasses.replace(imported.experiment, generator=imported.generator)
+  except UserError:  # outputs of fewer stages than the discriminator reads
+    return imported.trained
+
+
+def _placed(wanted, found, prefix, problems):
+  """Numpy arrays as `wanted` says: with its shardings, None where it has None. Misfits go into `problems`."""
+  if isinstance(wanted, Mapping):
+    inner = found if isinstance(found, Mapping) else {}
+    return {name: _placed(tree, inner.get(name), f"{prefix}/{name}", problems) for name, tree in wanted.items()}
+  if wanted is None:
+    return None
+  if np.shape(found) != wanted.shape or found is None:
+    what = "it has no" if found is None else f"shape {np.shape(found)}, wanted {wanted.shape}:"
+    problems.append(f"{what} {prefix}")
+    return None
+  # Copies: parameters and averages must not share memory.
+  return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: np.array(found[index], wanted.dtype))
 
 
 def _wanted(name, network, begins_fresh):

@@ -6,14 +6,13 @@ It knows no system. A `Prepared` (training/setup.py) provides the first state, t
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 from PIL import Image
 
-from aurora_jax import config_files, files
+from aurora_jax import config_files, files, local_copies, storage
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
 from aurora_jax.runs import (
@@ -21,6 +20,7 @@ from aurora_jax.runs import (
   checkpoint_reader,
   config_check,
   progress,
+  remote_run,
   retention,
   skipped_records,
   workdir,
@@ -53,7 +53,7 @@ class Hooks:
 
 def run(
   prepared: Prepared,
-  run_dir: str | os.PathLike,
+  run_dir: str | os.PathLike | remote_run.LocalRun,
   *,
   hooks: Hooks = Hooks(),
   allow_config_change: Collection[str] = (),
@@ -65,7 +65,7 @@ def run(
 
   Args:
     prepared: the experiment with its data and programs.
-    run_dir: the run's folder.
+    run_dir: the run's folder, a gs:// or s3:// URL, or what `remote_run.trained` yielded.
     hooks: callbacks.
     allow_config_change: names of config fields that may differ from the stored ones.
     started: `time.monotonic()` from which `train.max_seconds` counts; None takes now.
@@ -75,8 +75,12 @@ def run(
   Raises:
     UserError: the folder cannot be used, its config differs, or a checkpoint cannot be read or saved.
   """
-  experiment, train = prepared.experiment, prepared.experiment.train
-  folder = workdir.RunFolder(pathlib.Path(run_dir))
+  with remote_run.trained(run_dir, hosts.is_primary()) as place:
+    return _run(prepared, place, hooks, allow_config_change, started, signals, profile_steps)
+
+
+def _run(prepared, place, hooks, allow_config_change, started, signals, profile_steps):
+  experiment, train, folder = prepared.experiment, prepared.experiment.train, place.folder
   with hosts.together("looking at the run's folder"):
     newest = checkpoint_reader.newest(folder.checkpoints)
     changes = config_check.refuse_changes(folder, experiment, allow_config_change)
@@ -89,11 +93,9 @@ def run(
     return Outcome(newest, ALREADY_DONE)
 
   with contextlib.ExitStack() as stack:
-    log, skipped = _open_folder(stack, run_dir, folder, prepared, resumed=newest is not None)
+    log, skipped = _open_folder(stack, folder, prepared, resumed=newest is not None)
     signals = signals or stack.enter_context(Signals())
-    checkpoints = stack.enter_context(
-      checkpoint_manager.Checkpoints(folder.checkpoints, retention.of_run(train, folder.metrics))
-    )
+    checkpoints = stack.enter_context(checkpoint_manager.of_run(folder, retention.of_run(train, folder.metrics)))
     display = stack.enter_context(progress.training(primary=hosts.is_primary()))
     profiler = profiler_lib.Profiler(folder.profile, *profile_steps) if profile_steps else profiler_lib.NoProfiler()
     if not experiment.schedule.resolutions:  # with stages, the first programs are not known yet
@@ -119,7 +121,7 @@ def run(
     stop = StopRule(train, signals, timer, vote, feed.no_data)
     monitor = Monitor(prepared, log, display, feed, stop, stored)
     growing = schedule.of_run(prepared, stored.get("schedule"))
-    session = _Session(prepared, folder, hooks, log, display, checkpoints, timer, feed, stop, monitor, growing)
+    session = _Session(prepared, place, folder, hooks, log, display, checkpoints, timer, feed, stop, monitor, growing)
     hooks.on_start(step, state)
 
     first_step = step
@@ -145,6 +147,7 @@ def run(
           monitor.add(step, metrics)  # waits for the previous step
           _tell(profiler.after(step, metrics))
           checkpoints.check()
+          place.check()
           session.grow(step, state)
           if step % train.checkpoint_every == 0:
             monitor.flush()
@@ -176,6 +179,10 @@ def run(
       if hosts.is_primary():
         stopping.report_non_finite(str(error), folder.checkpoints, checkpoints.newest())
       return Outcome(error.step, NON_FINITE)
+    except storage.StorageError as error:
+      last = checkpoints.last_seen
+      saved = "no checkpoint is complete" if last is None else f"the last complete checkpoint is of step {last}"
+      raise storage.StorageError(f"{error}; {saved} ({folder.checkpoints})") from error
     except checkpoint_manager.SaveError:
       with contextlib.suppress(UserError):  # the disk may be full
         log.note("stop", step, timer.seconds, {"reason": "save failed", "phases": timer.phases})
@@ -187,6 +194,7 @@ class _Session:
   """What the loop does between steps: stages, samples, checkpoints."""
 
   whole: Prepared
+  place: remote_run.LocalRun
   folder: workdir.RunFolder
   hooks: Hooks
   log: metrics_lib.NoLog
@@ -247,6 +255,7 @@ class _Session:
       self.feed.skipped.share()
       guard.check_state(step, state)
       progress_so_far = {"clock": self.timer.to_json(), "schedule": self.growing.to_json()} | self.monitor.to_json()
+      self.place.push()  # first: a checkpoint's log is never older than the checkpoint
       self.checkpoints.save(step, state, config_files.to_mapping(self.whole.experiment), progress_so_far)
 
   def report_end(self, step: int, reason: str) -> None:
@@ -261,11 +270,11 @@ class _Session:
       stopping.report_end(self.folder.path, self.whole.experiment.train, step, reason, saved)
 
 
-def _open_folder(stack, run_dir, folder, prepared, resumed):
+def _open_folder(stack, folder, prepared, resumed):
   """Locks the run's folder, writes its config and opens its files: (log, skipped records)."""
   primary = hosts.is_primary()
   with hosts.together("taking the run's folder"):
-    workdir.check_writable(run_dir)  # as the user wrote it: a path has no "//" of a URL
+    workdir.check_writable(folder.path)
     stack.enter_context(workdir.locked(folder.path) if primary else contextlib.nullcontext())
     if primary:
       files.write_text(folder.config, config_files.to_json(prepared.experiment))
@@ -274,7 +283,7 @@ def _open_folder(stack, run_dir, folder, prepared, resumed):
       folder.skipped_records, prepared.dataset, prepared.experiment.data.max_skipped, resumed=resumed
     )
   with hosts.together("looking for what process 0 wrote"):
-    if not folder.config.is_file():
+    if not folder.url and not folder.config.is_file():
       raise UserError(
         f"workdir {folder.path} is not the folder that process 0 writes to: all processes need the same "
         "one, on a file system that they share"
@@ -302,4 +311,4 @@ def _devices() -> str:
 
 def _tell(message: Any) -> None:
   if message is not None and hosts.is_primary():
-    print(message, flush=True)
+    print(local_copies.shown(message), flush=True)

@@ -49,7 +49,8 @@ class Prepared:
     abstract_state: its shapes, dtypes and shardings.
     batch_sharding: sharding of every entry of a batch; None in one process: the default device.
     batches_per_step: batches that a step reads.
-    batches: start step -> iterator over batches, dicts of numpy arrays, `batches_per_step` of them per step. Its
+    batches: start step -> iterator over batches, dicts of numpy arrays, `batches_per_step` of them per step. Images may
+      be uint8 (`batch_feed.put`). Its
       `skipped`, if it has one, are the unreadable records so far (`data.loader.Batches`).
     begin: starts to compile the step's programs in the background; without it, the first step compiles them.
     step: (number of the step, state, device batches) -> (state, {phase: metrics}).

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from aurora_jax.config import Experiment, Schedule
 from aurora_jax.evaluation import frechet
-from aurora_jax.runs import checkpoint_reader
 from aurora_jax.systems import base
 from aurora_jax.systems.stages import BEATEN, CAP, START, Measurement, Progress, Stage, description
 from aurora_jax.training import initialize
@@ -41,9 +40,7 @@ def first_resolution(experiment: Experiment) -> int:
   cfg = experiment.schedule
   if not experiment.train.init_from:
     return cfg.resolutions[0]
-  folder, step = initialize.source(experiment.train.init_from)
-  stored = checkpoint_reader.stored_progress(folder, step).get("schedule")
-  reached = Progress.from_json(stored).stages[-1].resolution if stored else cfg.resolutions[-1]
+  reached = initialize.stage_of(experiment.train.init_from) or cfg.resolutions[-1]
   return cfg.resolutions[cfg.stage(min(reached, cfg.resolutions[-1]))]
 
 

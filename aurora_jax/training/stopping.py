@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+from aurora_jax import local_copies
 from aurora_jax.config import Train
 from aurora_jax.runs.signals import Signals
 from aurora_jax.runs.timer import Timer
@@ -102,7 +103,7 @@ def report_end(path: pathlib.Path, train: Train, step: int, reason: str, saved: 
   }[reason]
   where = "nothing to save yet" if saved is None else f"saved in {saved}"
   again = "" if reason == DONE else f"; the same command {'begins again' if saved is None else 'goes on'}"
-  print(f"{path}: {end}; {where}{again}", flush=True)
+  print(local_copies.shown(f"{path}: {end}; {where}{again}"), flush=True)
 
 
 def report_corrupt_records(problem: str, step: int, saved: pathlib.Path | None) -> None:
@@ -114,12 +115,11 @@ def report_corrupt_records(problem: str, step: int, saved: pathlib.Path | None) 
     saved: the newest checkpoint, or None.
   """
   where = "no checkpoint was saved yet" if saved is None else f"saved in {saved}"
-  print(
+  message = (
     f"aurora_jax train: {problem}; training stopped at step {step:,}; {where}; "
-    "mend the data set, or let more go with --config.data.max_skipped, and the same command goes on",
-    file=sys.stderr,
-    flush=True,
+    "mend the data set, or let more go with --config.data.max_skipped, and the same command goes on"
   )
+  print(local_copies.shown(message), file=sys.stderr, flush=True)
 
 
 def report_non_finite(problem: str, folder: pathlib.Path, saved: int | None) -> None:
@@ -131,4 +131,5 @@ def report_non_finite(problem: str, folder: pathlib.Path, saved: int | None) -> 
     saved: step of the newest checkpoint, or None.
   """
   where = "no checkpoint was saved yet" if saved is None else f"the last checkpoint, step {saved:,}, stands in {folder}"
-  print(f"aurora_jax train: {problem}; training stopped; {where}", file=sys.stderr, flush=True)
+  message = local_copies.shown(f"aurora_jax train: {problem}; training stopped; {where}")
+  print(message, file=sys.stderr, flush=True)

@@ -17,6 +17,16 @@ def test_bench_sample(capsys):
   assert per_image == pytest.approx(seconds / 2, rel=2e-3) and ratio == pytest.approx(seconds / floor, rel=2e-3)
 
 
+@pytest.mark.parametrize("config", ["aurora_64.py:test", "stylegan_t_64.py:test", "megan_cifar10.py:test"])
+def test_bench_torch(config, capsys):
+  pytest.importorskip("torch")
+  assert main.main(["bench", "torch", "--config", f"configs/{config}", "--batch", "2", "--repeats", "1"]) == 0
+  *_, row = capsys.readouterr().out.splitlines()
+  batch, seconds, per_image, speed, memory = (float(word) for word in row.split() if word != "s")
+  assert batch == 2 and per_image == pytest.approx(seconds / 2, rel=2e-3) and memory > 1
+  assert speed == pytest.approx(1 / per_image, rel=1e-2)
+
+
 def test_useful_work_of_the_released_generator():
   """249 GF by PyTorch's counter, which sees neither its distances (2 N^2 D per head, 38 GF) nor deformable convolutions
   (26 GF): the count here has both."""

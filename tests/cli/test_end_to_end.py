@@ -1,4 +1,8 @@
-"""The user's way, command by command, on a small real data set: data, CLIP, training with a stop, pictures, figures."""
+"""The user's way, command by command, on a small real data set: data, CLIP, training with a stop, images, figures.
+
+Every command runs once or more as a process of its own. Where that is not what is tested, it runs in this process, and
+runs of `train` share their compiled programs.
+"""
 
 import contextlib
 import io
@@ -13,13 +17,17 @@ import time
 
 import numpy as np
 import pytest
+import shared_programs
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
 from aurora_jax import config_files
 from aurora_jax.cli import main
-from aurora_jax.data import tfrecords
+from aurora_jax.data import loader, tfrecords
 from aurora_jax.systems.aurora import released
+from aurora_jax.training import setup
+
+pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
@@ -53,12 +61,25 @@ def here(*args):
   return status, out.getvalue(), error.getvalue()
 
 
+def succeed_here(*args):
+  """Like `here`, for a command that must end with status 0. Returns its stdout."""
+  status, out, error = here(*args)
+  assert status == 0, error[-3000:]
+  return out
+
+
 def fail(words, *args):
   """The command ends with status 2 and one line on stderr that holds `words`."""
   status, _, error = here(*args)
   lines = error.strip().splitlines()
   assert (status, len(lines)) == (2, 1), error[-3000:]
   assert words in lines[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared():
+  with shared_programs.shared():
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +111,8 @@ def home(tmp_path_factory):
     "--heldout",
     0.2,
   )
-  for name, seed, split in (("clip", 0, "train"), ("judge", 1, "all")):
-    succeed(
+  for name, seed, split, run in (("clip", 0, "train", succeed), ("judge", 1, "all", succeed_here)):
+    run(
       "train-clip",
       "--data",
       home / "data",
@@ -137,16 +158,13 @@ def train_args(home, run, *more):
 
 
 def fingerprint(run):
-  status, out, error = here("inspect", run, "--fingerprint")
-  assert status == 0, error
-  return out.strip()
+  return succeed_here("inspect", run, "--fingerprint").strip()
 
 
 @pytest.fixture(scope="module")
 def run(home):
   """An uninterrupted run of six steps."""
-  done = succeed(*train_args(home, "run"))
-  assert "all 6 steps are done" in done.stdout
+  assert "all 6 steps are done" in succeed_here(*train_args(home, "run"))
   return home / "run"
 
 
@@ -174,47 +192,34 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_state(home, run):
     time.sleep(0.02)
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
-  done = succeed(*train_args(home, "killed"))
-  assert "going on from the checkpoint of step" in done.stdout or "all 6 steps are done" in done.stdout
+  said = succeed_here(*train_args(home, "killed"))
+  assert "going on from the checkpoint of step" in said or "all 6 steps are done" in said
   assert fingerprint(home / "killed") == fingerprint(run)
 
 
-# `train` with a NaN in the pictures of some batches; the first argument is a range of steps.
-PLANT = """
-import sys
-import numpy as np
-from aurora_jax.cli import main
-from aurora_jax.training import setup
+@pytest.fixture
+def train_with_nan(monkeypatch):
+  """`train` with a NaN in the images of the batches of some steps: (steps, *arguments) -> as `here`."""
+  whole = setup._batches
 
-whole, poisoned = setup._batches, range(*map(int, sys.argv.pop(1).split(":")))
+  def train(poisoned, *args):
+    def batches(*args):
+      for step, batch in enumerate(whole(*args), start=args[-1]):
+        if step in poisoned:
+          batch = batch | {"image": np.array(loader.to_float(batch["image"]))}
+          batch["image"][1, 2, 3, 0] = np.nan
+        yield batch
 
-def batches(*args):
-  for step, batch in enumerate(whole(*args), start=args[-1]):
-    if step in poisoned:
-      batch = batch | {"image": np.array(batch["image"])}
-      batch["image"][1, 2, 3, 0] = np.nan
-    yield batch
+    monkeypatch.setattr(setup, "_batches", batches)
+    return here(*args)
 
-setup._batches = batches
-sys.exit(main.main(sys.argv[1:]))
-"""
+  return train
 
 
-def train_with_nan(steps, *args):
-  return subprocess.run(
-    [sys.executable, "-c", PLANT, steps, *map(str, args)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=600,
-  )
-
-
-def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
-  done = train_with_nan("3:4", *train_args(home, "one_nan"))
-  assert done.returncode == 0 and "all 6 steps are done" in done.stdout, done.stderr[-3000:]
-  (said,) = [line for line in done.stderr.splitlines() if "skipped" in line]
+def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run, train_with_nan):
+  status, out, error = train_with_nan(range(3, 4), *train_args(home, "one_nan"))
+  assert status == 0 and "all 6 steps are done" in out, error[-3000:]
+  (said,) = [line for line in error.splitlines() if "skipped" in line]
   assert "step 3 was skipped: the batch's images are not finite; discriminator: loss/d_adversarial is nan" in said
   assert "gradient not finite in " in said and "generator" not in said
   lines = [json.loads(line) for line in (home / "one_nan" / "metrics.jsonl").read_text().splitlines()]
@@ -226,12 +231,13 @@ def test_nan_in_one_batch_is_skipped_diagnosed_and_told(home, run):
   assert "skipped    1 step, no record" in story and "the newest, step 3: the batch's images are not finite" in story
 
 
-def test_nan_in_every_batch_stops_with_the_last_good_checkpoint(home, run):
-  done = train_with_nan("2:99", *train_args(home, "nans", "--config.train.max_skipped_in_a_row=3"))
-  assert done.returncode == 3, done.stderr[-3000:]
-  last = done.stderr.splitlines()[-1]
+def test_nan_in_every_batch_stops_with_the_last_good_checkpoint(home, run, train_with_nan):
+  poisoned = range(2, 99)
+  status, _, error = train_with_nan(poisoned, *train_args(home, "nans", "--config.train.max_skipped_in_a_row=3"))
+  assert status == 3, error[-3000:]
+  last = error.splitlines()[-1]
   assert "3 steps in a row were skipped up to step 4 (train.max_skipped_in_a_row=3); training stopped; the last" in last
-  assert f"checkpoint, step 2, stands in {home / 'nans' / 'checkpoints'}" in last and "Traceback" not in done.stderr
+  assert f"checkpoint, step 2, stands in {home / 'nans' / 'checkpoints'}" in last and "Traceback" not in error
   assert fingerprint(home / "nans") == fingerprint(run / "checkpoints" / "2")
 
 
@@ -246,8 +252,8 @@ def test_sample_writes_a_grid_and_singles_and_repeats_itself(run, tmp_path):
 
 
 def test_evaluate_measures_and_reports(home, run):
-  done = succeed("evaluate", "--workdir", run, "--judge", home / "judge")
-  assert "training captions, among all" in done.stdout
+  said = succeed_here("evaluate", "--workdir", run, "--judge", home / "judge")
+  assert "training captions, among all" in said
   figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
   assert figures["kind"] == "judge" and 0 <= figures["judge/top1_of_all"] <= 1
   page = (run / "report.html").read_text()
@@ -295,9 +301,10 @@ def test_damaged_data(home, tmp_path, capsys):
   fail(cut.name, *args)
   assert not (home / "cut").exists()
 
-  done = succeed(*args, "--config.data.tolerate_corruption=True")
-  assert f"WARNING: shard {cut} has" in done.stdout and "it is truncated" in done.stdout
-  assert "WARNING: 2 of " in done.stderr or "WARNING: 1 of " in done.stderr
+  status, out, error = here(*args, "--config.data.tolerate_corruption=True")
+  assert status == 0, error[-3000:]
+  assert f"WARNING: shard {cut} has" in out and "it is truncated" in out
+  assert "WARNING: 2 of " in error or "WARNING: 1 of " in error
   listed = [json.loads(line) for line in (home / "cut/skipped_records.jsonl").read_text().splitlines()]
   assert {(row["shard"], row["record"], row["reason"].split(":")[0]) for row in listed} == {
     (flipped.name, 1, "has a wrong checksum"),
@@ -356,7 +363,9 @@ def converted(home):
 def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, tmp_path):
   succeed("sample", "--workdir", converted, "--prompt", "red circle", "--latents", 1, "--out", tmp_path / "x.png")
   assert np.asarray(Image.open(tmp_path / "x.png")).std() > 0
-  begin = (f"--config.train.init_from={converted}", "--config.train.total_steps=3", "--config.train.sample_prompts=()")
+  # R1 is a program of its own, and the same as in the other runs.
+  short = ("--config.train.total_steps=3", "--config.train.sample_prompts=()", "--config.loss.r1_gamma=0.0")
+  begin = (f"--config.train.init_from={converted}", *short)
   fail(
     'generator.text_attention "independent" -> "scaled"; generator.deformable_max_resolution 16 -> 8',
     *train_args(home, "tuned", *begin),
@@ -364,14 +373,14 @@ def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, t
   fail(f"--config.train.init_from={converted}", *train_args(home, "converted"))
   assert not (home / "tuned").exists() and not (converted / "metrics.jsonl").exists()
 
-  done = succeed(*train_args(home, "tuned", *AS_RELEASED, *begin))
-  assert "discriminator fresh (the checkpoint has none)" in done.stdout
+  said = succeed_here(*train_args(home, "tuned", *AS_RELEASED, *begin))
+  assert "discriminator fresh (the checkpoint has none)" in said
   lines = [json.loads(line) for line in (home / "tuned" / "metrics.jsonl").read_text().splitlines()]
   trained = [line for line in lines if line["kind"] == "train"]
   assert [line["step"] for line in trained] == [1, 2, 3]
   for line in trained:
     assert all(np.isfinite(value) for name, value in line.items() if name.startswith("loss/")), line
-  succeed("convert", home / "tuned", tmp_path / "tuned.safetensors")
+  succeed_here("convert", home / "tuned", tmp_path / "tuned.safetensors")
   before, after = load_file(home / "released.safetensors"), load_file(tmp_path / "tuned.safetensors")
   assert {name: array.shape for name, array in before.items()} == {name: array.shape for name, array in after.items()}
   assert all(np.isfinite(array).all() for array in after.values())
@@ -382,19 +391,10 @@ def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, t
     constant = name.endswith((".freqs", ".phases", ".transform", "filter"))
     same = constant or any(expert in name for expert in still)
     assert np.array_equal(before[name], after[name]) == same, name
-  succeed("convert", tmp_path / "tuned.safetensors", tmp_path / "back")  # by the .json beside it
+  succeed_here("convert", tmp_path / "tuned.safetensors", tmp_path / "back")  # by the .json beside it
   # Going on, whatever has become of the beginning.
-  done = succeed(
-    *train_args(
-      home,
-      "tuned",
-      *AS_RELEASED,
-      "--config.train.total_steps=3",
-      "--config.train.init_from=nowhere",
-      "--config.train.sample_prompts=()",
-    )
-  )
-  assert "all 3 steps are done" in done.stdout
+  said = succeed_here(*train_args(home, "tuned", *AS_RELEASED, "--config.train.init_from=nowhere", *short))
+  assert "all 3 steps are done" in said
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(home, tmp_path):

@@ -37,6 +37,7 @@ REQUIRED = {
   "compile": ("--config", "nowhere.py", "--topology", "cpu-1"),
   "bench": ("sample", "--config", "nowhere.py"),
   "convert": ("nowhere.pth", "out"),
+  "export": ("--workdir", "nowhere", "--out", "out"),
   "inspect": ("nowhere",),
 }
 
@@ -136,6 +137,7 @@ for command in {COMMANDS!r}:
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_build_data_and_inspect(tmp_path, images):
   out = tmp_path / NO_UTF8
   done = succeed(
@@ -303,6 +305,7 @@ def test_interpolate_convert_and_inspect_with_closed_streams(home, tmp_path):
   assert f"sample --workdir '{home / 'run'}'".encode("ascii", "backslashreplace") in done.stdout
 
 
+@pytest.mark.slow
 def test_changed_references_are_refused_before_jax_is_loaded(home, tmp_path, capsys):
   """`sample` and `evaluate`, which say how to go on; --clip names another CLIP and is not asked about."""
   folder = workdir.RunFolder(home / "run")

@@ -14,6 +14,8 @@ from aurora_jax.cli import main
 from aurora_jax.data import build, sources
 from aurora_jax.runs import checkpoint_reader, metrics
 
+pytestmark = pytest.mark.slow
+
 KILLS, STEPS = 20, 150
 CONFIG = f"""
 from aurora_jax import config_files

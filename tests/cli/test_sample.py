@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import random_run
+import shared_programs
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +17,12 @@ from aurora_jax.cli import main
 ROOT = pathlib.Path(__file__).parents[2]
 
 Z = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared():
+  with shared_programs.shared():
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,7 @@ def pixels(path):
     return np.asarray(picture.convert("RGB"))
 
 
+@pytest.mark.slow
 def test_a_sweep_as_a_process(home, tmp_path):
   done = process(
     "sample",
@@ -76,6 +84,7 @@ def test_a_sweep_as_a_process(home, tmp_path):
   assert pixels(tmp_path / "new" / "sheet.png").shape[1] > 3 * 96
 
 
+@pytest.mark.slow
 def test_saved_latents_give_the_same_pictures_and_others_do_not(home, tmp_path):
   common = (
     "sample",
@@ -111,6 +120,7 @@ def test_saved_latents_give_the_same_pictures_and_others_do_not(home, tmp_path):
   assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "d.png")).any()
 
 
+@pytest.mark.slow
 def test_another_clip_folder_and_bfloat16(home, tmp_path, capsys):
   random_run.make_run(tmp_path / "moved", "no/such/clip", seed=3)
   common = ("sample", "--workdir", tmp_path / "moved", "--prompt", "red circle", "--latents", 2)
@@ -122,6 +132,7 @@ def test_another_clip_folder_and_bfloat16(home, tmp_path, capsys):
   assert 0 < np.abs(a - b).mean() < 0.1 * np.abs(a - a.mean()).mean()
 
 
+@pytest.mark.slow
 def test_interpolate_as_a_process(home, tmp_path):
   done = process(
     "interpolate",

@@ -126,6 +126,7 @@ def test_a_changed_experiment(experiment, prepare, tmp_path, capsys):
   assert stored["loss"]["clip_weight"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_data_set_that_was_replaced_is_refused_unless_it_is_allowed(experiment, prepare, tmp_path, capsys):
   def data_set(checksum):
     (tmp_path / "data").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""train-clip the way a user meets it: as a process, on good and bad input."""
+"""train-clip the way a user meets it: as a process, on good input, bad input and a signal."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aurora_jax.cli import main
 from aurora_jax.data import build, sources
 from aurora_jax.interop import clip_hf
 
@@ -52,6 +53,13 @@ def run(*arguments, cwd=ROOT):
   return subprocess.run(command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
 
 
+def here(capsys, *arguments):
+  """Like `run`, in this process."""
+  capsys.readouterr()
+  status = main.main(["train-clip", *map(str, arguments)])
+  return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+
 def assert_refused(done, words):
   assert done.returncode == 2, done
   assert done.stdout == ""
@@ -73,7 +81,8 @@ def data(tmp_path_factory):
   return out
 
 
-def test_trains_measures_and_writes(data, tmp_path):
+@pytest.mark.slow
+def test_trains_measures_and_writes(data, tmp_path, capsys):
   out = tmp_path / "clips" / "small"
   done = run("--data", data, "--out", out, "--steps", 5, "--seed", 3, *SMALL)
   assert done.returncode == 0, done.stderr
@@ -94,13 +103,14 @@ def test_trains_measures_and_writes(data, tmp_path):
   transformers = pytest.importorskip("transformers")
   assert transformers.CLIPModel.from_pretrained(out).num_parameters() > 10_000
 
-  assert_refused(run("--data", data, "--out", out, "--steps", 1, *SMALL), f"{out} is not empty")
+  assert_refused(here(capsys, "--data", data, "--out", out, "--steps", 1, *SMALL), f"{out} is not empty")
   assert json.loads((out / "training.json").read_text()) == notes
-  done = run("--data", data, "--out", out, "--steps", 1, "--split", "all", "--overwrite", *SMALL)
+  done = here(capsys, "--data", data, "--out", out, "--steps", 1, "--split", "all", "--overwrite", *SMALL)
   assert done.returncode == 0, done.stderr
   assert json.loads((out / "training.json").read_text())["split"] == "all"
 
 
+@pytest.mark.slow
 def test_interrupted_leaves_nothing(data, tmp_path):
   process = subprocess.Popen(
     command("--data", data, "--out", tmp_path / "out", "--steps", 10**7, *SMALL),
@@ -136,12 +146,18 @@ def test_interrupted_leaves_nothing(data, tmp_path):
     (("--out", "full"), "full is not empty"),
   ],
 )
-def test_bad_input(data, tmp_path, arguments, words):
+def test_bad_input(data, tmp_path, monkeypatch, capsys, arguments, words):
+  """In this process, but for the first."""
   (tmp_path / "empty").mkdir()
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "thesis.txt").write_text("dear to me")
   (tmp_path / "file").write_text("")
   before = sorted(tmp_path.rglob("*"))
-  done = run("--data", data, "--out", "out", "--resolution", 16, *arguments, cwd=tmp_path)
+  flags = ("--data", data, "--out", "out", "--resolution", 16, *arguments)
+  if "nowhere" in arguments:
+    done = run(*flags, cwd=tmp_path)
+  else:
+    monkeypatch.chdir(tmp_path)
+    done = here(capsys, *flags)
   assert_refused(done, words)
   assert sorted(tmp_path.rglob("*")) == before

@@ -96,6 +96,7 @@ runpy.run_module("aurora_jax", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_file_system_that_has_become_read_only(tmp_path):
   """As a process: Orbax leaves threads behind that would keep it from ending for five minutes."""
   (tmp_path / "small.py").write_text(CONFIG)

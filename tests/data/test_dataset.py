@@ -1,25 +1,30 @@
 """A data set on disk: random access, and what is said when something is wrong with it."""
 
 import concurrent.futures
+import errno
 import json
 import os
+import pathlib
 import pickle
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from aurora_jax.data import dataset as dataset_module
-from aurora_jax.data import images, tfrecords
+from aurora_jax.data import images, orders, schema, tfrecords
 from aurora_jax.data.dataset import Dataset
+from aurora_jax.data.index_sampler import IndexSampler
 from aurora_jax.errors import UserError
 
 
 @pytest.fixture
 def copy(data_folder, tmp_path):
-  return shutil.copytree(data_folder, tmp_path / "copy")
+  # Without the caption indices, which readers of the data set may have written.
+  return shutil.copytree(data_folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.captions"))
 
 
 def change_manifest(folder, change):
@@ -248,6 +253,84 @@ def test_missing_index_is_no_harm(copy):
   for path in copy.glob("*.index"):
     path.unlink()
   assert [example.key for example in map(Dataset.open(copy).__getitem__, range(16))] == expected
+
+
+def test_missing_index_of_a_read_only_data_set(copy, monkeypatch):
+  """The shards are scanned, nothing is written, and other threads read as usual."""
+  expected = [example.key for example in map(Dataset.open(copy).__getitem__, range(16))]
+  for path in copy.glob("*.index"):
+    path.unlink()
+  files = sorted(copy.iterdir())
+  write = pathlib.Path.write_bytes
+
+  def refuse(path, data):  # permissions do not bind root
+    if path.is_relative_to(copy):
+      raise OSError(errno.EROFS, "Read-only file system")
+    return write(path, data)
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", refuse)
+  for held in (dataset_module._HELD_RECORDS, 0):
+    monkeypatch.setattr(dataset_module, "_HELD_RECORDS", held)
+    dataset = Dataset.open(copy)
+    assert [dataset[number].key for number in range(16)] == expected
+    assert len(dataset.captions()) == 16
+  assert sorted(copy.iterdir()) == files
+
+
+def test_indices_that_are_not_held(copy, monkeypatch):
+  dataset = Dataset.open(copy)
+  expected = [dataset[number] for number in range(16)]
+  monkeypatch.setattr(dataset_module, "_HELD_RECORDS", 0)
+  for kept_open in (256, 1):
+    monkeypatch.setattr(dataset_module, "_KEPT_OPEN", kept_open)
+    dataset = Dataset.open(copy)
+    assert [dataset[number] for number in range(16)] == expected
+    assert [schema.decode(record) for record in dataset.read_run(2, 13)] == expected[2:15]
+    assert dataset.place(15) == Dataset.open(copy).place(15)
+  path = tfrecords.index_path(shards(copy)[0])
+  os.truncate(path, 16)
+  assert dataset[0] == expected[0]
+  with pytest.raises(tfrecords.RecordError, match=f"{shards(copy)[0].name}: record 1: its index has become shorter"):
+    dataset[1]
+  assert isinstance(dataset.read_run(0, 3)[2], tfrecords.RecordError)
+  with pytest.raises(UserError, match="its index says"):
+    Dataset.open(copy)
+
+
+def _headers(folder, records):
+  """A data set of that many records of 100 bytes in one sparse shard, of which only the index has content."""
+  folder.mkdir()
+  shard = folder / "x-train-00000-of-00001.tfrecord"
+  size = 100 + tfrecords.FRAME_BYTES
+  with open(shard, "wb") as file:
+    file.truncate(size * records)
+  rows = np.stack([size * np.arange(records), np.full(records, 100)], axis=1)
+  tfrecords.index_path(shard).write_bytes(rows.astype("<u8").tobytes())
+  split = {"shards": [{"file": shard.name, "examples": records}]}
+  manifest = {"schema_version": 1, "name": "x", "resolution": 8, "splits": {"train": split}}
+  (folder / "manifest.json").write_text(json.dumps(manifest))
+  return folder
+
+
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
+  held, peaks = [], []
+  for records in (10_000, 1_000_000):
+    folder = _headers(tmp_path / str(records), records)
+    Dataset.open(folder)  # what is imported and cached once
+    tracemalloc.start()
+    try:
+      dataset = Dataset.open(folder)
+      sampler = IndexSampler(dataset, order=orders.BlockOrder(records))
+      for step in (0, 1, 10**6):
+        sampler.plan(0, 64, step, np.arange(64))
+      assert dataset.place(records - 1)[1] == records - 1
+      current, peak = tracemalloc.get_traced_memory()
+    finally:
+      tracemalloc.stop()
+    held.append(current)
+    peaks.append(peak)
+  assert held[1] < held[0] + 10_000  # bytes; an index in memory would take 16 MB
+  assert peaks[1] < 4e6
 
 
 def test_exchanged_shard(copy):

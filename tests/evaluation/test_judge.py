@@ -1,6 +1,7 @@
 """A judge made of a real CLIP with random weights."""
 
 import numpy as np
+import pytest
 
 from aurora_jax.evaluation import judge
 
@@ -17,6 +18,7 @@ def test_in_batches_pads_to_one_shape():
   assert shapes == [(3, 2)] * 3
 
 
+@pytest.mark.slow
 def test_a_real_clip_as_a_judge(tiny_clip):
   made = judge.from_clip(tiny_clip.bundle, batch_size=2)
   words, text = tiny_clip.words, tiny_clip.text.embedding

@@ -1,6 +1,7 @@
 """Sampling and interpolation against the released generator's numbers and against the released scripts' recipe, written
 out plainly: one prompt, one latent, one step at a time through `Generator.apply`."""
 
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from aurora_jax.systems.aurora import generator as generator_lib
 from aurora_jax.systems.aurora import released as released_lib
 from aurora_jax.systems.aurora import system as system_lib
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
 
@@ -30,7 +33,8 @@ class Plain:
 
   def __init__(self, cfg, variables):
     model = generator_lib.Generator(cfg)
-    run = lambda method: jax.jit(lambda *arguments: model.apply(variables, *arguments, method=method))
+    # As an argument: XLA would compute with constants, and takes long to.
+    run = lambda method: functools.partial(jax.jit(functools.partial(model.apply, method=method)), variables)
     self.encode, self._map, self._synthesize = (run(m) for m in ("encode_text", "map_latents", "synthesize"))
     self.average = np.asarray(variables["buffers"]["w_avg"], np.float64)
 
@@ -88,17 +92,15 @@ def scripted(golden):
   return Scripted(sampler, sampling.Weights({"generator": variables}, {}), conditions, eot, io["in.text"], plain)
 
 
-def test_the_goldens_latents_give_the_goldens_images(golden):
+def test_the_goldens_latents_give_the_goldens_images(golden, scripted):
   cfg, variables, io = golden
   model = generator_lib.Generator(cfg)  # not `for_sampling`: the golden's two texts saw each other
   texts = jax.jit(lambda *a: model.apply(variables, *a, method="encode_text"))(
     io["in.text"], io["in.eot"].astype(np.int32)
   )
   conditions = {"global_text": np.asarray(texts[0]), "local_text": np.asarray(texts[1])}
-  sampler = sampling.Sampler(system_of(cfg), batch_size=2)
   drawn = latents.Latents({"z": io["in.z"][:, None]}, {})
-  weights = sampling.Weights({"generator": variables}, {})
-  images = sampler.sample_conditions(weights, conditions, drawn, psi=[0.7, 1.0]).images
+  images = scripted._replace(conditions=conditions).sample(drawn, psi=[0.7, 1.0]).images
   for k, name in enumerate(("out.image_trunc0.7", "out.image")):
     released = io[name].transpose(0, 2, 3, 1)
     assert relative(images[:, 0, k], released) < 1e-5
@@ -151,7 +153,7 @@ def test_the_released_interpolation_script_showed_the_same_images(scripted, name
 
 @pytest.mark.parametrize("move_all, means", [(False, 0), (True, 0), (False, 3), (True, 3)])
 def test_interpolation_is_the_released_scripts(scripted, move_all, means):
-  plain, steps, psi = scripted.plain, 4, 0.6
+  plain, steps, psi = scripted.plain, 9, 0.6  # as many steps as above: one program
   drawn = draw(scripted, 1, 1, 2, means)
   images = scripted.walk(drawn, steps=steps, move_all=move_all, psi=psi)
   assert images.shape == (2, steps, 16, 16, 3)

@@ -12,6 +12,8 @@ from aurora_jax.evaluation import latents as latents_lib
 from aurora_jax.evaluation import sampling
 from aurora_jax.systems import base
 
+pytestmark = pytest.mark.slow
+
 Z = 3
 AVERAGE = np.array([0.5, -0.5, 1.0], np.float32)
 LABEL = lambda path: base.ParamLabel()

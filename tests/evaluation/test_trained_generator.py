@@ -10,6 +10,8 @@ from aurora_jax.errors import UserError
 from aurora_jax.evaluation import latents, trained_generator
 from aurora_jax.systems.aurora import system
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

@@ -1,6 +1,7 @@
 """Runs to folders in the Hub's layout, those in PyTorch without this package, and the way back."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -196,6 +197,7 @@ def test_a_folder_holds_what_the_hub_expects_and_nothing_of_this_machine(home):
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
     "tokenizer/vocab.json",
+    "training.json",
   }
   for name in names:
     assert str(home).encode() not in (home / "aurora" / name).read_bytes()
@@ -242,6 +244,35 @@ def test_large_weights_come_in_shards(home, tmp_path):
   (tmp_path / "shards" / files[1]).unlink()
   with pytest.raises(UserError, match=f"shards of the weights are missing: {files[1]}"):
     hub.read_folder(tmp_path / "shards")
+
+
+def test_what_pytorch_saves_comes_back_bitwise(home, tmp_path):
+  import torch
+
+  source = home[0] / "aurora"
+  spec = importlib.util.spec_from_file_location("exported_pipeline", source / "pipeline.py")
+  pipeline = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(pipeline)
+  modeling = pipeline._module(source / "modeling_aurora.py")
+  pipe = pipeline.AuroraPipeline(modeling.AuroraGenerator.from_pretrained(source))  # no text: it takes seconds
+  pipe.folder = source
+  with torch.no_grad():
+    for parameter in pipe.model.parameters():
+      parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+  pipe.save_pretrained(tmp_path / "tuned")
+  with pytest.raises(ValueError, match="another folder"):
+    pipe.save_pretrained(source)
+  kept = {path.name for path in (tmp_path / "tuned").iterdir()}
+  assert kept == {path.name for path in source.iterdir()} - {"README.md", "samples.png", "__pycache__"}
+  tuned, state = hub.read_folder(tmp_path / "tuned", "aurora"), pipe.model.state_dict()
+  back = dict(hub.torch_names("aurora").to_torch(tuned.networks["generator"], tuned.generator))
+  assert back.keys() == state.keys() and all(back[name].tobytes() == state[name].numpy().tobytes() for name in state)
+  sampled = trained_generator.load(tmp_path / "tuned").weights.networks["generator"]
+  assert all(
+    np.array_equal(a, b) for a, b in zip(jax.tree.leaves(tuned.networks["generator"]), jax.tree.leaves(sampled))
+  )
+  before = hub.read_folder(source).networks["generator"]
+  assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(sampled)))
 
 
 def edit_config(folder, **changes):
@@ -365,5 +396,8 @@ def test_weights_must_come_as_announced(tmp_path):
 def test_public_mappings_keep_no_paths(home):
   experiment = config_files.from_stored(json.loads((home[0] / "run" / "config.json").read_text()))
   assert pathlib.Path(experiment.text.clip).is_absolute()
+  mixture = dataclasses.replace(experiment.data, path="/a/b", mixture=("0.25:/c/d", "0.5:gs://bucket/e"))
+  experiment = dataclasses.replace(experiment, data=mixture)
   values = hub_folder.public_mapping(experiment)
+  assert values["data"]["path"] == "b" and values["data"]["mixture"] == ("0.25:d", "0.5:e")
   assert values["text"]["clip"] == "clip" and values["generator"]["z_dim"] == experiment.generator.z_dim

@@ -54,6 +54,25 @@ for name in ("openmoji_64", "openmoji_32:tones", "openmoji_32.py:test", "configs
   assert python(installed, tmp_path, code) == ["openmoji_64", "openmoji_32_tones", "openmoji_32", "aurora_64_v5e_256"]
 
 
+def test_an_installed_package_exports(installed, tmp_path):
+  """The PyTorch files are copied out of it."""
+  code = """
+import numpy as np, jax
+from aurora_jax.interop.hub import folder
+from aurora_jax.systems.megan import config, generator, torch_names
+cfg = config.Generator(resolution=16, z_dim=4, channels=2, generators=2)
+variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), generator.abstract_variables(cfg))
+folder.write("out", torch_names.hub_model(variables, cfg), card="")
+"""
+  python(installed, tmp_path, code)
+  for name in ("interop/hub/pipeline.py", "systems/megan/modeling_megan.py"):
+    source = (installed / "aurora_jax" / name).read_text()
+    copied = (tmp_path / "out" / pathlib.Path(name).name).read_text()
+    assert len(copied) > 1000 and copied.splitlines()[-1] == source.splitlines()[-1]
+  package = installed / "aurora_jax" / "systems"
+  assert {path.name for path in package.glob("*/modeling_*.py")} >= {"modeling_aurora.py", "modeling_stylegan_t.py"}
+
+
 def test_configs_of_the_current_folder_come_first(installed, tmp_path):
   """They may build on the installed ones."""
   (tmp_path / "configs").mkdir()

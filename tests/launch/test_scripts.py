@@ -80,8 +80,17 @@ def test_tpu_slice_from_nothing_and_after_a_preemption():
   assert "--accelerator-type=v5litepod-256 --runtime-version=v2-alpha-tpuv5-lite --spot" in done.stdout
   assert "--zone=us-west4-a --worker=all" in done.stdout and "mount -t nfs 10.0.0.2:/share /mnt/shared" in done.stdout
   assert verbs(bash("tpu_slice.sh", "delete", "--dry-run").stdout) == ["delete"]
-  on_bucket = bash("tpu_slice.sh", "install", "--dry-run", SHARED="gs://bucket", PROVISIONING="").stdout
-  assert "gcsfuse -o allow_other" in on_bucket and " bucket /mnt/shared" in on_bucket
+  mounted = bash("tpu_slice.sh", "install", "--dry-run", SHARED="gs://bucket", PROVISIONING="").stdout
+  assert "gcsfuse -o allow_other" in mounted and " bucket /mnt/shared" in mounted
+
+
+def test_tpu_slice_on_a_bucket_without_a_mount():
+  done = bash("tpu_slice.sh", "up", "--dry-run", BUCKET="gs://bucket/team/", SHARED=None)
+  assert done.returncode == 0, done.stderr
+  assert verbs(done.stdout) == ["create", "copy", "install", "train", "delete", "create", "copy", "install", "train"]
+  assert "mount" not in done.stdout and "/mnt/shared" not in done.stdout
+  for part in ("data.path=gs://bucket/team/data", "text.clip=gs://bucket/team/clip", "gs://bucket/team/runs/a"):
+    assert part in done.stdout.replace("\\", "")
 
 
 def test_tpu_slice_starts_what_train_understands(tmp_path):
@@ -153,14 +162,16 @@ def test_watch_after_a_preemption(tmp_path):
     (["fly"], {}, "unknown command 'fly'"),
     (["up", "now"], {}, "unknown argument 'now'"),
     (["up", "--dry-run"], {"ZONE": None}, "ZONE is not set"),
-    (["up", "--dry-run"], {"SHARED": None}, "SHARED is not set"),
+    (["up", "--dry-run"], {"SHARED": None}, "BUCKET is not set"),
+    (["up", "--dry-run"], {"BUCKET": "gs://bucket"}, "BUCKET and SHARED are both set"),
+    (["train", "--dry-run"], {"SHARED": None, "BUCKET": "s3://bucket"}, "BUCKET must begin with gs://"),
     (["up", "--dry-run"], {"CONFIG": "configs/nowhere.py"}, "config file not found: configs/nowhere.py"),
   ],
 )
 def test_tpu_slice_bad_input(arguments, settings, words):
   done = bash("tpu_slice.sh", *arguments, **settings)
   if not arguments:
-    assert "--dry-run" in done.stdout and "SHARED" in done.stdout
+    assert "--dry-run" in done.stdout and "BUCKET" in done.stdout and "SHARED" in done.stdout
     return
   assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -247,12 +258,13 @@ def test_gke(name, resource, selector):
   pod = inner["template"]["spec"]
   assert pod["restartPolicy"] == "Never" and pod["nodeSelector"] == selector
   [container] = pod["containers"]
-  assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+  mounts, volumes = container.get("volumeMounts", []), pod.get("volumes", [])
+  assert {mount["name"] for mount in mounts} == {volume["name"] for volume in volumes}
 
   command, *words = container["args"]
   experiment, flags = train_flags(words)
   assert command == "train" and flags.stopped_status == 75 and flags.require in ("tpu", "gpu")
-  assert all(path.startswith("/shared/") for path in (flags.workdir, experiment.data.path, experiment.text.clip))
+  assert all(path.startswith("gs://BUCKET/") for path in (flags.workdir, experiment.data.path, experiment.text.clip))
   assert mesh.build(
     experiment.mesh,
     experiment.train.batch_size,
@@ -277,7 +289,7 @@ def test_dockerfile():
   assert lines[0][0] == "FROM" and re.fullmatch(r"python:3\.1[1-9]-slim", lines[0][1])
   assert {keyword for keyword, _ in lines} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "ENTRYPOINT"}
   sources = [word for keyword, rest in lines if keyword == "COPY" for word in rest.split()[:-1]]
-  assert sources == ["requirements.txt", "aurora_jax", "configs"] and all(
+  assert sources == ["requirements.txt", "pyproject.toml", "aurora_jax", "configs"] and all(
     (ROOT / source).exists() for source in sources
   )
   assert yaml.safe_load(dict(lines)["ENTRYPOINT"]) == [
@@ -285,8 +297,13 @@ def test_dockerfile():
     "-m",
     "aurora_jax",
   ]  # exec form: no shell takes the signals
-  # The version of JAX for an accelerator, by the very command that the image runs.
+  # The version of JAX for an accelerator, and the packages for buckets, by the very commands that the image runs.
   command = re.search(r"extra=\$\((sed .*?)\)\s", dict(lines)["RUN"])[1]
+  buckets = re.search(r"buckets=\$\((sed .*? pyproject\.toml)\)", dict(lines)["RUN"])[1]
+  packages = subprocess.run(
+    ["bash", "-c", buckets], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout.split()
+  assert [re.split("[<>=]", package)[0] for package in packages] == ["gcsfs", "s3fs"]
   found = subprocess.run(
     ["bash", "-c", command],
     cwd=ROOT,

@@ -46,6 +46,7 @@ def test_size_of_vit_l14():
   assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_fresh_weights(images):
   fast = {"xla_backend_optimization_level": 0}  # of compilation
   variables = jax.jit(Clip(CONFIG).init, compiler_options=fast)(jax.random.key(0), TOKENS, images)
@@ -85,6 +86,7 @@ def test_end_of_text_rules(eot_id, expected):
   assert clip.eot_position(tokens, eot_id).tolist() == expected
 
 
+@pytest.mark.slow
 def test_images_of_other_sizes_are_resized(variables, images):
   large = np.random.default_rng(1).uniform(-1, 1, (3, 40, 40, 3)).astype(np.float32)
   by_hand = jax.image.resize(large, images.shape, "bicubic")
@@ -93,6 +95,7 @@ def test_images_of_other_sizes_are_resized(variables, images):
   )
 
 
+@pytest.mark.slow
 def test_colours_are_normalised(variables):
   # An image of the mean color is all zeros to the tower; one standard deviation more is all ones.
   mean, std = np.asarray(IMAGE.mean), np.asarray(IMAGE.std)
@@ -108,11 +111,13 @@ def test_colours_are_normalised(variables):
     )
 
 
+@pytest.mark.slow
 def test_every_pixel_counts(variables, images):
   gradient = jax.grad(lambda x: apply(variables, x, method="encode_image").sum())(images)
   assert np.isfinite(gradient).all() and (np.abs(gradient) > 0).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_loop_and_recomputation_change_nothing(variables, images, monkeypatch):
   def value_and_gradient(**options):
     def loss(variables):
@@ -129,6 +134,7 @@ def test_loop_and_recomputation_change_nothing(variables, images, monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), gradient, expected_gradient)
 
 
+@pytest.mark.slow
 def test_bfloat16(variables, images):
   text = apply(variables, TOKENS, method="encode_text", dtype=jnp.bfloat16)
   exact = apply(variables, TOKENS, method="encode_text")

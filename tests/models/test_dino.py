@@ -62,6 +62,7 @@ def close(ours, theirs, tolerance=1e-5):
   assert np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("case", "size"), [(case, (28, 16)) for case in CASES] + [("registers", (20, 20))], ids=[*CASES, "size of the table"]
 )
@@ -112,6 +113,7 @@ def test_taps_come_in_the_order_asked_for_and_stop_early(small):
   assert dino.patch_tokens(early.taps[0], small.cfg).shape == (2, 25, 12)
 
 
+@pytest.mark.slow
 def test_rematerialisation_and_bfloat16(small):
   gradient = lambda **options: jax.jit(
     jax.grad(lambda image: jnp.sum(jnp.sin(Dino(small.cfg, **options).apply(small.variables, image).final)))

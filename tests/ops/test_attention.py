@@ -44,6 +44,7 @@ def test_chunks_change_neither_values_nor_gradients(inputs):
     attention.l2_attention(*inputs, chunk=5)
 
 
+@pytest.mark.slow
 def test_zero_distance_has_a_zero_gradient(inputs):
   same = inputs[1]
   gradient = jax.grad(lambda t: jnp.sum(attention.l2_attention(t, t, inputs[2]) ** 2))(same)

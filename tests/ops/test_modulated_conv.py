@@ -31,6 +31,7 @@ def released_conv(x, weight, style, mix, upsample):
   return torch.stack(out).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [1, 3])
 @pytest.mark.parametrize("size,upsample", [(3, False), (3, True), (1, False)])
 def test_equals_per_sample_filters(kernels, size, upsample):

@@ -134,6 +134,7 @@ def test_tile_sizes(tokens, experts, size):
 # All tokens through their experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
   "expert, factors",
@@ -183,6 +184,7 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_backends_agree_in_values_and_gradients(params, routing):
   expert = jnp.asarray(ROUTINGS[routing], jnp.int32)

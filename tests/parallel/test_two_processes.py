@@ -27,6 +27,8 @@ from aurora_jax.runs import checkpoint_reader
 from aurora_jax.systems.aurora.system import System
 from aurora_jax.training import step as step_lib
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 RECORDS, BATCH, STEPS = 20, 4, 3  # an epoch is five steps
 # KiB: more than a file that a process logs, less than the largest file of its part of a checkpoint. That had 128 to
@@ -47,6 +49,7 @@ def get_config(variant=""):
   discriminator.text_layers = 0
   config.loss.level_weights, config.loss.clip_min_resolution = {8: 0.5, 4: 0.5}, 8
   config.loss.clip_bank, config.loss.r1_gamma = 3, 0.0
+  generator.text_layers = 0
   config.mesh.data, config.mesh.expert, config.mesh.fsdp = 2, 2, True
   config.train.batch_size, config.train.total_steps = 4, 3
   config.train.checkpoint_every = 2

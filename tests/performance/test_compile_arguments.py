@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 from parallel import tiny_clip
 from PIL import Image
@@ -12,7 +11,7 @@ from PIL import Image
 from aurora_jax import config_files
 from aurora_jax.data import build, sources
 from aurora_jax.systems.aurora import system as system_lib
-from aurora_jax.training import setup
+from aurora_jax.training import batch_feed, setup
 from aurora_jax.training import step as step_lib
 
 _TINY = pathlib.Path(__file__).parents[1] / "parallel/tiny_pod.py"
@@ -57,11 +56,7 @@ def test_the_arguments_are_those_of_train(experiment, monkeypatch):
   assert ours.frozen_note == f"CLIP: of {experiment.text.clip}"
 
   assert _described(abstract_frozen) == _described(dict(frozen[0]))
-  theirs = {
-    name: jax.make_array_from_process_local_data(prepared.batch_sharding, value)
-    for name, value in next(prepared.batches(0)).items()
-    if isinstance(value, np.ndarray)
-  }
+  theirs = batch_feed.put(next(prepared.batches(0)), prepared.batch_sharding)
   assert _described(batch) == _described({name: theirs[name] for name in batch})
   assert _described(state) == _described(prepared.abstract_state)
   # `compile` lowers what `train` compiles.

@@ -157,6 +157,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     checkpoint_reader.read(tmp_path / "empty", {"params": abstract.params})
 
 
+@pytest.mark.slow
 def test_restored_on_other_meshes(tmp_path):
   """Saved on one device, on a mesh of 4 and on one of 2 x 2 by processes of four devices: bitwise the same state."""
   state = jax.jit(_init)()

@@ -116,6 +116,7 @@ def test_its_fingerprint_is_that_of_the_same_state_in_todays_format(run, abstrac
   assert capsys.readouterr().out.split()[-1].endswith(FINGERPRINT)
 
 
+@pytest.mark.slow
 def test_it_makes_the_images_that_it_made(run):
   golden = load_file(GOLDEN / "images.safetensors")
   inputs = golden["z"], golden["text"], golden["eot"]
@@ -134,6 +135,7 @@ def test_it_makes_the_images_that_it_made(run):
   assert np.abs(sampled[0] - sampled[1]).max() > 1e-4 < np.abs(sampled[:, 0] - sampled[:, 1]).max()
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_is_saved_in_todays_format(run, experiment, tmp_path, capsys):
   run = workdir.RunFolder(shutil.copytree(run.path, tmp_path / "run"))
   _, before = checkpoint_reader.read_parts(run.checkpoints, ["networks"])
@@ -170,6 +172,7 @@ def test_it_goes_on_and_is_saved_in_todays_format(run, experiment, tmp_path, cap
   assert train(5)[0].step == 5  # and once more, from today's format
 
 
+@pytest.mark.slow
 def test_a_run_can_begin_with_it(run, experiment, abstract):
   beginning = dataclasses.replace(experiment.train, init_from=str(run.checkpoints / "2"))
   other = dataclasses.replace(experiment, train=beginning)

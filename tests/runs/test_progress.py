@@ -26,6 +26,23 @@ def test_a_command_writes_a_line_every_few_seconds(monkeypatch):
   assert stream.getvalue() == "reading: 3 of 7,000\nreading: 5 of 7,000\n"
 
 
+def test_the_number_of_items_may_be_unknown(monkeypatch):
+  monkeypatch.setenv("TERM", "xterm")
+  now = iter([0.0, 1.0, 5.1])
+  monkeypatch.setattr("time.monotonic", lambda: next(now))
+  stream = io.StringIO()
+  with progress.progress("reading", stream) as update:
+    update(0, None)
+    update(1234, None)
+  assert stream.getvalue() == "reading: 1,234\n"
+  monkeypatch.undo()
+  terminal = Terminal()
+  with progress.progress("reading", terminal) as update:
+    update(0, None)
+    update(1234, None)
+  assert "1,234" in terminal.getvalue() and "/" not in terminal.getvalue()
+
+
 def test_training_writes_lines_to_a_log_file(capsys, monkeypatch):
   now = [0.0]
   monkeypatch.setattr("time.monotonic", lambda: now[0])

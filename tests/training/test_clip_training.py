@@ -1,6 +1,7 @@
 """The training of a small CLIP: augmentation, schedule, and that it learns, repeatably."""
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -16,6 +17,8 @@ from aurora_jax.errors import UserError
 from aurora_jax.ops import augment as augment_lib
 from aurora_jax.ops.augment import Augmentation
 from aurora_jax.training import clip
+
+pytestmark = pytest.mark.slow
 
 NOTHING = Augmentation(shift=0, scale=0, rotate=0, coarsen=0, colour=0, noise=0)
 TINY = clip.ClipTraining(
@@ -143,6 +146,14 @@ def test_every_picture_in_its_own_way_and_repeatably(dots):
 # Training
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_program():
+  """Runs with the same settings share their compiled step; `make_step.__wrapped__` makes a new one."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(clip, "make_step", functools.cache(clip.make_step))
+    yield
+
+
 def test_learning_rate():
   settings = clip.ClipTraining(learning_rate=2.0, warmup_steps=10)
   rates = np.array([clip.learning_rate(settings, step, 110) for step in range(111)])
@@ -164,7 +175,7 @@ def first_batch(settings, data):
 
 def test_step(data):
   config, batch = first_batch(TINY, data)
-  state, step = clip.init_state(config, TINY), clip.make_step(config, TINY)
+  state, step = clip.init_state(config, TINY), clip.make_step.__wrapped__(config, TINY)
   before = jax.tree.map(np.asarray, state.params)
   for number in range(3):
     state, metrics = step(state, batch, np.int32(50))

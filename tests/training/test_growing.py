@@ -22,6 +22,8 @@ from aurora_jax.runs import fingerprint as fingerprint_lib
 from aurora_jax.systems.aurora.labels import label
 from aurora_jax.training import loop, setup, stopping
 
+pytestmark = pytest.mark.slow
+
 RECORDS, SET = 11, 5
 
 
@@ -76,9 +78,11 @@ def experiment(home, total_steps=6):
 
 @pytest.fixture(scope="module")
 def whole(home):
-  """(folder, Prepared) of six steps without a stop. Every stage is compiled once for all tests."""
+  """(folder, Prepared) of six steps without a stop. Every stage and the first state are made once for all tests."""
   prepared = setup.prepare(experiment(home))
-  prepared = dataclasses.replace(prepared, at_stage=functools.cache(prepared.at_stage))
+  prepared = dataclasses.replace(
+    prepared, at_stage=functools.cache(prepared.at_stage), init=functools.cache(prepared.init)
+  )
   outcome = loop.run(prepared, home / "whole")
   assert (outcome.step, outcome.reason) == (6, stopping.DONE)
   return home / "whole", prepared
@@ -218,10 +222,10 @@ def test_distances_by_inception(home, whole, inception_file, monkeypatch):
   (first, second), (again, generated) = seen
   assert again is first and generated.count == first.count == second.count == SET
   variables = inception_torch.load(inception_file)
-  features = jax.jit(lambda images: inception.Inception().apply(variables, images))
+  features = jax.jit(inception.Inception().apply)
   numbers = distances._places(np.arange(2 * SET))
   images = loader.to_float(loader.load_images(run.dataset, 16, numbers))
-  expected = np.asarray(features(resample.image_pyramid(images, (8,))[8]))
+  expected = np.asarray(features(variables, resample.image_pyramid(images, (8,))[8]))
   for moments, part in zip((first, second), (expected[:SET], expected[SET:])):
     np.testing.assert_allclose(moments.mean, part.mean(0), atol=1e-4 * expected.max())
   assert np.abs(generated.mean - first.mean).max() > 1e-2 * expected.max()

@@ -17,6 +17,8 @@ from aurora_jax.systems.aurora.system import System
 from aurora_jax.training import initialize
 from aurora_jax.training import step as step_lib
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("params", "ema", "variables")
 
 

@@ -27,6 +27,7 @@ def steps(cfg, values, gradients):
   return params(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(48, 32), (16, 64), (3, 3, 8, 24)])
 def test_a_step_is_that_of_torch(shape):
   gradient = draw(*shape)
@@ -44,6 +45,7 @@ def test_a_step_is_that_of_torch(shape):
   assert np.sqrt(np.mean(np.square(expected))) == pytest.approx(0.85, abs=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 3, 3, 8, 16), (4, 8, 16)])
 def test_each_kernel_and_each_expert_is_a_matrix_of_its_own(shape):
   gradients = [{"weight": draw(*shape, seed=seed)} for seed in range(3)]

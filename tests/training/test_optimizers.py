@@ -34,6 +34,7 @@ def test_adam_without_first_moment_is_torchs_adam_with_beta1_zero():
   np.testing.assert_allclose(params(state)["a"]["weight"], theirs.detach().numpy(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fields,before_adam",
   [

@@ -141,6 +141,7 @@ def test_seed_and_length_are_no_part_of_a_program():
   assert lowered(pair()) == lowered(pair(seed=7, total_steps=5)) != lowered(pair(batch_size=4))
 
 
+@pytest.mark.slow
 def test_seed_and_length_are_no_part_of_auroras_programs():
   """Nor does anything else that is drawn or planned: latents, noise on what CLIP sees, a learning rate that decays."""
   flags = [f"--config={TINY_POD}", "--config.mesh.expert=1", "--config.loss.clip_augment=True"]

@@ -170,6 +170,7 @@ def test_a_stop_around_a_change_of_stage_changes_nothing(whole, tmp_path, capsys
   _same_in_the_end(whole, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call,step", [(1, 0), (4, 3), (7, 9), (8, 9)])
 def test_a_measurement_that_is_cut_short_is_taken_when_the_run_goes_on(whole, tmp_path, capsys, call, step):
   """Of nine: the first reference, the second, the generator's before a change of stage and the reference after it."""

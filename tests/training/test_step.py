@@ -18,6 +18,8 @@ from aurora_jax.systems.aurora.system import System
 from aurora_jax.training import guard, optimizers
 from aurora_jax.training import step as step_lib
 
+pytestmark = pytest.mark.slow
+
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
 MAIN, R1 = "networks", "r1"
 
@@ -31,7 +33,7 @@ def tiny():
   tokens = jnp.array([[48, 3 + i, 5, 49, 0, 0, 0, 0] for i in range(4)])
   image = jax.random.uniform(keys[0], (4, 16, 16, 3), minval=-1)
   layout = system.layout
-  frozen = {"clip": system.clip.init(keys[1], tokens, image)}
+  frozen = {"clip": jax.jit(system.clip.init)(keys[1], tokens, image)}
   frozen |= {"bank": jnp.zeros((0, 16)), "bank_id": jnp.zeros(0, jnp.int32)}
   frozen = jax.device_put(frozen, layout.replicated)
   batch = jax.device_put({"image": image, "tokens": tokens, "caption_id": jnp.arange(4)}, layout.batch)
@@ -236,7 +238,8 @@ def test_the_gradient_of_several_levels_by_clip(tiny):
   system = with_clip(System(dataclasses.replace(tiny.experiment, loss=loss)))
   clip, frozen = system.clip, tiny.frozen
   pyramid = {r: jax.random.normal(jax.random.key(r), (4, r, r, 3)) for r in (4, *levels)}
-  text = clip.apply(frozen["clip"], tiny.batch["tokens"], method="encode_text")
+  encode_text = jax.jit(lambda tokens: clip.apply(frozen["clip"], tokens, method="encode_text"))
+  text = encode_text(tiny.batch["tokens"])
   objective = Objective(system, optimizers.Updates(system, 1))
   guidance = jax.jit(objective._clip_guidance)
   found, metrics = guidance(frozen, jax.random.key(0), pyramid, text, tiny.batch["caption_id"])

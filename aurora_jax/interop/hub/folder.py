@@ -16,10 +16,8 @@ from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import weight_files
 from aurora_jax.interop.clip_hf import ClipBundle, check_writable
-from aurora_jax.interop.hub import text_encoder, twin_map, weights
-
-CONFIG, EXPERIMENT, CARD, PIPELINE = "config.json", "experiment.json", "README.md", "pipeline.py"
-TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+from aurora_jax.interop.hub import layout, onnx_files, text_encoder, twin_map, weights
+from aurora_jax.interop.hub.layout import CARD, CONFIG, EXPERIMENT, PIPELINE, TEXT_ENCODER, TOKENIZER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Model:
   @property
   def parameters(self) -> int:
     """Numbers in its state dict, buffers included."""
-    return sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in self.entries)
+    return sum(entry.values for entry in self.entries)
 
 
 def write(
@@ -70,7 +68,7 @@ def write(
     text: the CLIP whose text tower the generator is conditioned by; None for a generator without text features.
     tokenizer: of a generator that takes tokens; with `text`, None takes that one's.
     experiment: the run's configuration (`public_mapping`), for the way back.
-    extra: further files {name: content}, such as the images of the card.
+    extra: further files {name: content}, such as the images of the card; a name may be in one of the folders above.
     overwrite: replace an earlier folder.
     shard_bytes: the most that one file of weights holds.
 
@@ -107,7 +105,7 @@ def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> None:
   """Raises a UserError if `write` would refuse the folder; to be asked before minutes of work."""
   folder = pathlib.Path(folder)
   check_writable(folder, overwrite=overwrite)
-  if folder.is_dir() and any(folder.iterdir()) and not is_hub_folder(folder):
+  if folder.is_dir() and any(folder.iterdir()) and not is_hub_folder(folder) and not is_onnx_folder(folder):
     raise UserError(f"{folder} is not an earlier export, so --overwrite leaves it alone; choose another folder")
 
 
@@ -121,6 +119,11 @@ def is_hub_folder(folder: str | os.PathLike) -> bool:
   except (OSError, ValueError, AttributeError):
     return False
   return isinstance(kind, str) and (folder / f"modeling_{pathlib.PurePath(kind).name}.py").is_file()
+
+
+def is_onnx_folder(folder: str | os.PathLike) -> bool:
+  """Whether a folder looks like one of an export to ONNX."""
+  return all((pathlib.Path(folder) / name).is_file() for name in (onnx_files.GENERATOR, layout.ORIGIN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +167,7 @@ def read(folder: str | os.PathLike, model_type: str | None = None) -> HubFolder:
       f"{folder / CONFIG} describes a model of type {kind!r}" + (f", not {model_type!r}" * bool(model_type))
     )
   present = lambda name: folder / name if (folder / name).is_dir() else None
-  experiment = None
-  if (folder / EXPERIMENT).is_file():
-    experiment = weight_files.read_json(folder / EXPERIMENT)
-    if present(TEXT_ENCODER) and isinstance(experiment.get("text"), dict):
-      experiment["text"]["clip"] = str(folder / TEXT_ENCODER)
+  experiment = layout.read_experiment(folder)
   return HubFolder(folder, config, weights.read(folder), experiment, present(TEXT_ENCODER), present(TOKENIZER))
 
 
@@ -186,9 +185,15 @@ def public_mapping(experiment: Any) -> dict[str, Any]:
   for field in dataclasses.fields(experiment):
     value = getattr(experiment, field.name)
     if field.metadata.get("reference") or field.name == "init_from":
-      value = pathlib.PurePath(value).name
+      value = tuple(map(_public, value)) if isinstance(value, tuple) else pathlib.PurePath(value).name
     values[field.name] = public_mapping(value) if dataclasses.is_dataclass(value) else value
   return values
+
+
+def _public(entry):
+  """ "WEIGHT:FOLDER" of a mixture with the last part of the path alone."""
+  weight, colon, path = entry.partition(":")
+  return f"{weight}{colon}{pathlib.PurePath(path).name}"
 
 
 def _write_json(path, value):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 # JSON values are YAML values too.
 _quoted = json.dumps
+_LIBRARIES = {"PyTorch": "pytorch", "onnxruntime": "onnx"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,13 @@ class Card:
     license: of the weights, an identifier that the Hub knows, such as "cc-by-sa-4.0" or "other".
     tags: further tags.
     dataset: name of the training data.
-    dataset_license: of the training data, or "".
+    dataset_images: number of its images, or 0.
+    dataset_notes: lines on it, such as its source and license.
     metrics: measured numbers.
     cost: lines on what training took: steps, images, time, machine.
     image: file name of a sheet of samples in the folder, or "".
+    image_note: how these were drawn.
+    runtime: what samples from it. The card of another one than PyTorch has no example.
   """
 
   name: str
@@ -60,10 +64,13 @@ class Card:
   license: str = "other"
   tags: tuple[str, ...] = ()
   dataset: str = ""
-  dataset_license: str = ""
+  dataset_images: int = 0
+  dataset_notes: tuple[str, ...] = ()
   metrics: tuple[Metric, ...] = ()
   cost: tuple[str, ...] = ()
   image: str = ""
+  image_note: str = ""
+  runtime: str = "PyTorch"
 
 
 def render(card: Card) -> str:
@@ -76,7 +83,12 @@ def _task(card):
 
 
 def _front_matter(card) -> Sequence[str]:
-  lines = [f"license: {_quoted(card.license)}", "library_name: pytorch", f"pipeline_tag: {_task(card)}", "tags:"]
+  lines = [
+    f"license: {_quoted(card.license)}",
+    f"library_name: {_LIBRARIES[card.runtime]}",
+    f"pipeline_tag: {_task(card)}",
+    "tags:",
+  ]
   lines += [f"- {_quoted(tag)}" for tag in dict.fromkeys(("gan", "aurora_jax", *card.tags))]
   if card.dataset:
     lines += ["datasets:", f"- {_quoted(card.dataset)}"]
@@ -98,15 +110,20 @@ def _body(card) -> Sequence[str]:
     lines += [card.summary, ""]
   lines += [
     f"{card.resolution}x{card.resolution} pixels, {card.parameters:,} parameters in float32; weights: {card.weights}. "
-    "Trained with aurora_jax (JAX); this folder needs PyTorch alone.",
+    f"Trained with aurora_jax (JAX). Sampling needs {card.runtime}, not JAX.",
     "",
   ]
   if card.image:
-    lines += [f"![samples]({card.image})", ""]
-  lines += _example(card)
+    lines += [f"![samples]({card.image})", ""] + ([card.image_note, ""] if card.image_note else [])
+  lines += _example(card) if card.runtime == "PyTorch" else []
   if card.dataset:
-    of = f" ({card.dataset_license})" if card.dataset_license else ""
-    lines += ["## Training data", "", f"{card.dataset}{of}.", ""]
+    lines += [
+      "## Training data",
+      "",
+      f"- {card.dataset}" + f": {card.dataset_images:,} images" * bool(card.dataset_images),
+    ]
+    lines += [f"- {note}" for note in card.dataset_notes]
+    lines += [""]
   if card.metrics:
     lines += ["## Results", "", "| metric | value | protocol |", "| --- | --- | --- |"]
     lines += [f"| {metric.name} | {metric.value:.4g} | {metric.protocol or '-'} |" for metric in card.metrics]

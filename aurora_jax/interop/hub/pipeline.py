@@ -2,6 +2,7 @@
 
   pipe = Pipeline.from_pretrained("folder")
   images = pipe("a red heart", num_images=4, seed=0, psi=0.7)    # PIL images
+  pipe.save_pretrained("tuned")                                  # after fine-tuning pipe.model
 
 or from a shell: python pipeline.py "a red heart" --num-images 4 --psi 0.7 --out heart.png
 """
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,8 @@ import torch
 
 MEAN_LATENTS = 16  # latents whose mean style is a prompt's own mean, toward which truncation moves
 MEAN_SEED = 1 << 40  # of those latents: the same for all prompts and seeds
+# What `save_pretrained` copies, besides the modeling file: nothing that speaks of the weights.
+COMPANIONS = ("pipeline.py", "experiment.json", "training.json", "text_encoder", "tokenizer")
 
 
 class Pipeline:
@@ -28,7 +32,10 @@ class Pipeline:
   Attributes:
     model: the generator, as in the folder's modeling file.
     text_encoder, tokenizer: of transformers, or None where the generator does not need them.
+    folder: path of the folder that they are from, or None.
   """
+
+  folder: pathlib.Path | None = None
 
   def __init__(
     self,
@@ -69,7 +76,25 @@ class Pipeline:
       from transformers import CLIPTokenizerFast
 
       tokenizer = CLIPTokenizerFast.from_pretrained(path / "tokenizer")
-    return cls(model, text_encoder, tokenizer)
+    pipe = cls(model, text_encoder, tokenizer)
+    pipe.folder = path
+    return pipe
+
+  def save_pretrained(self, folder: str | pathlib.Path) -> None:
+    """Writes the generator as it is now, and copies the rest of the folder that it is from, but for the model card.
+
+    Args:
+      folder: another folder than that one. aurora_jax takes it back in place of a run.
+    """
+    folder = pathlib.Path(folder)
+    if self.folder is None or folder.resolve() == self.folder.resolve():
+      raise ValueError(f"a pipeline is saved to another folder than the one that it was read from, got {folder}")
+    self.model.save_pretrained(folder)
+    for source in (*self.folder.glob("modeling_*.py"), *(self.folder / name for name in COMPANIONS)):
+      if source.is_dir():
+        shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+      elif source.is_file():
+        shutil.copyfile(source, folder / source.name)
 
   @property
   def device(self) -> torch.device:
@@ -134,16 +159,26 @@ class Pipeline:
       raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
     return prompts
 
-  @torch.inference_mode()
   def encode(self, prompts: Sequence[str]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
     """What the model takes of prompts, with the prompts along the first axis."""
-    kind = self.model.text_input
-    if kind is None:
+    if self.model.text_input is None:
       return None
-    if kind == "ids":  # the generator has a text encoder of its own
-      return self.model.encode_text(self.tokenize(prompts, self.tokenizer.model_max_length))
+    with torch.inference_mode():
+      return self.encode_ids(self.tokenize(prompts, self.context_length))
+
+  @property
+  def context_length(self) -> int:
+    """Number of token ids of a prompt."""
+    # A generator with a text encoder of its own comes with a tokenizer alone.
+    own = self.model.text_input == "ids"
+    return self.tokenizer.model_max_length if own else self.text_encoder.config.max_position_embeddings
+
+  def encode_ids(self, ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The same of token ids, int64 [prompts, context_length]."""
+    kind = self.model.text_input
+    if kind == "ids":
+      return self.model.encode_text(ids)
     config = self.text_encoder.config
-    ids = self.tokenize(prompts, config.max_position_embeddings)
     # The padding is part of the text, as in training: there is no attention mask.
     out = self.text_encoder(input_ids=ids)
     # OpenAI's rule, which old configurations stand for by the number 2: the end is where the largest id is.
@@ -191,7 +226,7 @@ class Pipeline:
 
 def _module(path):
   """The modeling file as a module."""
-  path = path.resolve()
+  path = path.absolute()  # the Hub's cache has links to files without a suffix
   if getattr(sys.modules.get(path.stem), "__file__", None) != str(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -5,6 +5,7 @@ the twin, under another name and in another layout. Layouts are permutations, so
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ class Entry:
   shape: tuple[int, ...]
   dtype: np.dtype
   part: tuple[int, int] | None = None
+
+  @property
+  def values(self) -> int:
+    """Number of values in the tensor."""
+    return math.prod(self.shape)
 
 
 def table(abstract: Mapping[str, Any], place: Callable[[Path, int], tuple[str, Layout]]) -> list[Entry]:

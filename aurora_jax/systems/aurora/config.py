@@ -6,15 +6,18 @@ arXiv 2303.05511, "StyleGAN2" is arXiv 1912.04958.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from aurora_jax import config as config_lib
 from aurora_jax.config import PerResolution, per_resolution, require
+from aurora_jax.models import feature_critic_config as critic_lib
+from aurora_jax.ops.diff_augment_policy import POLICY
 
 # How results are computed, not which. The router's weights act in training alone.
 RUNTIME_FIELDS = frozenset(
   {
     "moe_backend",
+    "attention",
     "attention_chunk",
     "remat",
     "loop_layers",
@@ -24,6 +27,11 @@ RUNTIME_FIELDS = frozenset(
     "w_average_decay",
   }
 )
+
+
+def _require_choice(cfg, group, name, *allowed):
+  value, (*others, last) = getattr(cfg, name), map(repr, allowed)
+  require(value in allowed, f"{group}.{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,8 @@ class Generator:
   router_z_weight: float = 0.001  # released
   router_balance_weight: float = 0.001  # released
   w_average_decay: float = 0.998  # of the running average of w, for truncation (Hammer's default)
+  # "xla", or "pallas": the fused kernels of ops/l2_flash.py on TPUs and NVIDIA GPUs, the same as "xla" on a CPU.
+  attention: str = "xla"
   # Attention over more than this many query positions is computed in chunks of this size with rematerialization.
   attention_chunk: int = 1024
   remat: bool = False  # recompute each block in the backward pass
@@ -103,14 +113,9 @@ class Generator:
       tuple(sorted(self.output_resolutions)) == tuple(resolutions[: len(self.output_resolutions)]),
       f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap",
     )
-    require(
-      self.text_attention in ("uniform", "independent", "scaled"),
-      f"generator.text_attention must be 'uniform', 'independent' or 'scaled', got {self.text_attention!r}",
-    )
-    require(
-      self.moe_backend in ("dense", "bucket", "grouped"),
-      f"generator.moe_backend must be 'dense', 'bucket' or 'grouped', got {self.moe_backend!r}",
-    )
+    _require_choice(self, "generator", "text_attention", "uniform", "independent", "scaled")
+    _require_choice(self, "generator", "moe_backend", "dense", "bucket", "grouped")
+    _require_choice(self, "generator", "attention", "xla", "pallas")
     require(
       all(count > 0 for count in self.experts.values()),
       f"generator.experts must be at least 1 (a dense feed-forward), got {dict(self.experts)}",
@@ -119,10 +124,7 @@ class Generator:
       self.text_dim % self.text_heads == 0,
       f"generator.text_heads {self.text_heads} does not divide text_dim {self.text_dim}",
     )
-    require(
-      self.compute_dtype in ("float32", "bfloat16"),
-      f"generator.compute_dtype must be 'float32' or 'bfloat16', got {self.compute_dtype!r}",
-    )
+    _require_choice(self, "generator", "compute_dtype", "float32", "bfloat16")
 
   @property
   def resolutions(self) -> tuple[int, ...]:
@@ -146,7 +148,7 @@ class Generator:
     if self.text_attention == "uniform":
       changes["text_attention"] = "independent"
     if backend == "cpu":
-      changes |= {"moe_backend": "grouped", "attention_chunk": min(128, self.attention_chunk)}
+      changes |= {"moe_backend": "grouped", "attention": "xla", "attention_chunk": min(128, self.attention_chunk)}
     return dataclasses.replace(self, **changes)
 
 
@@ -178,7 +180,11 @@ class Discriminator:
   # The last exit sees how much an image differs from another one of its caption in the batch (PacGAN, arXiv 1712.04086;
   # not in the paper), see `data.pairs`.
   compare_pairs: bool = False
+  # DiffAugment (arXiv 2006.10738; not in the paper): names of `ops/diff_augment.POLICY`, applied to real and generated
+  # images alike, in the discriminator's update, in R1 and in the generator's loss. (): none.
+  augment: tuple[str, ...] = ()
   remat: bool = False
+  attention: str = "xla"  # or "pallas", see `Generator`; R1 is computed by "xla" in either case
   attention_chunk: int = 1024
   compute_dtype: str = "float32"
 
@@ -198,6 +204,9 @@ class Discriminator:
     )
     for r in self.attention_depth:
       require(r in resolutions, f"discriminator.attention_depth names resolution {r}, there are {resolutions}")
+    _require_choice(self, "discriminator", "attention", "xla", "pallas")
+    unknown = [name for name in self.augment if name not in POLICY]
+    require(not unknown, f"discriminator.augment has {unknown}, there are {', '.join(POLICY)}")
 
   @property
   def resolutions(self) -> tuple[int, ...]:
@@ -207,6 +216,22 @@ class Discriminator:
   def channels(self, resolution: int) -> int:
     """Feature channels at a resolution."""
     return min(self.channels_base // resolution, self.channels_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureCritic(critic_lib.Config):
+  """A second critic, StyleGAN-T's discriminator on a frozen DINO (arXiv 2301.09515; not in Aurora's paper).
+
+  It judges images of the highest resolution and has a hinge loss. Its text is CLIP's embedding of the caption.
+  """
+
+  group: ClassVar[str] = "feature_critic"
+
+  weight: float = 0.0  # of its loss in the generator's; 0: no such critic
+
+  def __post_init__(self):
+    super().__post_init__()
+    require(self.weight >= 0, f"feature_critic.weight must be positive, or 0 for no such critic, got {self.weight}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +272,7 @@ class Optimizers:
 
   generator: config_lib.Optimizer = config_lib.Optimizer(weight_decay=0.01)
   discriminator: config_lib.Optimizer = config_lib.Optimizer(weight_decay=0.01)
+  feature_critic: config_lib.Optimizer = config_lib.Optimizer(learning_rate=2e-3)  # StyleGAN-T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +283,8 @@ class Experiment(config_lib.Experiment):
   system: str = "aurora"
   generator: Generator = Generator()
   discriminator: Discriminator = Discriminator()
+  feature_critic: FeatureCritic = FeatureCritic()
+  dino: critic_lib.Dino = critic_lib.Dino()  # of the feature critic
   loss: Loss = Loss()
   optimizer: Optimizers = Optimizers()
   ema: config_lib.Ema = config_lib.Ema()
@@ -277,6 +305,13 @@ class Experiment(config_lib.Experiment):
         r in self.discriminator.input_resolutions,
         f"loss.r1_levels names {r}, discriminator.input_resolutions are {self.discriminator.input_resolutions}",
       )
+    if self.feature_critic.weight:
+      batch, virtual_batch = self.train.batch_size, self.feature_critic.virtual_batch
+      require(
+        batch % -(-batch // virtual_batch) == 0,
+        f"train.batch_size {batch} cannot be split into equal groups of at most feature_critic.virtual_batch "
+        f"{virtual_batch} images",
+      )
 
   @property
   def resolution(self) -> int:
@@ -285,7 +320,9 @@ class Experiment(config_lib.Experiment):
   def identity(self, network: str) -> dict[str, Any]:
     fields = super().identity(network)
     # Where training begins and ends does not change what weights mean.
-    ignored = RUNTIME_FIELDS | ({"zero_init_attention", "output_resolutions"} if network == "generator" else set())
+    ignored = RUNTIME_FIELDS | critic_lib.RUNTIME_FIELDS | {"weight"}
+    if network == "generator":
+      ignored |= {"zero_init_attention", "output_resolutions"}
     fields = {name: value for name, value in fields.items() if name not in ignored}
     if fields.get("text_attention") == "uniform":  # the same for a batch of one; "independent" keeps samples apart
       fields["text_attention"] = "independent"
@@ -298,7 +335,8 @@ class Experiment(config_lib.Experiment):
   @property
   def summary(self) -> str:
     experts = ", ".join(f"{count} at {r}" for r, count in experts_per_layer(self.generator).items())
-    return f"{super().summary}; experts per layer by resolution: {experts or 'none'}"
+    critic = f"; feature critic: {self.feature_critic.summary}" if self.feature_critic.weight else ""
+    return f"{super().summary}; experts per layer by resolution: {experts or 'none'}{critic}"
 
   def check_whole(self) -> None:
     stages, cfg = self.schedule.resolutions, self.discriminator

@@ -9,7 +9,7 @@ convolution). Levels that are at the same resolution travel through a block toge
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -59,6 +59,8 @@ class AttentionLayer(nn.Module):
   head_dim: int
   ratio: int
   chunk: int
+  implementation: str = "xla"
+  attend: Callable = attention_ops.l2_attention
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,7 +71,8 @@ class AttentionLayer(nn.Module):
     h = layers.LayerNorm(name="norm1")(tokens)
     qk = heads(layers.Dense(inner, use_bias=False, name="qk")(h))
     values = heads(layers.Dense(inner, use_bias=False, name="v")(h))
-    h = attention_ops.l2_attention(qk, qk, values, chunk=self.chunk).reshape(batch, -1, inner)
+    h = self.attend(qk, qk, values, chunk=self.chunk, implementation=self.implementation)
+    h = h.reshape(batch, -1, inner)
     tokens = tokens + layers.Dense(channels, weight_scale=0.0, name="out")(h)
     h = layers.Dense(2 * self.ratio * inner, name="mlp_in")(layers.LayerNorm(name="norm2")(tokens))
     value, gate = jnp.split(h, 2, axis=-1)
@@ -136,9 +139,15 @@ class Discriminator(nn.Module):
 
   `features` runs the trunk, `encode_text` the text head, `judge` the heads. A logit is the sum of a conditional and an
   unconditional part, as in GigaGAN: D_ij = psi_j(phi, t) + conv(phi).
+
+  Attributes:
+    cfg: the configuration.
+    attend: L2 attention, with the signature of `ops.attention.l2_attention`; on a mesh it is
+      `parallel.attention.Sharded`.
   """
 
   cfg: config_lib.Discriminator
+  attend: Callable = attention_ops.l2_attention
 
   def setup(self) -> None:
     cfg = self.cfg
@@ -154,7 +163,13 @@ class Discriminator(nn.Module):
         if r in cfg.attention_depth and i == 0:
           for k in range(cfg.attention_depth[r]):
             trunk[f"r{r}_attention{k}"] = attention(
-              cfg.heads, cfg.head_dim, cfg.feed_forward_ratio, cfg.attention_chunk, name=f"r{r}_attention{k}"
+              cfg.heads,
+              cfg.head_dim,
+              cfg.feed_forward_ratio,
+              cfg.attention_chunk,
+              cfg.attention,
+              self.attend,
+              name=f"r{r}_attention{k}",
             )
         downsample = last and r > 4
         features = cfg.channels(r // 2) if downsample else cfg.channels(r)

@@ -19,6 +19,7 @@ from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import moe, resample
 from aurora_jax.systems import base
 from aurora_jax.systems.aurora import config as config_lib
+from aurora_jax.systems.aurora.attention import CrossAttention, SelfAttention
 
 
 class Routing(NamedTuple):
@@ -112,47 +113,6 @@ class ConvBlock(nn.Module):
     return (h + x) * self.residual_gain
 
 
-class SelfAttention(nn.Module):
-  """L2 self-attention whose output projection is modulated by w. [B, r, r, D] -> same.
-
-  `tied`: queries and keys are one projection (arXiv 2006.04710, GigaGAN), which bounds the map's slope.
-  """
-
-  heads: int
-  head_dim: int
-  chunk: int
-  tied: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-    batch, height, width, channels = x.shape
-    tokens = x.reshape(batch, height * width, channels)
-    projections = 1 if self.tied else 2
-    qk = layers.Dense(projections * channels, use_bias=False, name="qk")(tokens)
-    qk = qk.reshape(batch, -1, self.heads, projections, self.head_dim)  # per head: queries, then keys
-    values = layers.Dense(channels, use_bias=False, name="v")(tokens).reshape(batch, -1, self.heads, self.head_dim)
-    out = attention_ops.l2_attention(qk[..., 0, :], qk[..., -1, :], values, chunk=self.chunk)
-    out = out.reshape(batch, height, width, channels)
-    return layers.ModulatedConv(channels, kernel_size=1, activate=False, name="out")(out, w)
-
-
-class CrossAttention(nn.Module):
-  """L2 attention from image tokens to the local text tokens. x [B, N, D], text [B, M, T] -> [B, N, D]."""
-
-  heads: int
-  head_dim: int
-  chunk: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-    inner = self.heads * self.head_dim
-    heads = lambda t: t.reshape(*t.shape[:2], self.heads, self.head_dim)
-    queries = layers.Dense(inner, use_bias=False, name="q")(x)
-    keys, values = jnp.split(layers.Dense(2 * inner, use_bias=False, name="kv")(text.astype(x.dtype)), 2, axis=-1)
-    out = attention_ops.l2_attention(heads(queries), heads(keys), heads(values), chunk=self.chunk)
-    return layers.Dense(x.shape[-1], name="out")(out.reshape(*x.shape[:2], inner))
-
-
 class FeedForward(nn.Module):
   """GEGLU feed-forward, one or a sparse mixture of experts (released: `FeedForward`).
 
@@ -204,11 +164,18 @@ class TransformerLayer(nn.Module):
   cfg: config_lib.Generator
   experts: int
   expert_ffn: Callable = moe.expert_ffn
+  attend: Callable = attention_ops.l2_attention
 
   @nn.compact
   def __call__(self, x: jax.Array, w: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, Routing | None]:
     cfg, shape = self.cfg, x.shape
-    attention = dict(heads=cfg.heads, head_dim=cfg.head_dim, chunk=cfg.attention_chunk)
+    attention = dict(
+      heads=cfg.heads,
+      head_dim=cfg.head_dim,
+      chunk=cfg.attention_chunk,
+      implementation=cfg.attention,
+      attend=self.attend,
+    )
     self_attention = SelfAttention(**attention, tied=cfg.tied_attention, name="self_attention")
     x = x + self_attention(layers.LayerNorm(name="norm1")(x), w)
     if cfg.w_token:
@@ -239,6 +206,7 @@ class AttentionBlock(nn.Module):
   cfg: config_lib.Generator
   resolution: int
   expert_ffn: Callable = moe.expert_ffn
+  attend: Callable = attention_ops.l2_attention
 
   @nn.compact
   def __call__(self, x: jax.Array, w: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, list[Routing | None]]:
@@ -258,7 +226,7 @@ class AttentionBlock(nn.Module):
     return (x + h) * cfg.attention_residual_gain, loss, routings
 
   def _layer(self, **flax):
-    return TransformerLayer(self.cfg, self.cfg.experts[self.resolution], self.expert_ffn, **flax)
+    return TransformerLayer(self.cfg, self.cfg.experts[self.resolution], self.expert_ffn, self.attend, **flax)
 
   def _looped(self, h, w, text):
     """The layers as a loop: the compiler has one body to compile, not one per layer.
@@ -285,6 +253,7 @@ class Synthesis(nn.Module):
 
   cfg: config_lib.Generator
   expert_ffn: Callable = moe.expert_ffn
+  attend: Callable = attention_ops.l2_attention
 
   @nn.compact
   def __call__(self, w: jax.Array, text: jax.Array) -> GeneratorOutput:
@@ -313,7 +282,8 @@ class Synthesis(nn.Module):
             name=f"r{r}_block{i}_conv",
           )(x, w)
         if r in cfg.attention_depth:
-          x, loss, routings = attention_block(cfg, r, self.expert_ffn, name=f"r{r}_block{i}_attention")(x, w, text)
+          attention = attention_block(cfg, r, self.expert_ffn, self.attend, name=f"r{r}_block{i}_attention")
+          x, loss, routings = attention(x, w, text)
           moe_loss = moe_loss + loss
           routing.update({f"r{r}_block{i}_layer{k}": item for k, item in enumerate(routings) if item is not None})
       to_rgb = layers.ModulatedConv(
@@ -335,10 +305,13 @@ class Generator(nn.Module):
     cfg: the configuration.
     expert_ffn: evaluates the experts, with the signature of `moe.expert_ffn`; on a mesh it is
       `parallel.experts.Exchange`.
+    attend: L2 attention, with the signature of `ops.attention.l2_attention`; on a mesh it is
+      `parallel.attention.Sharded`.
   """
 
   cfg: config_lib.Generator
   expert_ffn: Callable = moe.expert_ffn
+  attend: Callable = attention_ops.l2_attention
 
   def setup(self) -> None:
     cfg = self.cfg
@@ -347,7 +320,7 @@ class Generator(nn.Module):
     )
     widths = [cfg.mapping_width] * (cfg.mapping_layers - 1) + [cfg.w_dim]
     self.mapping = [layers.Dense(width, lr_multiplier=cfg.mapping_lr_multiplier) for width in widths]
-    self.synthesis = Synthesis(cfg, self.expert_ffn)
+    self.synthesis = Synthesis(cfg, self.expert_ffn, self.attend)
     self.w_avg = self.variable("buffers", "w_avg", jnp.zeros, (cfg.w_dim,))
 
   def encode_text(self, text: jax.Array, eot: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -389,11 +362,6 @@ class Generator(nn.Module):
 
 def abstract_variables(cfg: config_lib.Generator) -> base.Variables:
   """Shapes and dtypes of the generator's variables, without allocating them."""
-  tokens = 2  # any number: no parameter depends on it
-
-  def init(key):
-    return Generator(cfg).init(
-      key, jnp.zeros((1, cfg.z_dim)), jnp.zeros((1, tokens, cfg.text_feature_dim)), jnp.zeros((1,), jnp.int32)
-    )
-
+  latents, text = jnp.zeros((1, cfg.z_dim)), jnp.zeros((1, 2, cfg.text_feature_dim))  # any number of tokens
+  init = lambda key: Generator(cfg).init(key, latents, text, jnp.zeros((1,), jnp.int32))
   return jax.eval_shape(init, jax.random.key(0))

@@ -3,7 +3,11 @@
 The main phase runs the generator forward once. Its images are constants in the discriminator's update. The updated
 discriminator and CLIP then judge the same images for the generator's update. The lazy R1 penalty is a separate phase
 (StyleGAN2, appendix B). The four losses are the paper's (arXiv 2309.03904): adversarial, matching-aware, multi-level
-CLIP, experts.
+CLIP, experts. A feature critic may judge the same images too (`feature_critic.py`).
+
+With `discriminator.augment`, DiffAugment changes all that the discriminator sees. Real images, generated images in its
+update and generated images in the generator's loss have random numbers of their own. So has every level of the pyramid:
+each is judged by itself.
 
   B batch, r resolution, W width of w
 """
@@ -15,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.models import layers
-from aurora_jax.ops import augment, losses, random_keys, resample
+from aurora_jax.ops import augment, diff_augment, losses, random_keys, resample
 from aurora_jax.ops.losses import Logit
 from aurora_jax.systems import base, metric_names
+from aurora_jax.systems.aurora import feature_critic
 
 if TYPE_CHECKING:
   from aurora_jax.systems.aurora.system import System
@@ -50,6 +55,7 @@ class Objective:
     self._system, self._update = system, update
     self._loss = system.experiment.loss
     self._inputs = system.experiment.discriminator.input_resolutions
+    self._critic = feature_critic.FeatureCritic(system, update) if system.feature_critic else None
     self._clip_levels = [
       r for r in system.experiment.generator.output_resolutions if r >= self._loss.clip_min_resolution
     ]
@@ -66,7 +72,7 @@ class Objective:
   def train_networks(
     self, state: base.TrainState, frozen: base.Frozen, batch: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[base.TrainState, base.Metrics]:
-    """Updates the discriminator, then the generator. See `base.Phase`."""
+    """Updates the discriminator, the feature critic if there is one, then the generator. See `base.Phase`."""
     text = self._encode_captions(frozen, batch)
     forward = self._generate(state, text, key)
     # Without barriers XLA's CPU backend recomputes parts of the forward pass in the backward pass, 13 % of a step.
@@ -75,7 +81,12 @@ class Objective:
         {"pyramid": forward.pyramid, "pull_back": forward.pull_back, "moe_loss": forward.moe_loss}
       )
     )
-    state, all_finite, d_metrics = self._update_discriminator(state, forward.pyramid, text, batch)
+    state, all_finite, d_metrics = self._update_discriminator(state, forward.pyramid, text, batch, key)
+    if self._critic:
+      top = self._system.experiment.resolution
+      real = resample.image_pyramid(batch["image"], (top,))[top]
+      state, finite, c_metrics = self._critic.train(state, frozen, real, forward.pyramid[top], text.embedding, key)
+      all_finite, d_metrics = all_finite & finite, d_metrics | c_metrics
     state, all_finite = jax.lax.optimization_barrier((state, all_finite))
     state, g_metrics = self._update_generator(state, frozen, forward, text, batch, key, all_finite)
     return state, d_metrics | g_metrics | forward.metrics
@@ -83,15 +94,18 @@ class Objective:
   def regularize(
     self, state: base.TrainState, frozen: base.Frozen, batch: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[base.TrainState, base.Metrics]:
-    """Updates the discriminator by R1, weighted by the interval between two such updates. See `base.Phase`."""
-    del key
+    """Updates the discriminator by R1, weighted by the interval between two such updates. See `base.Phase`.
+
+    The penalty is on gradients with respect to the images before DiffAugment.
+    """
     text = self._encode_captions(frozen, batch)
     real = resample.image_pyramid(batch["image"], self._inputs)
 
     def loss(params):
       params = self._system.unshard("discriminator", params)
       feature = self._encode_text(params, text)
-      score = lambda pyramid: losses.real_score(self._judge(params, pyramid, feature, batch["caption_id"]))
+      judge = lambda pyramid: self._judge(params, self._augment(pyramid, key, "r1"), feature, batch["caption_id"])
+      score = lambda pyramid: losses.real_score(judge(pyramid))
       with jax.named_scope("r1"):
         penalty = losses.r1_penalty(score, real, self._loss.r1_levels)
       return self._loss.r1_gamma / 2 * self._loss.r1_interval * penalty, penalty
@@ -120,8 +134,14 @@ class Objective:
   def _update_generator(self, state, frozen, forward, text, batch, key, all_finite):
     d_params, loss = state.networks["discriminator"].params, self._loss
     cotangent, metrics = jax.grad(self._generator_loss, has_aux=True)(
-      forward.pyramid, d_params, text, batch["caption_id"]
+      forward.pyramid, d_params, text, batch["caption_id"], key
     )
+    spectral = None
+    if self._critic:
+      top = self._system.experiment.resolution
+      guidance, spectral, more = self._critic.guide(state, frozen, forward.pyramid[top], text.embedding, key)
+      cotangent |= {top: cotangent[top] + guidance}
+      metrics |= more
     if loss.clip_weight:
       guidance, more = self._clip_guidance(
         frozen, random_keys.fold(key, "clip_augment"), forward.pyramid, text, batch["caption_id"]
@@ -134,8 +154,10 @@ class Objective:
     decay = self._system.experiment.generator.w_average_decay
     w_average = buffers["w_avg"] + (1 - decay) * (forward.w_mean - buffers["w_avg"])
     variables = {"buffers": {**buffers, "w_avg": w_average}}
-    state, _, metrics = self._update(state, "generator", gradients, metrics, all_finite=all_finite, variables=variables)
-    return state, metrics
+    state, finite, metrics = self._update(
+      state, "generator", gradients, metrics, all_finite=all_finite, variables=variables
+    )
+    return state if spectral is None else feature_critic.with_spectral(state, spectral, finite), metrics
 
   def _pull_back(self, forward, params, cotangent):
     """The gradient of the stored parameters, from that of the images.
@@ -151,11 +173,11 @@ class Objective:
     (gradients,) = scatter(forward.pull_back(used, (cotangent, jnp.float32(self._loss.moe_weight))))
     return gradients
 
-  def _generator_loss(self, pyramid, d_params, text, caption_id):
+  def _generator_loss(self, pyramid, d_params, text, caption_id, key):
     """The generator's loss by the discriminator, as a function of the images."""
     d_params = self._system.unshard("discriminator", d_params)
     feature = jax.lax.stop_gradient(self._encode_text(d_params, text))
-    fake = {r: pyramid[r] for r in self._inputs}
+    fake = self._augment({r: pyramid[r] for r in self._inputs}, key, "generator")
     logits = self._judge(d_params, fake, feature, caption_id)
     with jax.named_scope("losses"):
       adversarial = losses.generator_adversarial(logits, self._loss)
@@ -200,9 +222,9 @@ class Objective:
 
   # ---- discriminator -----------------------------------------------------------------------------------------------
 
-  def _update_discriminator(self, state, pyramid, text, batch):
-    real = resample.image_pyramid(batch["image"], self._inputs)
-    fake = {r: pyramid[r] for r in self._inputs}
+  def _update_discriminator(self, state, pyramid, text, batch, key):
+    real = self._augment(resample.image_pyramid(batch["image"], self._inputs), key, "real")
+    fake = self._augment({r: pyramid[r] for r in self._inputs}, key, "fake")
     gradients, metrics = jax.grad(self._discriminator_loss, has_aux=True)(
       state.networks["discriminator"].params, real, fake, text, batch["caption_id"]
     )
@@ -234,6 +256,15 @@ class Objective:
       "d/logit_mismatched": _last_exit(real_other),
     }
     return adversarial + self._loss.matching_weight * matching, metrics
+
+  def _augment(self, pyramid, key, purpose):
+    """The pyramid [B, r, r, 3] after DiffAugment, every image and level by its own numbers."""
+    policy = self._system.experiment.discriminator.augment
+    if not policy:
+      return pyramid
+    key = random_keys.fold(key, f"discriminator_augment/{purpose}")
+    with jax.named_scope("diff_augment"):
+      return {r: diff_augment.augment(jax.random.fold_in(key, r), images, policy) for r, images in pyramid.items()}
 
   def _judge(self, params, pyramid, text_feature, caption_id):
     def run(module):

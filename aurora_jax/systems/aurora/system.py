@@ -7,28 +7,33 @@ own text, W width of w, Z width of z
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from aurora_jax.config import Optimizer, PerResolution
-from aurora_jax.data import schema
-from aurora_jax.data.dataset import Dataset
 from aurora_jax.errors import UserError
 from aurora_jax.models import clip as clip_lib
+from aurora_jax.models import feature_critic as critic_lib
 from aurora_jax.ops import moe, random_keys
+from aurora_jax.ops.attention import l2_attention
 from aurora_jax.ops.losses import normalize
-from aurora_jax.parallel import hosts
+from aurora_jax.parallel import attention, hosts
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.parallel.experts import Exchange
 from aurora_jax.systems import base, text_encoder
+from aurora_jax.systems import feature_critic as backbone_lib
 from aurora_jax.systems.aurora import config as config_lib
-from aurora_jax.systems.aurora import exchange_report, memory_advice
+from aurora_jax.systems.aurora import exchange_report, feature_critic, memory_advice
 from aurora_jax.systems.aurora.discriminator import Discriminator
 from aurora_jax.systems.aurora.generator import Generator
 from aurora_jax.systems.aurora.labels import label
 from aurora_jax.systems.aurora.objective import Objective
+
+if TYPE_CHECKING:
+  from aurora_jax.data.dataset import Dataset  # its packages for tfrecords are not needed to run the networks
 
 # A sampling batch has at most this many images, and its largest arrays at most about this many bytes.
 _MOST_IMAGES = 32
@@ -48,14 +53,21 @@ class System(base.System[config_lib.Experiment]):
     cfg = experiment.generator
     self.exchange = Exchange(self.layout, experiment.mesh.exchange, cfg.remat, experiment.mesh.capacity_factor)
     self._expert_ffn = self.exchange if self.layout.devices > 1 else moe.expert_ffn
-    self.generator = Generator(cfg, self._expert_ffn)
-    self.discriminator = Discriminator(experiment.discriminator)
+    self._attend = attention.Sharded(self.layout) if self.layout.devices > 1 else l2_attention
+    self.generator = Generator(cfg, self._expert_ffn, self._attend)
+    self.discriminator = Discriminator(experiment.discriminator, self._attend)
     loss, optimizer = experiment.loss, experiment.optimizer
     lazy = loss.r1_interval / (loss.r1_interval + 1) if loss.r1_gamma else 1.0
     self.networks = {
       "generator": base.Network("g", optimizer.generator, label, experiment.ema),
       "discriminator": base.Network("d", _lazily_regularized(optimizer.discriminator, lazy), label),
     }
+    self.feature_critic = (
+      critic_lib.FeatureCritic(experiment.feature_critic) if experiment.feature_critic.weight else None
+    )
+    if self.feature_critic:
+      network = base.Network(feature_critic.LOG_NAME, optimizer.feature_critic, backbone_lib.label)
+      self.networks[feature_critic.NAME] = network
 
   @property
   def log_names(self) -> Mapping[str, str]:
@@ -71,7 +83,17 @@ class System(base.System[config_lib.Experiment]):
     generator = Generator(cfg).init(random_keys.fold(key, "generator"), z, text, eot)
     pyramid = {r: jnp.zeros((1, r, r, 3)) for r in inputs}
     discriminator = self.discriminator.init(random_keys.fold(key, "discriminator"), pyramid, text, eot)
-    return {"generator": generator, "discriminator": discriminator}
+    networks: dict[str, base.Variables] = {"generator": generator, "discriminator": discriminator}
+    if self.feature_critic:
+      networks[feature_critic.NAME] = self._init_critic(self.feature_critic, key)
+    return networks
+
+  def _init_critic(self, module, key):
+    cfg = self.experiment.feature_critic
+    image, text = jnp.zeros((1, cfg.image_size, cfg.image_size, 3)), jnp.zeros((1, cfg.text_dim))
+    fresh = module.init(random_keys.fold(key, feature_critic.NAME), image, text if cfg.text_dim else None)
+    # The transformer is frozen: of `load_frozen`.
+    return {name: tree for name, tree in fresh.items() if name != "dino"}
 
   def phases(self, update: base.Update) -> Sequence[base.Phase]:
     return Objective(self, update).phases()
@@ -85,22 +107,28 @@ class System(base.System[config_lib.Experiment]):
     }
 
   def notes(self) -> Sequence[str]:
+    notes = self._backbone.notes if self.feature_critic else []
     if self.layout.devices == 1:
-      return ()
-    return exchange_report.explain(self.exchange, self.experiment.generator, self.experiment.train.batch_size)
+      return notes
+    experiment = self.experiment
+    return [*exchange_report.explain(self.exchange, experiment.generator, experiment.train.batch_size), *notes]
 
   # ---- for compile reports -----------------------------------------------------------------------------------------
 
   @property
   def frozen_note(self) -> str:
     cfg = self.experiment
-    return f"CLIP: {text_encoder.clip_config(cfg.text.clip, cfg.generator.text_feature_dim)[1]}"
+    dino = "; DINO: by the sizes of feature_critic.dino" if self.feature_critic else ""
+    return f"CLIP: {text_encoder.clip_config(cfg.text.clip, cfg.generator.text_feature_dim)[1]}{dino}"
 
   def without_recomputation(self) -> "System":
-    whole = lambda cfg: dataclasses.replace(cfg, remat=False, attention_chunk=_UNCHUNKED)
+    whole = lambda cfg: dataclasses.replace(cfg, remat=False, attention="xla", attention_chunk=_UNCHUNKED)
     experiment = self.experiment
     plain = dataclasses.replace(
-      experiment, generator=whole(experiment.generator), discriminator=whole(experiment.discriminator)
+      experiment,
+      generator=whole(experiment.generator),
+      discriminator=whole(experiment.discriminator),
+      feature_critic=dataclasses.replace(experiment.feature_critic, remat=False),
     )
     return type(self)(plain, self.layout)
 
@@ -113,7 +141,10 @@ class System(base.System[config_lib.Experiment]):
     return type(self)(dataclasses.replace(experiment, generator=generator), self.layout)
 
   def memory_advice(self, temporaries: int) -> list[str]:
-    return memory_advice.memory_advice(self.experiment, temporaries, self.layout.devices)
+    advice = memory_advice.memory_advice(self.experiment, temporaries, self.layout.devices)
+    if self.feature_critic and not self.experiment.feature_critic.remat:
+      advice.append("feature_critic.remat=True: the transformer's blocks are computed again in the backward pass")
+    return advice
 
   # ---- the frozen CLIP ---------------------------------------------------------------------------------------------
 
@@ -129,7 +160,25 @@ class System(base.System[config_lib.Experiment]):
     return text_encoder.tokenizer(self.experiment.text.clip)
 
   def load_frozen(self) -> dict[str, base.PyTree]:
-    return {"clip": self._read_clip(text_only=False)}
+    """{"clip": variables}, and with a feature critic "dino": {"vit": parameters}."""
+    found = {"clip": self._read_clip(text_only=False)}
+    if self.feature_critic:
+      self._check_critic_text()
+      found["dino"] = {"vit": self._backbone.load()}
+    return found
+
+  @property
+  def _backbone(self):
+    """The feature critic's transformer."""
+    experiment = self.experiment
+    return backbone_lib.Backbone(experiment.dino.path, experiment.text.clip, experiment.feature_critic)
+
+  def _check_critic_text(self):
+    width, wanted = self.clip.config.embedding_width, self.experiment.feature_critic.text_dim
+    if wanted and wanted != width:
+      raise UserError(
+        f"feature_critic.text_dim is {wanted}, the embeddings of the CLIP ({self.frozen_note}) are {width} wide"
+      )
 
   def load_sampling_frozen(self) -> dict[str, base.PyTree]:
     return {"clip": self._read_clip(text_only=True)}
@@ -143,10 +192,12 @@ class System(base.System[config_lib.Experiment]):
         raise UserError(f"{folder}: text features are {width} wide, {name}.text_feature_dim is {wanted}")
     return bundle.variables
 
-  def finish_frozen(self, frozen: base.Frozen, dataset: Dataset) -> base.Frozen:
+  def finish_frozen(self, frozen: base.Frozen, dataset: "Dataset") -> base.Frozen:
     """Adds the bank of M caption embeddings, further negatives of the CLIP loss: [M, D] of unit norm, and their ids
     [M].
     """
+    from aurora_jax.data import schema
+
     captions = dataset.first_captions(self.experiment.loss.clip_bank)
     ids = np.array([schema.caption_id(caption) for caption in captions], np.int32)
     hosts.check_same(text_encoder.digest(ids), f"data set {dataset.path}: other records can be read here")
@@ -161,7 +212,11 @@ class System(base.System[config_lib.Experiment]):
 
   def abstract_frozen(self) -> dict[str, base.PyTree]:
     bank, config = self.experiment.loss.clip_bank, self.clip.config
-    return {
+    dino = {}
+    if self.feature_critic:
+      self._check_critic_text()
+      dino = {"dino": {"vit": self._backbone.abstract()}}
+    return dino | {
       "clip": clip_lib.abstract_variables(config),
       "bank": jax.ShapeDtypeStruct((bank, config.embedding_width), jnp.float32),
       "bank_id": jax.ShapeDtypeStruct((bank,), jnp.int32),
@@ -172,7 +227,7 @@ class System(base.System[config_lib.Experiment]):
   @functools.cached_property
   def _sampling_generator(self):
     platform = self.layout.mesh.devices.flat[0].platform
-    return Generator(self.experiment.generator.for_sampling(platform), self._expert_ffn)
+    return Generator(self.experiment.generator.for_sampling(platform), self._expert_ffn, self._attend)
 
   def inputs(self, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(self.tokenizer(list(prompts)), np.int32)

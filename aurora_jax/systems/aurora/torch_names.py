@@ -34,6 +34,7 @@ TRAINING_FIELDS = frozenset(
     "router_z_weight",
     "router_balance_weight",
     "w_average_decay",
+    "attention",
     "attention_chunk",
     "remat",
     "loop_layers",

@@ -8,9 +8,9 @@ from typing import Any
 
 from aurora_jax import config as config_lib
 from aurora_jax.config import require
+from aurora_jax.models import feature_critic_config
 from aurora_jax.models.clip import ACTIVATIONS, TextConfig
-from aurora_jax.models.dino import DinoConfig
-from aurora_jax.ops import diff_augment
+from aurora_jax.models.feature_critic_config import Dino
 
 FIRST_RESOLUTION = 8
 MODES = ("all", "freeze64", "text_encoder")
@@ -28,7 +28,7 @@ _RUNTIME_FIELDS = {
     "compute_dtype",
     "low_precision_blocks",
   },
-  "discriminator": {"virtual_batch", "augment", "remat", "compute_dtype"},
+  "discriminator": feature_critic_config.RUNTIME_FIELDS,
 }
 
 
@@ -175,47 +175,8 @@ def custom(resolution: int = 64) -> Generator:
 
 
 @dataclasses.dataclass(frozen=True)
-class Discriminator:
+class Discriminator(feature_critic_config.Config):
   """Five heads on a frozen DINO ViT-S/16."""
-
-  dino: DinoConfig = DinoConfig()
-  image_size: int = 224  # images come to this size before the transformer
-  taps: tuple[int, ...] = (2, 5, 8, 11)  # a head on the output of each of these blocks, and one on the embedding
-  text_dim: int = 768  # 0: unconditional
-  text_map_dim: int = 64  # width in which head and text meet
-  kernel_size: int = 9  # of the circular convolution over the tokens
-  virtual_batch: int = 8  # at most so many samples share the statistics of a batch norm
-  # What images are augmented with in training (ops/diff_augment.py); (): nothing.
-  augment: tuple[str, ...] = diff_augment.POLICY
-  remat: bool = False  # recompute the transformer's blocks in the backward pass
-  compute_dtype: str = "float32"  # of the matrix products; spectral norm, batch norm and logits are always float32
-
-  def __post_init__(self):
-    _require_positive("discriminator", self, ("image_size", "text_map_dim", "kernel_size", "virtual_batch"))
-    require(self.text_dim >= 0, f"discriminator.text_dim must be positive, or 0 for no text, got {self.text_dim}")
-    require(
-      self.image_size % self.dino.patch == 0,
-      f"discriminator.image_size {self.image_size} is not a multiple of discriminator.dino.patch {self.dino.patch}",
-    )
-    bad = [tap for tap in self.taps if not 0 <= tap < self.dino.depth]
-    require(not bad, f"discriminator.taps has {bad}, discriminator.dino has blocks 0 to {self.dino.depth - 1}")
-    require(
-      self.kernel_size % 2 == 1 and self.kernel_size <= self.tokens,
-      f"discriminator.kernel_size must be odd and at most the {self.tokens} tokens, got {self.kernel_size}",
-    )
-    unknown = [name for name in self.augment if name not in diff_augment.POLICY]
-    require(not unknown, f"discriminator.augment has {unknown}, there are {', '.join(diff_augment.POLICY)}")
-    _require_dtype("discriminator", self.compute_dtype)
-
-  @property
-  def tokens(self) -> int:
-    """Logits of one head per image."""
-    return (self.image_size // self.dino.patch) ** 2
-
-  @property
-  def heads(self) -> int:
-    """Number of heads."""
-    return len(self.taps) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,14 +221,6 @@ class MicroBatch:
   def __post_init__(self):
     _require_positive("micro_batch", self, ("size", "count"))
     _require_choice("micro_batch.reduction", self.reduction, ("sum", "mean"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Dino:
-  """The discriminator's frozen transformer. Its sizes are `discriminator.dino`."""
-
-  # A folder or a file of DINO or DINOv2, or a CLIP folder, whose image tower stands in for it. "": that of text.clip.
-  path: str = config_lib.reference()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,9 +293,7 @@ class Experiment(config_lib.Experiment):
   @property
   def summary(self) -> str:
     text = f"text features {self.generator.text_dim} wide" if self.conditional else "unconditional"
-    dino = self.discriminator.dino
-    backbone = f"{self.discriminator.heads} heads on a frozen transformer of {dino.depth} blocks, {dino.width} wide"
-    return f"{super().summary}, {text}; discriminator: {backbone}; mode '{self.mode}'"
+    return f"{super().summary}, {text}; discriminator: {self.discriminator.summary}; mode '{self.mode}'"
 
   def identity(self, network: str) -> dict[str, Any]:
     fields = super().identity(network)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from aurora_jax.parallel.mesh import KeyPath, ParamLabel, names_of
+from aurora_jax.systems import feature_critic
 from aurora_jax.systems.stylegan_t import config as config_lib
 
 TEXT_TOWER = "text_tower"
@@ -27,11 +28,7 @@ def label(path: KeyPath) -> ParamLabel:
   names, resolution = names_of(path), resolution_of(path)
   own = [name for name in names[:-1] if name not in ("params", "buffers", "spectral", "synthesis")]
   if "heads" in names:
-    module = group = "/".join(own[:2])
-    # The heads' convolutions are stacked twice, by head and by tap, and spectral norm sets their size: none of Muon's.
-    return ParamLabel(
-      matrix="text_map" in names and names[-1] == "weight", bias=_is_bias(names), module=module, group=group
-    )
+    return feature_critic.label(path)
   module = "/".join(own[:2]) if resolution else own[0] if own else names[-1]
   group = re.sub(r"/conv.*", "_conv", module).replace("/", "_")
   return ParamLabel(

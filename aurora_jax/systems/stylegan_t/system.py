@@ -14,14 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax.config import Experiment, require
 from aurora_jax.errors import UserError
-from aurora_jax.interop import dino as dino_interop
 from aurora_jax.models import clip as clip_lib
-from aurora_jax.models import dino as dino_lib
 from aurora_jax.ops import local_batch_norm, random_keys
 from aurora_jax.ops.losses import normalize
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.parallel.mesh import KeyPath
-from aurora_jax.systems import base, text_encoder
+from aurora_jax.systems import base, feature_critic, text_encoder
 from aurora_jax.systems.stylegan_t import config as config_lib
 from aurora_jax.systems.stylegan_t import labels, synthesis
 from aurora_jax.systems.stylegan_t.discriminator import Discriminator
@@ -31,8 +29,6 @@ from aurora_jax.systems.stylegan_t.objective import Objective
 # Sampling batches: at most this many images, whose largest feature map stays within about this many bytes.
 _MOST_IMAGES = 32
 _WORKING_BYTES = 1 << 28
-# What a checkpoint of DINO need not say, and what changes nothing at the discriminator's size.
-_NOT_COMPARED = ("position_resize", "layer_norm_epsilon")
 
 
 class System(base.System[config_lib.Experiment]):
@@ -111,9 +107,7 @@ class System(base.System[config_lib.Experiment]):
     return spec
 
   def notes(self) -> Sequence[str]:
-    lines = []
-    if self._stand_in and (self.experiment.dino.path or self.experiment.text.clip):
-      lines.append(f"discriminator: no DINO; {self._dino_description} stands in for it (dino.path names one)")
+    lines = self._backbone.notes
     micro, batch = self.experiment.micro_batch, self.experiment.train.batch_size
     if micro.count > 1:
       lines.append(f"micro-batches: {micro.count} of {batch // micro.count} images per step ({micro.reduction})")
@@ -188,13 +182,13 @@ class System(base.System[config_lib.Experiment]):
 
   def load_frozen(self) -> dict[str, base.PyTree]:
     """{"clip": variables, without the image tower where nothing needs it, "dino": {"vit": parameters}}."""
-    found = {"dino": {"vit": self._read_dino()}}
+    found = {"dino": {"vit": self._backbone.load()}}
     if self.experiment.conditional:
       found["clip"] = self._read_clip(text_only=not self._needs_images_tower)
     return found
 
   def abstract_frozen(self) -> dict[str, base.PyTree]:
-    found = {"dino": {"vit": dino_lib.abstract_variables(self.experiment.discriminator.dino)["params"]}}
+    found = {"dino": {"vit": self._backbone.abstract()}}
     if self.experiment.conditional:
       params = clip_lib.abstract_variables(self.clip.config)["params"]
       kept = lambda name: self._needs_images_tower or not name.startswith("image")
@@ -218,33 +212,13 @@ class System(base.System[config_lib.Experiment]):
     if cfg.text_tower.layers:
       theirs, ours = bundle.config.text, cfg.text_tower
       fields = [field.name for field in dataclasses.fields(ours)]
-      _require_same(f"{folder}: its text tower", theirs, "generator.text_tower", ours, fields)
+      feature_critic.require_same(f"{folder}: its text tower", theirs, "generator.text_tower", ours, fields)
     return bundle.variables
 
-  def _read_dino(self):
-    path, cfg = self.experiment.dino.path, self.experiment.discriminator.dino
-    if not path and not self.experiment.text.clip:
-      raise UserError(
-        "no transformer for the discriminator: --config.dino.path DIR, a DINO folder or file, or a CLIP of train-clip, "
-        "whose image tower stands in for it"
-      )
-    bundle = dino_interop.load(path or self.experiment.text.clip)
-    fields = [field.name for field in dataclasses.fields(cfg) if field.name not in _NOT_COMPARED]
-    _require_same(self._dino_description, bundle.config, "discriminator.dino", cfg, fields)
-    return bundle.variables["params"]
-
   @property
-  def _stand_in(self) -> bool:
-    """Whether the image tower of a CLIP takes DINO's place."""
-    path = self.experiment.dino.path
-    return not path or dino_interop.is_clip(path)
-
-  @property
-  def _dino_description(self) -> str:
-    path = self.experiment.dino.path
-    if not path:
-      return f"the image tower of text.clip={self.experiment.text.clip}"
-    return f"the image tower of dino.path={path}" if self._stand_in else f"dino.path={path}"
+  def _backbone(self):
+    experiment = self.experiment
+    return feature_critic.Backbone(experiment.dino.path, experiment.text.clip, experiment.discriminator)
 
   def text_features(self, frozen: base.Frozen, tokens: jax.Array) -> jax.Array:
     """Captions as CLIP's features of unit length. tokens int32 [N, T] -> float32 [N, D]."""
@@ -313,14 +287,3 @@ def _noise_of(seeds, cfg):
     }
 
   return jax.vmap(one)(seeds)
-
-
-def _require_same(what, theirs, group, ours, fields):
-  """Refuses a frozen network whose sizes are not the config's, naming all that differ."""
-  differing = [
-    f"{name} is {getattr(theirs, name)!r}, {group}.{name} is {getattr(ours, name)!r}"
-    for name in fields
-    if getattr(theirs, name) != getattr(ours, name)
-  ]
-  if differing:
-    raise UserError(f"{what} is of other sizes than the config says: {'; '.join(differing)}")

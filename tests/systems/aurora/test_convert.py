@@ -1,5 +1,6 @@
 """Checkpoints to and from the released code, file to folder to file, bit by bit."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -18,6 +19,8 @@ from aurora_jax.systems.aurora import convert as convert_lib
 from aurora_jax.systems.aurora import generator as generator_lib
 from aurora_jax.systems.aurora import released
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 WEIGHTS = GOLDENS / "tiny16.state_dict.safetensors"
 KWARGS = GOLDENS / "tiny16.config.json"
@@ -26,6 +29,15 @@ KWARGS = GOLDENS / "tiny16.config.json"
 @pytest.fixture(scope="module")
 def state_dict():
   return load_file(WEIGHTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shapes_once():
+  """Every conversion traces the generator for its shapes, most often the same one."""
+  traced = functools.cache(generator_lib.abstract_variables)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(generator_lib, "abstract_variables", lambda cfg: jax.tree.map(lambda leaf: leaf, traced(cfg)))
+    yield
 
 
 def convert(*args):

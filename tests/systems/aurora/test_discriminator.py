@@ -12,6 +12,8 @@ from aurora_jax.ops import losses, resample
 from aurora_jax.systems.aurora import config as aurora_config
 from aurora_jax.systems.aurora import discriminator
 
+pytestmark = pytest.mark.slow
+
 CFG = aurora_config.Discriminator(
   resolution=16,
   channels_base=256,
@@ -33,6 +35,7 @@ CFG = aurora_config.Discriminator(
 
 @pytest.fixture(scope="module")
 def setting():
+  """(model, parameters, compiled `apply`, images of all levels, text, position of the caption's last token)."""
   keys = jax.random.split(jax.random.key(0), 4)
   image = jax.random.normal(keys[0], (4, 16, 16, 3))
   pyramid = resample.image_pyramid(image, CFG.input_resolutions)
@@ -41,7 +44,7 @@ def setting():
   params = jax.jit(model.init)(keys[2], pyramid, text, eot)
   # Zero-initialised output layers get values, so that every path carries signal.
   params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(keys[3], p.shape), params)
-  return model, params, pyramid, text, eot
+  return model, params, jax.jit(model.apply), pyramid, text, eot
 
 
 def test_full_size_is_gigagans():
@@ -63,8 +66,8 @@ def test_full_model_makes_fifteen_predictions():
 
 
 def test_every_level_is_judged_at_every_exit_below_it(setting):
-  model, params, pyramid, text, eot = setting
-  logits = jax.jit(model.apply)(params, pyramid, text, eot)
+  _, params, apply, pyramid, text, eot = setting
+  logits = apply(params, pyramid, text, eot)
   found = {(logit.level, logit.exit): logit.value.shape for logit in logits}
   assert found == {
     (16, 8): (4, 8, 8),
@@ -77,8 +80,7 @@ def test_every_level_is_judged_at_every_exit_below_it(setting):
 
 
 def test_levels_and_samples_do_not_mix(setting):
-  model, params, pyramid, text, eot = setting
-  apply = jax.jit(model.apply)
+  _, params, apply, pyramid, text, eot = setting
   before = {(l.level, l.exit): l.value for l in apply(params, pyramid, text, eot)}
   changed = {**pyramid, 8: pyramid[8].at[2].add(1.0)}
   after = {(l.level, l.exit): l.value for l in apply(params, changed, text, eot)}
@@ -88,8 +90,7 @@ def test_levels_and_samples_do_not_mix(setting):
 
 
 def test_text_reaches_every_prediction(setting):
-  model, params, pyramid, text, eot = setting
-  apply = jax.jit(model.apply)
+  _, params, apply, pyramid, text, eot = setting
   before, after = apply(params, pyramid, text, eot), apply(params, pyramid, text.at[0].add(1.0), eot)
   for a, b in zip(before, after):
     assert np.abs(a.value[0] - b.value[0]).max() > 1e-4
@@ -98,7 +99,7 @@ def test_text_reaches_every_prediction(setting):
 
 def test_r1_penalty_is_the_slope_of_the_score_and_differentiates_again(setting):
   """Through everything, attention at zero distance (tied queries and keys) included."""
-  model, params, pyramid, text, eot = setting
+  model, params, _, pyramid, text, eot = setting
 
   def score(params, images):
     return losses.real_score(model.apply(params, images, text, eot))
@@ -139,9 +140,9 @@ def test_partners_are_of_one_caption_and_kind():
 
 
 def test_a_discriminator_that_compares_pairs_judges_a_picture_by_its_partner(setting):
-  model, _, pyramid, text, eot = setting
+  model, _, _, pyramid, text, eot = setting
   model = discriminator.Discriminator(dataclasses.replace(model.cfg, compare_pairs=True))
-  variables = model.init(jax.random.key(1), pyramid, text, eot)
+  variables = jax.jit(model.init)(jax.random.key(1), pyramid, text, eot)
   ids = jnp.arange(len(eot)).at[-1].set(0)
 
   @jax.jit

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from aurora_jax import config_files
 from aurora_jax.systems.aurora import config, generator, released
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 
 
@@ -94,9 +96,10 @@ def test_rematerialised_blocks_and_their_loops_over_layers_change_nothing(golden
 def test_truncated_image_and_sampling_methods(golden):
   io, model, variables = golden["io"], golden["model"], golden["variables"]
   z, text, eot = golden["inputs"]
-  global_text, local_text = model.apply(variables, text, eot, method="encode_text")
+  encode_text = jax.jit(lambda text, eot: model.apply(variables, text, eot, method="encode_text"))
+  global_text, local_text = encode_text(text, eot)
   assert relative(local_text, io["out.local_context"]) < 1e-5
-  w = model.apply(variables, z, global_text, method="map_latents")
+  w = jax.jit(lambda z, text: model.apply(variables, z, text, method="map_latents"))(z, global_text)
   assert relative(w, io["out.w"]) < 1e-5
   synthesize = jax.jit(lambda w: model.apply(variables, w, local_text, method="synthesize"))
   assert relative(synthesize(w).image, nhwc(io["out.image"])) < 1e-5
@@ -134,24 +137,24 @@ def test_tied_attention_w_token_and_constant_input(golden):
   )
   attend = generator.SelfAttention(heads=2, head_dim=4, chunk=64, tied=True)
   x, w = jax.random.normal(jax.random.key(1), (2, 4, 4, 8)), jnp.ones((2, 3))
-  params = attend.init(jax.random.key(2), x, w)
+  params = jax.jit(attend.init)(jax.random.key(2), x, w)
   doubled = jax.tree.map(lambda p: p, params)
   weight = params["params"]["qk"]["weight"].reshape(8, 2, 1, 4)
   doubled["params"]["qk"]["weight"] = jnp.concatenate([weight, weight], axis=2).reshape(
     8, 16
   )  # queries and keys the same
-  np.testing.assert_allclose(
-    attend.apply(params, x, w), attend.clone(tied=False).apply(doubled, x, w), rtol=1e-5, atol=1e-6
-  )
+  one, other = jax.jit(attend.apply)(params, x, w), jax.jit(attend.clone(tied=False).apply)(doubled, x, w)
+  np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_independent_text_head_is_uniform_at_batch_one(golden):
   cfg, variables = golden["cfg"], golden["variables"]
   _, text, eot = golden["inputs"]
   independent = generator.Generator(dataclasses.replace(cfg, text_attention="independent"))
-  both = independent.apply(variables, text, eot, method="encode_text")
+  encode = lambda model: jax.jit(lambda text, eot: model.apply(variables, text, eot, method="encode_text"))
+  both, alone = encode(independent)(text, eot), encode(golden["model"])
   for b in range(2):
-    one = golden["model"].apply(variables, text[b : b + 1], eot[b : b + 1], method="encode_text")
+    one = alone(text[b : b + 1], eot[b : b + 1])
     np.testing.assert_allclose(both[0][b], one[0][0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(both[1][b], one[1][0], rtol=1e-5, atol=1e-6)
 

@@ -140,6 +140,7 @@ def test_arrays_are_logged_by_kind_and_resolution(name, group):
   assert label(tuple(jax.tree_util.DictKey(part) for part in name.split("/"))).group == group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags",
   [

@@ -12,6 +12,8 @@ from aurora_jax.models import clip as clip_lib
 from aurora_jax.systems.aurora.system import System
 from aurora_jax.training import step as step_lib
 
+pytestmark = pytest.mark.slow
+
 CONFIG = pathlib.Path(__file__).parents[3] / "configs" / "aurora_64.py"
 
 

@@ -22,6 +22,7 @@ def released():
   return cfg, load_file(GOLDENS / "tiny16.state_dict.safetensors")
 
 
+@pytest.mark.slow
 def test_round_trip_is_the_identity_bitwise(released):
   cfg, state_dict = released
   back = released_lib.export_generator(released_lib.import_generator(state_dict, cfg), cfg)
@@ -40,6 +41,7 @@ def test_released_state_dict_has_its_1353_entries_and_12_buffers():
   assert len(names) - 3 == 1353
 
 
+@pytest.mark.slow
 def test_gigagans_options_have_their_released_names_and_come_back(released):
   """Constant input, tied queries and keys, w as a token: the released code has them, switched off in the released
   model.
@@ -62,6 +64,7 @@ def test_gigagans_options_have_their_released_names_and_come_back(released):
   jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
+@pytest.mark.slow
 def test_missing_left_over_and_misshapen_entries_are_one_error(released):
   cfg, state_dict = released
   broken = dict(state_dict)

@@ -12,6 +12,8 @@ from torch import nn
 
 from aurora_jax.systems.megan import config, discriminator, generator, released
 
+pytestmark = pytest.mark.slow
+
 SCALES = [(64, 3, 5), (16, 1, 4)]  # resolution, generators, batch
 TEMPERATURE = 0.5
 

@@ -78,6 +78,7 @@ def rows(run):
   return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_losses_sheets_and_checkpoints(run):
   trained = [row for row in rows(run) if row["kind"] == "train"]
   assert [row["step"] for row in trained] == [2, 4, 6]
@@ -92,6 +93,7 @@ def test_a_run_leaves_losses_sheets_and_checkpoints(run):
   assert (run / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_state(data, run, tmp_path):
   """Killed in its sixth step: what it had logged by then stands, the checkpoint of step 4 is its newest.
 
@@ -108,6 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_state(data, run, tmp_path):
   assert rows(killed)[-1]["kind"] == "stop"
 
 
+@pytest.mark.slow
 def test_sampling_without_prompts(run, tmp_path):
   sample = ("sample", "--workdir", run, "--out")
   said = succeed(*sample, tmp_path / "sheet.png", "--latents", 6, "--save-latents", tmp_path / "latents.npz")
@@ -123,6 +126,7 @@ def test_sampling_without_prompts(run, tmp_path):
   assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_inspect_tells_of_the_run(run):
   story = succeed("inspect", run)
   assert "32x32 images, unconditional, by 4 generators and a gate" in story
@@ -141,6 +145,7 @@ def test_inspect_tells_of_the_configuration():
   assert "generator/generators/r4/kernel  [10, 128, 4, 4, 256] -> [2, 128, 4, 4, 256] per device" in placed
 
 
+@pytest.mark.slow
 def test_captions_cannot_be_retrieved(run, tmp_path):
   judge = random_run.make_clip(tmp_path / "judge")
   fail("reads no captions: nothing to retrieve", "evaluate", "--workdir", run, "--judge", judge)

@@ -84,6 +84,7 @@ def replayed(golden):
   return results, after
 
 
+@pytest.mark.slow
 def test_losses_match_the_release(golden, replayed):
   results, _ = replayed
   stored = [name for name in golden.io if name.startswith("iter.") and not name.startswith("iter.after.")]

@@ -41,6 +41,7 @@ def gradients(golden):
   return dict(zip(names, by_loss)), load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_the_generator_s_loss_and_gradients_match_the_release(golden, gradients, kind):
   loss, gradient, at_logits = gradients[0][kind]

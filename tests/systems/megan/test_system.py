@@ -69,6 +69,7 @@ def test_the_phases_of_a_step_are_the_released_iteration_s(phases):
   assert found == [("discriminator", 1, 2), ("generator", 1, 1), ("balance", 1, 1)]
 
 
+@pytest.mark.slow
 def test_losses_of_the_iteration_match_the_release(golden, iteration):
   ours = {
     "iter.D0.wasserstein": iteration[1][2]["loss/d_wasserstein"],
@@ -175,6 +176,7 @@ def test_the_balance_phase_gives_the_released_gradients_to_the_gate(golden, once
     np.testing.assert_allclose(array, abs(theirs), rtol=0, atol=max(1e-6, 1e-4 * abs(theirs).max()), err_msg=tensor)
 
 
+@pytest.mark.slow
 def test_without_a_separate_step_the_discriminator_has_one_on_the_sum(golden, make_phases, once):
   joint = make_phases(gp_separate_step=False)
   state, metrics = joint.run("discriminator", joint.first_state(), golden.draws(), golden.images("in.real"))
@@ -266,6 +268,7 @@ def test_a_poisoned_batch_is_skipped_whole(golden, phases, once):
   )
 
 
+@pytest.mark.slow
 def test_a_nan_in_the_penalty_alone_is_told_from_one_in_the_loss(golden, make_phases, once, monkeypatch):
   penalty = losses.gradient_penalty
   monkeypatch.setattr(losses, "gradient_penalty", lambda score, images: jnp.nan * penalty(score, images))

@@ -10,6 +10,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import shared_programs
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
@@ -53,6 +54,12 @@ def fail(message, *args):
   status, _, error = here(*args)
   assert status == 2 and len(error.strip().splitlines()) == 1, error
   assert message in error, error
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared():
+  with shared_programs.shared():
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +117,7 @@ def rows(run):
   return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_losses_and_checkpoints(run):
   trained = [row for row in rows(run) if row["kind"] == "train"]
   assert [row["step"] for row in trained] == [1, 2, 3, 4]
@@ -122,6 +130,7 @@ def test_a_run_leaves_losses_and_checkpoints(run):
   assert "8x8 images, text features 128 wide" in story and "step 4 of 4" in story and "G adversarial" in story
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_state(home, run, tmp_path):
   """Killed in its fourth step: the checkpoint of step 2 is its newest. Spectral vectors and averages are in the
   state.
@@ -138,6 +147,7 @@ def test_a_killed_run_goes_on_to_the_same_state(home, run, tmp_path):
     assert f"networks/{name}" in stored
 
 
+@pytest.mark.slow
 def test_sampling_with_truncation(run, tmp_path):
   sample = ("sample", "--workdir", run, "--prompt", "red circle", "--prompt", "blue square", "--latents", 2)
   said = succeed(*sample, "--psi", "0,1", "--out", tmp_path / "both.png", "--save-latents", tmp_path / "latents.npz")
@@ -156,6 +166,7 @@ def leaves(folder, part):
   return jax.tree.map(np.asarray, found[part])
 
 
+@pytest.mark.slow
 def test_exchange_with_pytorch_both_ways(home, run, tmp_path):
   """All three networks to a .pth and back, bit by bit; the averages alone to safetensors."""
   said = succeed("convert", run, tmp_path / "all.pth", "--weights", "both")

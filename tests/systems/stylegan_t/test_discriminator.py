@@ -48,6 +48,7 @@ def golden():
   return types.SimpleNamespace(**locals())
 
 
+@pytest.mark.slow
 def test_logits_and_what_the_heads_see(golden):
   io = golden.io
   logits, state = golden.evaluate(nhwc(io["in.image"]), io["in.c"])
@@ -169,6 +170,7 @@ def small():
   return types.SimpleNamespace(**locals())
 
 
+@pytest.mark.slow
 def test_batch_norm_groups_do_not_see_each_other(small):
   """12 samples are 2 groups of 6."""
   logits = small.run(small.variables, small.image, small.text, {})
@@ -187,6 +189,7 @@ def test_batch_norm_groups_do_not_see_each_other(small):
   )
 
 
+@pytest.mark.slow
 def test_augmentation_needs_a_key_and_changes_every_image(small):
   plain = small.run(small.variables, small.image, small.text, {})
   rngs = lambda seed: {"augment": jax.random.key(seed)}
@@ -249,6 +252,7 @@ def test_spectral_norm_is_pytorchs():
   assert np.linalg.norm(spectral_norm.unit(jnp.zeros(3))) == 0  # no division by zero
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (8, 1), (10, 2), (12, 2), (24, 3)])
 def test_local_batch_norm_is_pytorchs_on_each_group(batch, groups):
   x = np.random.default_rng(batch).normal(3, 2, size=(batch, 5, 4)).astype(np.float32)
@@ -259,6 +263,7 @@ def test_local_batch_norm_is_pytorchs_on_each_group(batch, groups):
   np.testing.assert_allclose(local_batch_norm.normalize(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fresh_weights():
   assert set(discriminator.abstract_variables(SMALL)) == {"params", "spectral", "dino"}
   init = jax.jit(discriminator.stacked_heads(SMALL).init, static_argnums=3)

@@ -14,6 +14,8 @@ from systems.stylegan_t.goldens import nhwc, relative
 from aurora_jax.systems.stylegan_t import config, generator, released, synthesis
 from aurora_jax.systems.stylegan_t.generator import Generator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def golden():

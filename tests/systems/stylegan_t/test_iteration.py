@@ -18,6 +18,8 @@ from aurora_jax.systems import base
 from aurora_jax.systems.stylegan_t import config, labels, losses, released, system
 from aurora_jax.training import optimizers
 
+pytestmark = pytest.mark.slow
+
 BEFORE_BATCH_NORM = ("main.0.0.bias", "main.1.fn.0.bias")
 
 
@@ -284,7 +286,6 @@ def test_running_averages(replay):
     assert relative(ours[name], value) < goldens.OUTPUT, name
 
 
-@pytest.mark.slow  # a program of its own
 def test_training_the_text_encoder(replay, text_mode):
   io, size = replay.io, replay.sizes["micro_batch"]
   assert relative(text_mode.metrics["loss/g_adversarial"] / size, io["text_encoder.out.G.loss"][0]) < goldens.OUTPUT

@@ -15,6 +15,8 @@ from aurora_jax.systems.stylegan_t.config import Generator, TextTower
 torch = pytest.importorskip("torch")
 from aurora_jax.systems.stylegan_t import modeling_stylegan_t as modeling  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # Every field of the architecture has another value in the second.
 FIRST = Generator(
   resolution=16,

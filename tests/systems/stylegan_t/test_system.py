@@ -98,6 +98,7 @@ def test_labels_of_parameters_and_buffers():
   assert not head.matrix and head.module == "heads/conv_mix" and head.stage == 0
 
 
+@pytest.mark.slow
 def test_random_noise_of_a_sample_depends_on_its_latents_alone():
   cfg = dataclasses.replace(SMALL, noise_at_eval="random")
   wanted = system.System(experiment(generator=cfg))

