@@ -14,11 +14,8 @@ Examples:
   python -m aurora_jax export --workdir runs/openmoji_32 --out exported/hearts --license cc-by-sa-4.0
   python -m aurora_jax export --workdir runs/openmoji_32 --out exported/hearts --push OWNER/hearts --private
   python -m aurora_jax export --workdir runs/aurora --out model.pth --format released
-  python -m aurora_jax export --workdir runs/stylegan_t --out exported/onnx --format onnx
 
 --format released writes a weight file of the system's released PyTorch code instead, as `convert RUN FILE` does.
---format onnx writes the generator and its text encoder for onnxruntime, and checks its images against ours; it needs
-`pip install 'aurora_jax[onnx]'`.
 Nothing leaves this machine without --push, which needs a token of the Hub (HF_TOKEN, or `hf auth login`).
 """
 
@@ -34,7 +31,6 @@ _SHEET = "samples.png"
 _LATENTS = 4  # images of a prompt on the card's sheet
 _GRID = 24  # images of a generator without text
 _MOST_PROMPTS = 16
-_CHECKED = 2  # prompts whose images an export to ONNX is checked by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +105,7 @@ def _to_released(args):
 
 
 def _to_hub(args):
-  step, _, card, extra = _prepared(args)
+  step, card, extra = _prepared(args)
   from aurora_jax.runs.progress import progress
   from aurora_jax.systems import hub
 
@@ -124,41 +120,10 @@ def _to_hub(args):
       extra=extra,
       overwrite=args.overwrite,
     )
-  _report(args, done, done.pipeline, "")
-
-
-def _to_onnx(args):
-  from aurora_jax.interop.hub import onnx_files
-
-  onnx_files.check_packages()
-  step, prompts, card, extra = _prepared(args)
-  from aurora_jax import xla_flags
-
-  xla_flags.run_in_order()
-  from aurora_jax.evaluation import onnx_export
-  from aurora_jax.runs.progress import progress
-
-  with progress(f"writing {args.out} and checking it"):
-    done = onnx_export.export(
-      args.workdir,
-      args.out,
-      prompts[:_CHECKED] or [""],
-      step=step,
-      weights=args.weights,
-      clip=args.clip,
-      card=card,
-      extra=extra,
-      overwrite=args.overwrite,
-    )
-  _report(args, done, f"ONNX opset {onnx_files.OPSET}", f"images within {done.deviation:.1e} of ours; ")
-
-
-def _report(args, done, what, note):
-  """The last lines, and the upload."""
   shown = text.printable(text.path_text(done.path))
   print(
-    f"{shown}: {what}, {done.weights} of step {done.step:,}, {done.parameters / 1e6:,.2f} M parameters; "
-    f"{note}README.md is its model card"
+    f"{shown}: {done.pipeline}, {done.weights} of step {done.step:,}, {done.parameters / 1e6:,.2f} M parameters; "
+    "README.md is its model card"
   )
   if args.push:
     from aurora_jax.interop.hub import remote
@@ -170,7 +135,7 @@ def _report(args, done, what, note):
 
 
 def _prepared(args):
-  """Checks everything that is not slow. (step, prompts, fields of the card, its files)."""
+  """Checks everything that is not slow. (step, fields of the card, its files)."""
   from aurora_jax.interop.hub import remote
   from aurora_jax.runs import checkpoint_folder
   from aurora_jax.systems.model_folder import ModelFolder
@@ -204,7 +169,7 @@ def _prepared(args):
     content, note = _samples(args, step, prompts)
     card |= {"image": _SHEET, "image_note": note}
     extra[_SHEET] = content
-  return step, prompts, card, extra
+  return step, card, extra
 
 
 def _samples(args, step, prompts):
@@ -242,4 +207,4 @@ def _samples(args, step, prompts):
 
 
 # A further format is one entry and its function.
-_FORMATS = {"hub": _to_hub, "onnx": _to_onnx, "released": _to_released}
+_FORMATS = {"hub": _to_hub, "released": _to_released}

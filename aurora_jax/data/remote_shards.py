@@ -15,11 +15,11 @@ from collections.abc import Callable, Generator
 from typing import BinaryIO
 
 from aurora_jax import local_copies, storage
-from aurora_jax.data import caption_index
 from aurora_jax.errors import UserError
 
 _URL_FILE = ".url"
 _MANIFEST = "manifest.json"
+_SMALL = (".index", ".captions")  # of record_index.py and caption_index.py, which load NumPy
 _BUFFER_BYTES = 1 << 22
 _GROUP = 64  # files between two reports of progress
 
@@ -52,7 +52,7 @@ def _mirror(url, process):
       if "/" in name or name == _MANIFEST:
         continue
       place = folder / name
-      if place.suffix in (".index", caption_index.caption_path("x").suffix):
+      if place.suffix in _SMALL:
         if not place.is_file() or place.stat().st_size != size:
           wanted[name] = size
       elif place.suffix == ".tfrecord":

@@ -117,6 +117,8 @@ def _of_equation(equation, branch, platform):
     return _scaled(inner, params["length"])
   if name == "shard_map":  # shapes inside are those of one device
     return _scaled(inner, math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]))
+  if name == "pallas_call":  # one block's products, for every point of the grid
+    return _scaled(inner, math.prod(params["grid_mapping"].grid))
   return inner
 
 

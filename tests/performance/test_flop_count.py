@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from aurora_jax.performance import flop_count
 
@@ -99,3 +100,19 @@ def test_branches_by_platform():
     lambda x: jax.lax.platform_dependent(x, cpu=lambda x: x @ x, default=lambda x: x @ x @ x), shape(4, 4)
   )
   assert [flop_count.of_jaxpr(jaxpr, platform=name) for name in ("cpu", "cuda", "tpu")] == [ONCE, 2 * ONCE, 2 * ONCE]
+
+
+def test_a_kernel_counts_for_every_point_of_its_grid():
+  def body(x, y, out):
+    out[...] = x[...] @ y[...]
+
+  whole = pl.BlockSpec((8, 16), lambda i: (0, 0))
+  kernel = pl.pallas_call(
+    body,
+    jax.ShapeDtypeStruct((32, 16), jnp.float32),
+    grid=(4,),
+    in_specs=[pl.BlockSpec((8, 8), lambda i: (i, 0)), whole],
+    out_specs=pl.BlockSpec((8, 16), lambda i: (i, 0)),
+    interpret=True,
+  )
+  assert flop_count.count(kernel, jnp.zeros((32, 8)), jnp.zeros((8, 16))) == 2 * 32 * 8 * 16

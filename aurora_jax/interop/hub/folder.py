@@ -16,7 +16,7 @@ from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import weight_files
 from aurora_jax.interop.clip_hf import ClipBundle, check_writable
-from aurora_jax.interop.hub import layout, onnx_files, text_encoder, twin_map, weights
+from aurora_jax.interop.hub import layout, text_encoder, twin_map, weights
 from aurora_jax.interop.hub.layout import CARD, CONFIG, EXPERIMENT, PIPELINE, TEXT_ENCODER, TOKENIZER
 
 
@@ -105,7 +105,7 @@ def check_target(folder: str | os.PathLike, *, overwrite: bool = False) -> None:
   """Raises a UserError if `write` would refuse the folder; to be asked before minutes of work."""
   folder = pathlib.Path(folder)
   check_writable(folder, overwrite=overwrite)
-  if folder.is_dir() and any(folder.iterdir()) and not is_hub_folder(folder) and not is_onnx_folder(folder):
+  if folder.is_dir() and any(folder.iterdir()) and not is_hub_folder(folder):
     raise UserError(f"{folder} is not an earlier export, so --overwrite leaves it alone; choose another folder")
 
 
@@ -119,11 +119,6 @@ def is_hub_folder(folder: str | os.PathLike) -> bool:
   except (OSError, ValueError, AttributeError):
     return False
   return isinstance(kind, str) and (folder / f"modeling_{pathlib.PurePath(kind).name}.py").is_file()
-
-
-def is_onnx_folder(folder: str | os.PathLike) -> bool:
-  """Whether a folder looks like one of an export to ONNX."""
-  return all((pathlib.Path(folder) / name).is_file() for name in (onnx_files.GENERATOR, layout.ORIGIN))
 
 
 @dataclasses.dataclass(frozen=True)

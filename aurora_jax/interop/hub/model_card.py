@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 # JSON values are YAML values too.
 _quoted = json.dumps
-_LIBRARIES = {"PyTorch": "pytorch", "onnxruntime": "onnx"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,6 @@ class Card:
     cost: lines on what training took: steps, images, time, machine.
     image: file name of a sheet of samples in the folder, or "".
     image_note: how these were drawn.
-    runtime: what samples from it. The card of another one than PyTorch has no example.
   """
 
   name: str
@@ -70,7 +68,6 @@ class Card:
   cost: tuple[str, ...] = ()
   image: str = ""
   image_note: str = ""
-  runtime: str = "PyTorch"
 
 
 def render(card: Card) -> str:
@@ -85,7 +82,7 @@ def _task(card):
 def _front_matter(card) -> Sequence[str]:
   lines = [
     f"license: {_quoted(card.license)}",
-    f"library_name: {_LIBRARIES[card.runtime]}",
+    "library_name: pytorch",
     f"pipeline_tag: {_task(card)}",
     "tags:",
   ]
@@ -110,12 +107,12 @@ def _body(card) -> Sequence[str]:
     lines += [card.summary, ""]
   lines += [
     f"{card.resolution}x{card.resolution} pixels, {card.parameters:,} parameters in float32; weights: {card.weights}. "
-    f"Trained with aurora_jax (JAX). Sampling needs {card.runtime}, not JAX.",
+    f"Trained with aurora_jax (JAX). Sampling needs PyTorch, not JAX.",
     "",
   ]
   if card.image:
     lines += [f"![samples]({card.image})", ""] + ([card.image_note, ""] if card.image_note else [])
-  lines += _example(card) if card.runtime == "PyTorch" else []
+  lines += _example(card)
   if card.dataset:
     lines += [
       "## Training data",
