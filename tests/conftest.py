@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 xla_flags.compile_quickly()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("EPATH_USE_TF", "0")  # as cli/environment.py
 FLAGS = os.environ["XLA_FLAGS"]
 
 # A suite started in the background of a script ignores Ctrl-C, and so would the commands that tests interrupt.

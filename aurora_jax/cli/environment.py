@@ -32,11 +32,12 @@ _CACHE_SETTINGS = {
 
 
 def prepare() -> None:
-  """Settles the environment variables that JAX reads when it is imported."""
+  """Settles the environment variables that JAX and other libraries read when they are imported or first used."""
   for name in list(os.environ):
     if name in _IGNORED or name.startswith(_IGNORED_GROUP):
       del os.environ[name]
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("EPATH_USE_TF", "0")  # Orbax's paths at gs:// by gcsfs, which storage_client.py configures
   # JAX warns for every entry of a cache that is read-only, full or damaged, and goes on without it.
   warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
