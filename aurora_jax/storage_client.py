@@ -143,7 +143,6 @@ def prepare_orbax() -> None:
   seconds = attempt_seconds()
   emulator = os.environ.get("STORAGE_EMULATOR_HOST")
   settings = {
-    "EPATH_USE_TF": "0",
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(round(seconds)),
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(round(seconds)),

@@ -54,6 +54,18 @@ PROMPTS = (
 )
 
 
+# The image tower of train-clip --patch 4 --image-width 64 --image-layers 3, as a frozen transformer.
+BACKBONE = {
+  "image_size": 32,
+  "patch": 4,
+  "width": 64,
+  "depth": 3,
+  "heads": 4,
+  "mlp_width": 128,
+  "layer_norm_epsilon": 1e-5,
+  "activation": "quick_gelu",
+  "pre_norm": True,
+}
 VARIANTS = ("progressive", "tones", "dense", "augment", "both", "feature_critic", "test")
 
 
@@ -199,14 +211,4 @@ def add_feature_critic(config):
   critic.image_size = 32
   critic.taps = (0, 1, 2)
   critic.augment = ("brightness", "saturation", "contrast", "translation")
-  critic.dino.update(
-    image_size=32,
-    patch=4,
-    width=64,
-    depth=3,
-    heads=4,
-    mlp_width=128,
-    layer_norm_epsilon=1e-5,
-    activation="quick_gelu",
-    pre_norm=True,
-  )
+  critic.dino.update(BACKBONE)

@@ -42,17 +42,7 @@ def get_config(variant=""):
   discriminator.image_size = 32
   discriminator.taps = (0, 1, 2)
   discriminator.augment = ("brightness", "saturation", "contrast", "translation")
-  discriminator.dino.update(
-    image_size=32,
-    patch=4,
-    width=64,
-    depth=3,
-    heads=4,
-    mlp_width=128,
-    layer_norm_epsilon=1e-5,
-    activation="quick_gelu",
-    pre_norm=True,
-  )
+  discriminator.dino.update(openmoji_32.BACKBONE)
 
   loss = config.loss
   loss.clip_weight = 2.0

@@ -21,8 +21,15 @@ _POLL_SECONDS = 0.5
 
 
 def identity(part: Part) -> str:
-  """A digest of a part's description: a part of another content, such as a longer listing, has another one."""
-  return hashlib.blake2b(repr(part).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+  """A digest of a part's description and of the sizes and times of its files: another content has another one."""
+  digest = hashlib.blake2b(repr(part).encode(errors="surrogatepass"), digest_size=16)
+  for path in part.files():
+    try:
+      status = os.stat(path)
+      digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    except OSError:
+      digest.update(b"missing\n")
+  return digest.hexdigest()
 
 
 def run(

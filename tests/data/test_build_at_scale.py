@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -66,6 +67,9 @@ class FakePart:
 
   def items(self):
     return iter(self.found)
+
+  def files(self):
+    return ()
 
   def read(self, item, resolution):
     return item.image
@@ -166,6 +170,30 @@ def test_other_settings_or_sources_start_anew(tars, tmp_path):
   other = webdataset(tars, CaptionFields({"url": 1.0}))
   build.build_with(other, tmp_path / "two", SETTINGS)
   assert all(example.captions[0].startswith("http://") for example in stored(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "folder", "imagefolder"])
+def test_a_file_that_changed_is_read_again(tmp_path, kind):
+  """Between an interrupted build and the next run, under the same name and with the same size."""
+  folder = tmp_path / "in"
+  if kind == "webdataset":
+    made.write_webdataset(folder, count=4, tars=1, side=24)
+  else:
+    (folder / "red").mkdir(parents=True)
+    for name in ("a", "b"):
+      Image.new("RGB", (16, 16), (200, 10, 10)).save(folder / "red" / f"{name}.bmp")
+      (folder / "red" / f"{name}.txt").write_text("a red square")
+  parts = lambda: catalog.open_source(catalog.Request(kind, str(folder))).parts()
+  before = [run_parts.identity(part) for part in parts()]
+  assert before == [run_parts.identity(part) for part in parts()]
+  changed = next(path for path in sorted(folder.rglob("*")) if path.suffix in (".tar", ".bmp"))
+  status = changed.stat()
+  content = bytearray(changed.read_bytes())
+  content[-1] ^= 1
+  changed.write_bytes(content)
+  os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+  assert changed.stat().st_size == status.st_size
+  assert before != [run_parts.identity(part) for part in parts()]
 
 
 def test_two_builds_of_one_folder(tars, tmp_path):

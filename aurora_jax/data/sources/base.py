@@ -76,6 +76,10 @@ class Part(Protocol):
     """Yields the items in a fixed order. What cannot be read is a `Rejected`, never an exception."""
     ...
 
+  def files(self) -> Iterable[str]:
+    """Paths of the files that it reads, as far as they are known: a part whose files have changed is built again."""
+    ...
+
   def read(self, item: Item, resolution: int) -> bytes | Image.Image:
     """The encoded image of an item, or a rendered one, [resolution, resolution].
 
@@ -87,6 +91,11 @@ class Part(Protocol):
 
 class FilePart:
   """A base class of parts whose items hold their image or the path of its file."""
+
+  def files(self) -> Iterable[str]:
+    """See `Part`. The attribute `path`, of a part of one file."""
+    path = getattr(self, "path", None)
+    return () if path is None else (path,)
 
   def read(self, item: Item, resolution: int) -> bytes | Image.Image:
     """See `Part`."""

@@ -91,6 +91,10 @@ class MetadataPart(FilePart):
   rows: tuple[str | dict[str, Any], ...]
   fields: CaptionFields
 
+  def files(self) -> Iterator[str]:
+    """See `base.Part`."""
+    return (found.location for found in self.items() if isinstance(found, Item))
+
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""
     for row in self.rows:
@@ -135,11 +139,15 @@ class ClassPart(FilePart):
   name: str
   caption: str
   label: int
-  files: tuple[str, ...]
+  names: tuple[str, ...]
+
+  def files(self) -> Iterator[str]:
+    """See `base.Part`."""
+    return (found.location for found in self.items() if isinstance(found, Item))
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""
-    for file in self.files:
+    for file in self.names:
       yield base.item_or_rejected(
         f"{text.path_text(self.name)}/{text.path_text(file)}",
         {"caption": text.path_text(self.caption)},

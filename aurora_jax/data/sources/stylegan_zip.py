@@ -71,6 +71,12 @@ class LabelledPart(FilePart):
   rows: tuple[tuple[str, object], ...]
   class_names: tuple[tuple[str, str], ...]
 
+  def files(self) -> Iterator[str]:
+    """See `base.Part`."""
+    if not os.path.isdir(self.path):
+      return iter((self.path,))
+    return (found.location for found in self.items() if isinstance(found, Item))
+
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""
     names = dict(self.class_names)

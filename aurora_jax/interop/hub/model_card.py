@@ -80,12 +80,7 @@ def _task(card):
 
 
 def _front_matter(card) -> Sequence[str]:
-  lines = [
-    f"license: {_quoted(card.license)}",
-    "library_name: pytorch",
-    f"pipeline_tag: {_task(card)}",
-    "tags:",
-  ]
+  lines = [f"license: {_quoted(card.license)}", "library_name: pytorch", f"pipeline_tag: {_task(card)}", "tags:"]
   lines += [f"- {_quoted(tag)}" for tag in dict.fromkeys(("gan", "aurora_jax", *card.tags))]
   if card.dataset:
     lines += ["datasets:", f"- {_quoted(card.dataset)}"]
@@ -107,7 +102,7 @@ def _body(card) -> Sequence[str]:
     lines += [card.summary, ""]
   lines += [
     f"{card.resolution}x{card.resolution} pixels, {card.parameters:,} parameters in float32; weights: {card.weights}. "
-    f"Trained with aurora_jax (JAX). Sampling needs PyTorch, not JAX.",
+    "Trained with aurora_jax (JAX). Sampling needs PyTorch, not JAX.",
     "",
   ]
   if card.image:

@@ -159,26 +159,16 @@ class Pipeline:
       raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
     return prompts
 
+  @torch.inference_mode()
   def encode(self, prompts: Sequence[str]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
     """What the model takes of prompts, with the prompts along the first axis."""
-    if self.model.text_input is None:
-      return None
-    with torch.inference_mode():
-      return self.encode_ids(self.tokenize(prompts, self.context_length))
-
-  @property
-  def context_length(self) -> int:
-    """Number of token ids of a prompt."""
-    # A generator with a text encoder of its own comes with a tokenizer alone.
-    own = self.model.text_input == "ids"
-    return self.tokenizer.model_max_length if own else self.text_encoder.config.max_position_embeddings
-
-  def encode_ids(self, ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """The same of token ids, int64 [prompts, context_length]."""
     kind = self.model.text_input
-    if kind == "ids":
-      return self.model.encode_text(ids)
+    if kind is None:
+      return None
+    if kind == "ids":  # the generator has a text encoder of its own
+      return self.model.encode_text(self.tokenize(prompts, self.tokenizer.model_max_length))
     config = self.text_encoder.config
+    ids = self.tokenize(prompts, config.max_position_embeddings)
     # The padding is part of the text, as in training: there is no attention mask.
     out = self.text_encoder(input_ids=ids)
     # OpenAI's rule, which old configurations stand for by the number 2: the end is where the largest id is.

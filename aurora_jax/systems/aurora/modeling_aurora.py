@@ -290,16 +290,11 @@ class ModulatedConv(nn.Module):
       # On a CPU a matrix product reads the filters of a small map faster than a convolution does.
       columns = x.flatten(2) if size == 1 else F.unfold(x, size, padding=size // 2)
       return (filters.flatten(2) @ columns).unflatten(2, (height, width))
-    if self.mix is None:
-      return F.conv2d(x, filters[0], padding=size // 2)
-    if torch.compiler.is_exporting():  # the number of groups of a convolution is a constant of the graph
-      padded = F.pad(x, (size // 2,) * 4)
-      taps = [(i, j) for i in range(size) for j in range(size)]
-      taken = (filters[..., i, j] @ padded[..., i : i + height, j : j + width].flatten(2) for i, j in taps)
-      return sum(taken).unflatten(2, (height, width))
-    groups = x.shape[0]
-    y = F.conv2d(x.reshape(1, -1, height, width), filters.flatten(0, 1), padding=size // 2, groups=groups)
-    return y.view(groups, -1, height, width)
+    groups = len(filters)
+    y = F.conv2d(
+      x.reshape(-1, x.shape[1] * groups, height, width), filters.flatten(0, 1), padding=size // 2, groups=groups
+    )
+    return y.view(len(x), -1, height, width)
 
 
 class ScaleShift(Float32Module):
@@ -431,7 +426,7 @@ class ConstantInput(Float32Module):
     self.constant = nn.Parameter(torch.randn(1, channels, 4, 4))
 
   def forward(self, w: Tensor) -> Tensor:
-    return self.constant.expand(w.shape[0], -1, -1, -1)
+    return self.constant.expand(len(w), -1, -1, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +436,6 @@ class ConstantInput(Float32Module):
 # The largest part of the attention logits in memory at once, in numbers: what fits a CPU's cache, or 1 GB of a GPU.
 _LOGITS_AT_ONCE = {"cpu": 1 << 18}
 _LOGITS_ON_A_GPU = 1 << 28
-_LOGITS_IN_A_GRAPH = 1 << 24  # of each image
 
 
 def l2_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
@@ -458,10 +452,6 @@ def l2_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> T
   squares = lambda t: t.square().sum(-1, keepdim=True)
   queries = torch.cat([-2 * queries, squares(queries), torch.ones_like(queries[..., :1])], -1)
   keys = torch.cat([keys, torch.ones_like(keys[..., :1]), squares(keys)], -1).transpose(1, 2)
-  if torch.compiler.is_exporting():  # the batch is not known; so many rows of each head at once
-    parts = queries.split(max(1, _LOGITS_IN_A_GRAPH // (heads * values.shape[1])), 1)
-    mixed = torch.cat([_attend(part, keys, values) for part in parts], 1)
-    return mixed.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
   most = _LOGITS_AT_ONCE.get(queries.device.type, _LOGITS_ON_A_GPU)
   rows = min(count, max(1, most // values.shape[1]))
   groups = max(1, most // (rows * values.shape[1]))
@@ -674,7 +664,6 @@ class AuroraGenerator(nn.Module):
 
   # What the text encoder has to give: "tokens", its features of all tokens and the position of the end.
   text_input = "tokens"
-  prompt_means = True  # `sample` takes the latents of a prompt's own mean
 
   def __init__(self, cfg: AuroraConfig):
     super().__init__()
@@ -722,7 +711,7 @@ class AuroraGenerator(nn.Module):
 
   def truncate(self, w: Tensor, psi: float | Tensor, prompt_mean: Tensor | None = None) -> Tensor:
     """Moves w [B, W] toward the mean of all w and then toward the prompt's own mean."""
-    psi = torch.as_tensor(psi, dtype=torch.float32, device=w.device).expand(w.shape[0], 1)
+    psi = torch.as_tensor(psi, dtype=torch.float32, device=w.device).expand(len(w), 1)
     w = torch.lerp(self.average.w, w, psi)
     return w if prompt_mean is None else torch.lerp(prompt_mean, w, psi)
 

@@ -101,11 +101,6 @@ class BatchNorm(Float32Module):
     if self.on_batch:
       if x.numel() == x.shape[1]:
         raise ValueError("batch norm on the batch's statistics needs 2 samples or more (bn_at_eval is 'batch')")
-      if torch.compiler.is_exporting():  # ONNX has no batch norm on the batch's statistics
-        axes, of_channel = (0, *range(2, x.ndim)), (-1, *(1,) * (x.ndim - 2))
-        variance, mean = torch.var_mean(x.float(), axes, correction=0, keepdim=True)
-        normalized = (x.float() - mean) * torch.rsqrt(variance + 1e-5)
-        return normalized * scale.view(of_channel) + shift.view(of_channel)
       return F.batch_norm(x.float(), None, None, scale, shift, training=True)
     return F.batch_norm(x.float(), take(self.running_mean), take(self.running_var), scale, shift)
 
@@ -197,8 +192,7 @@ class MeganGenerator(nn.Module):
         )
       scores = logits - torch.log(-torch.log(uniform.float() + NOISE_EPSILON) + NOISE_EPSILON)
     chosen = scores.argmax(-1)
-    images = self._all_images if torch.compiler.is_exporting() else self._images
-    return MeganOutput(images(features, chosen), chosen, logits)
+    return MeganOutput(self._images(features, chosen), chosen, logits)
 
   @torch.compiler.disable
   def _images(self, features: list[Tensor], chosen: Tensor) -> Tensor:
@@ -211,14 +205,6 @@ class MeganGenerator(nn.Module):
       else:
         made = self._run(features[index][own], index, 2 * FEATURE_RESOLUTION, self.cfg.resolution)
       image = image.index_copy(0, own, made)
-    return image
-
-  def _all_images(self, features: list[Tensor], chosen: Tensor) -> Tensor:
-    """The same by the second half of all generators: for exported graphs, which have one course for all data."""
-    image = 0.0
-    for index, maps in enumerate(features):
-      made = self._run(maps, index, 2 * FEATURE_RESOLUTION, self.cfg.resolution)
-      image = torch.where((chosen == index)[:, None, None, None], made, image)
     return image
 
   def _run(self, x: Tensor, index: int, first: int, last: int) -> Tensor:

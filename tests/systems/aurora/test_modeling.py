@@ -238,8 +238,6 @@ def test_chunks_of_attention_and_exported_experts_change_nothing(model, out, mon
   assert difference() < 1e-5
   monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
   assert difference() < 1e-5
-  monkeypatch.setattr(modeling, "_LOGITS_IN_A_GRAPH", 2 * 64 * 24)
-  assert difference() < 1e-5
 
 
 def test_larger_maps_of_adaptive_kernels_are_convolved_sample_by_sample():
