@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from aurora_jax import text
 from aurora_jax.errors import UserError
@@ -168,6 +168,28 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def files_below(folder: str | os.PathLike, skip: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
+  """Yields (name relative to the folder, status) of every file below it, in no order.
+
+  Other threads and processes may change the folder meanwhile: what vanishes is passed over. (`Path.rglob` raises
+  FileNotFoundError for a folder that vanishes.)
+
+  Args:
+    folder: need not exist.
+    skip: names in the folder itself that are passed over with all that is in them.
+  """
+  for place, folders, names in os.walk(folder):
+    if skip and place == os.fspath(folder):
+      folders[:] = [name for name in folders if name not in skip]
+      names = [name for name in names if name not in skip]
+    for name in names:
+      path = os.path.join(place, name)
+      with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+          yield pathlib.Path(os.path.relpath(path, folder)).as_posix(), status
 
 
 def check_folder(folder: str | os.PathLike, name: str | None = None) -> None:

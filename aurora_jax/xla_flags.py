@@ -1,5 +1,5 @@
-"""Settings of XLA: the environment variable XLA_FLAGS, read once when the first backend starts, and options per
-program.
+"""Settings of XLA: the environment variable XLA_FLAGS, read once when the first backend starts, and options of
+single programs.
 """
 
 import os
@@ -13,11 +13,11 @@ _LAST_WITH_EMITTERS = (0, 10)
 def run_in_order() -> None:
   """Has a CPU run the operations of every program one after the other. No effect once a backend has started.
 
-  By default an operation starts as soon as its inputs are there. That suits many small ones: a small training step
-    takes
-  a third longer in order. In order, less is in memory at once (a fifth less for images of the full generator, at the
-  same speed), and several CPU devices begin their collectives in the same order. Otherwise collectives that do not
-  depend on each other can wait for one another on different devices until a time-out ends the process.
+  By default an operation starts as soon as its inputs are there. That suits many small ones: a small training
+  step takes a third longer in order. In order, less is in memory at once (a fifth less for images of the full
+  generator, at the same speed), and several CPU devices begin their collectives in the same order. Otherwise
+  collectives that do not depend on each other can wait for one another on different devices until a time-out ends the
+  process.
 
   As `compiler_options` of a single program the flag has no effect (jax 0.10.2).
   """

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,3 +95,19 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
       ask()
   files.check_folder(tmp_path / "a" / "b")
   assert contents(tmp_path) == {"file": "in the way"}
+
+
+def test_files_below_a_folder_that_changes(tmp_path):
+  for name in ("a", "b/c", "b/d/e", "skipped", "other/skipped", "folder/f"):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name)
+  sizes = lambda **options: {name: status.st_size for name, status in files.files_below(tmp_path, **options)}
+  whole = {name: len(name) for name in ("a", "b/c", "b/d/e", "skipped", "other/skipped", "folder/f")}
+  assert sizes() == whole
+  assert sizes(skip=("skipped", "folder")) == {name: whole[name] for name in ("a", "b/c", "b/d/e", "other/skipped")}
+  walk = files.files_below(tmp_path)
+  found = [next(walk)]
+  shutil.rmtree(tmp_path)  # like the temporary folder of a checkpoint, while somebody looks at it
+  assert len([*found, *walk]) < len(whole)
+  assert not list(files.files_below(tmp_path))

@@ -11,7 +11,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from aurora_jax import local_copies, storage, text
+from aurora_jax import files, local_copies, storage, text
 from aurora_jax.errors import UserError
 
 Path = str | os.PathLike
@@ -54,7 +54,7 @@ def size_bytes(folder: Path, step: int) -> int:
   """Size of a checkpoint on disk, in bytes."""
   if storage.is_url(folder):
     return sum(storage.find(storage.join(folder, str(step))).values())
-  return sum(path.stat().st_size for path in (pathlib.Path(folder) / str(step)).rglob("*") if path.is_file())
+  return sum(status.st_size for _, status in files.files_below(pathlib.Path(folder) / str(step)))
 
 
 def only_parts(folder: Path, step: int | None = None) -> list[str] | None:
@@ -85,10 +85,10 @@ def _stored_item(folder, step, name):
       return json.loads(storage.read(storage.join(folder, str(step), name, "metadata")))
     except storage.MissingError:
       return {}
-  for path in (pathlib.Path(folder) / str(step) / name).glob("*"):
-    if path.is_file() and path.name == "metadata":
-      return json.loads(path.read_text(encoding="utf-8"))
-  return {}
+  try:
+    return json.loads((pathlib.Path(folder) / str(step) / name / "metadata").read_text(encoding="utf-8"))
+  except (FileNotFoundError, NotADirectoryError):
+    return {}
 
 
 def reachable(folder: Path, step: int) -> pathlib.Path:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from aurora_jax import local_copies, storage
+from aurora_jax import files, local_copies, storage
 from aurora_jax.errors import UserError
 from aurora_jax.runs import workdir
 
@@ -80,27 +80,23 @@ class RemoteRun(LocalRun):
     except OSError as error:
       raise UserError(f"{spool} (for copies of {self.url}) cannot be written: {error.strerror or error}") from error
     names, folders = storage.list_folder(self.url)
-    files = {name: 0 for name in names if name not in _NOT_COPIED and not name.startswith(".")}
+    objects = {name: 0 for name in names if name not in _NOT_COPIED and not name.startswith(".")}
     for inner in folders if self.whole else ():
       if inner != "checkpoints":
-        files |= {f"{inner}/{name}": size for name, size in storage.find(storage.join(self.url, inner)).items()}
-    storage.download_all(self.url, spool, files)
+        objects |= {f"{inner}/{name}": size for name, size in storage.find(storage.join(self.url, inner)).items()}
+    storage.download_all(self.url, spool, objects)
     local_copies.show_as(spool, self.url)
     self._pushed = self._found()
-    return bool(files or folders)
+    return bool(objects or folders)
 
   def _found(self):
     """{name: (size, time of change)} of the spool's files."""
-    found = {}
-    for path in self.folder.path.rglob("*"):
-      name = path.relative_to(self.folder.path)
-      if name.parts[0] in ("checkpoints", *_NOT_COPIED) or path.name.startswith("."):
-        continue
-      with contextlib.suppress(OSError):  # renamed meanwhile
-        if path.is_file():
-          status = path.stat()
-          found[name.as_posix()] = status.st_size, status.st_mtime_ns
-    return found
+    below = files.files_below(self.folder.path, skip=("checkpoints", *_NOT_COPIED))
+    return {
+      name: (status.st_size, status.st_mtime_ns)
+      for name, status in below
+      if not name.rsplit("/", 1)[-1].startswith(".")
+    }
 
   def push(self) -> None:
     with self._pushing:

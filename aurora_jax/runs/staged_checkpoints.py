@@ -10,7 +10,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from aurora_jax import local_copies, storage
+from aurora_jax import files, local_copies, storage
 from aurora_jax.runs import checkpoint_folder, checkpoint_manager, checkpoint_reader, retention
 
 
@@ -79,6 +79,7 @@ class StagedCheckpoints(checkpoint_manager.Checkpoints):
     self._raise_copy_error()
     if self._saving is not None and not self._manager.is_saving_in_progress():
       super().wait()
+    if self._saving is None:
       self._begin_copy()
 
   def wait(self) -> None:
@@ -96,7 +97,7 @@ class StagedCheckpoints(checkpoint_manager.Checkpoints):
 
   def _begin_copy(self):
     """Starts to copy the newest local checkpoint, unless that has begun or another copy is under way."""
-    step = checkpoint_folder.newest(self.folder)
+    step = self._complete
     if step is None or step == self._copied or (self._copying is not None and self._copying.is_alive()):
       return
     self._copied = step
@@ -106,8 +107,10 @@ class StagedCheckpoints(checkpoint_manager.Checkpoints):
   def _copy(self, step):
     try:
       local, url = self.folder / str(step), storage.join(self.url, str(step))
-      names = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
+      names = {name for name, _ in files.files_below(local)}
       storage.upload_all(local, url, sorted(names - {checkpoint_folder.COMMIT}))
+      if not names or names != {name for name, _ in files.files_below(local)}:
+        raise storage.StorageError(f"checkpoint {url} could not be copied: files of {local} have vanished")
       storage.write(storage.join(url, checkpoint_folder.COMMIT), b"Checkpoint commit was successful")
       steps = self._steps()
       reasons = self._policy.reasons(steps)

@@ -74,9 +74,8 @@ def constants(system: base.System) -> Constants:
 class Program:
   """One phase, jitted: (state, frozen, batch, constants, repeat) -> (state, metrics).
 
-  The state is donated, but not on a CPU: there XLA copies what it updates in place, which costs a quarter of a small
-    step
-  (benchmarks/README.md).
+  The state is donated, but not on a CPU: there XLA copies what it updates in place, which costs a quarter of a
+  small step (benchmarks/README.md).
   """
 
   def __init__(self, system: base.System, index: int, state: base.TrainState, platform: str):

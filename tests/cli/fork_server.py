@@ -3,15 +3,18 @@
 The real command spends seconds importing; a fork of a process that has done so, and has neither a JAX backend nor
 threads, begins at once and is otherwise the same: `cli.main.main` of its own, to be killed like any other.
 
-    python tests/cli/fork_server.py [MODULE]    reads a JSON list per line (log file, arguments); writes the child's
-    pid, and
-                                                its exit status (negative: the signal) when it has ended. MODULE.prepare
-                                                takes the place of `training.setup.prepare`
+    python tests/cli/fork_server.py [MODULE]
+
+reads a JSON list per line (log file, arguments), writes the child's pid, and its exit status (negative: the signal)
+when it has ended. MODULE.prepare takes the place of `training.setup.prepare`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +42,7 @@ class ForkServer:
   def __init__(self, module=None):
     """Args: module: see above; it must be importable."""
     self._arguments = [] if module is None else [module]
+    self._pid = None  # of a command that has not been waited for
 
   def __enter__(self):
     self._process = subprocess.Popen(
@@ -57,13 +61,23 @@ class ForkServer:
     self._process.wait()
 
   def start(self, log, *arguments):
-    """Starts a command whose output goes to a file. Returns its pid."""
+    """Starts a command whose output goes to a file, after the end of the one before. Returns its pid."""
+    if self._pid is not None:  # a test failed meanwhile
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(self._pid, signal.SIGKILL)
+      self.wait()
     self._process.stdin.write(json.dumps([str(log), [str(argument) for argument in arguments]]) + "\n")
     self._process.stdin.flush()
-    return int(self._process.stdout.readline())
+    self._pid = int(self._process.stdout.readline())
+    return self._pid
+
+  def is_alive(self):
+    """Whether the command that was started last still runs."""
+    return not select.select([self._process.stdout], [], [], 0)[0]
 
   def wait(self):
     """The exit status of the command that was started last; negative: the signal that killed it."""
+    self._pid = None
     return int(self._process.stdout.readline())
 
 

@@ -270,10 +270,10 @@ def printed(capsys, *arguments):
   return capsys.readouterr().out.strip()
 
 
-def wait_for(server, text, seconds=120):
+def wait_for(server, text, running, log, seconds=120):
   end = time.monotonic() + seconds
   while not any(text in line for line in list(server.proxy.requests)):
-    assert time.monotonic() < end, server.proxy.requests[-9:]
+    assert time.monotonic() < end and running.is_alive(), (text, server.proxy.requests[-9:], log.read_text())
     time.sleep(0.002)
 
 
@@ -286,7 +286,7 @@ def test_killed_and_restarted_on_a_bad_server(server, url, train, data, tmp_path
     for moment in moments:
       server.proxy.requests.clear()
       pid = running.start(log, *command(f"{url}/data"), run)
-      wait_for(server, moment)
+      wait_for(server, moment, running, log)
       os.kill(pid, signal.SIGKILL)
       assert running.wait() == -signal.SIGKILL
     running.start(log, *command(f"{url}/data"), run)
@@ -308,8 +308,8 @@ def test_a_run_whose_server_goes_away(servers, train, data, tmp_path):
   server.proxy.requests.clear()
   running.start(log, *command(data), run)
   with contextlib.ExitStack() as stack:
-    wait_for(server, "away/checkpoints/4/commit_success")
-    wait_for(server, "away/checkpoints/8/state")
+    wait_for(server, "away/checkpoints/4/commit_success", running, log)
+    wait_for(server, "away/checkpoints/8/state", running, log)
     stack.enter_context(server.proxy.misbehaving(away=True))
     begin = time.monotonic()
     assert running.wait() == 2, log.read_text()
