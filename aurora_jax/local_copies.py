@@ -4,10 +4,9 @@ import functools
 import hashlib
 import os
 import pathlib
-import tempfile
 from typing import Any
 
-from aurora_jax import storage
+from aurora_jax import storage, user_cache
 from aurora_jax.errors import UserError
 
 _shown: dict[str, str] = {}
@@ -27,21 +26,19 @@ def shown(message: Any) -> str:
 
 
 def cache_folder(kind: str, url: str) -> pathlib.Path:
-  """A folder of this user for local copies of what is at a URL, in the user's cache folder; it need not exist.
+  """A folder of this user for local copies of what is at a URL; it need not exist.
 
   Args:
     kind: of copies, such as "runs".
     url: of what is copied.
+
+  Raises:
+    UserError: there is no place for caches.
   """
-  shared = os.environ.get("XDG_CACHE_HOME", "")
-  home = pathlib.Path(os.path.expanduser("~"))
-  if os.path.isabs(shared):
-    base = pathlib.Path(shared)
-  elif home.is_absolute() and os.access(home, os.W_OK):
-    base = home / ".cache"
-  else:
-    base = pathlib.Path(tempfile.gettempdir(), f"aurora_jax-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
-  return base / "aurora_jax" / kind / hashlib.sha256(str(url).rstrip("/").encode()).hexdigest()[:20]
+  place = user_cache.folder(kind)
+  if place is None:
+    raise UserError(f"{url}: there is no folder for local copies; XDG_CACHE_HOME=FOLDER sets one")
+  return place / hashlib.sha256(str(url).rstrip("/").encode()).hexdigest()[:20]
 
 
 @functools.cache

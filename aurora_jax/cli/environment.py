@@ -6,10 +6,10 @@ Nothing here imports JAX.
 import codecs
 import hashlib
 import os
-import pathlib
-import stat
 import sys
 import warnings
+
+from aurora_jax import user_cache
 
 # A shell's start-up file may set these for other programs. Here they would change results (types, random numbers) or
 # reject correct code. A run must not depend on them.
@@ -51,48 +51,13 @@ def prepare() -> None:
 def cache_folder() -> str | None:
   """The folder of compiled programs. A command that runs again takes its programs from there and starts faster.
 
-  It is in the user's cache folder. If there is no home folder, or it is read-only or another user's, it is in the
-  temporary folder. Each kind of CPU has its own folder, since machines of different kinds may share a home folder.
+  Each kind of CPU has its own folder, since machines of different kinds may share a home folder.
 
   Returns:
-    Its path, or None where there is no safe place. Cached programs are run: nobody else may write them.
+    Its path, or None where there is no safe place.
   """
-  kind = _cpu_kind()
-  home = os.path.expanduser("~")
-  shared = os.environ.get("XDG_CACHE_HOME", "")
-  places = [shared] if os.path.isabs(shared) else [os.path.join(home, ".cache")] if _is_home(home) else []
-  for place in places:
-    folder = pathlib.Path(place, "aurora_jax", "jax", kind)
-    if _is_usable(folder):
-      return str(folder)
-  import tempfile
-
-  folder = pathlib.Path(tempfile.gettempdir(), f"aurora_jax-{os.geteuid() if hasattr(os, 'geteuid') else 'cache'}")
-  if _is_usable(folder, private=True) and _is_usable(folder / kind):
-    return str(folder / kind)
-  return None
-
-
-def _is_home(path: str) -> bool:
-  """Whether a home folder is there: without HOME and an entry in passwd, "~" stays as it is."""
-  return os.path.isabs(path) and os.path.isdir(path)
-
-
-def _is_usable(folder: pathlib.Path, private: bool = False) -> bool:
-  """Whether a folder is there, or can be made, belongs to this user and can be written to.
-
-  `private`: its parent belongs to all, so that it must be a folder that nobody else can write to, and no link.
-  """
-  try:
-    folder.mkdir(mode=0o700 if private else 0o777, parents=not private, exist_ok=True)
-    found = os.lstat(folder) if private else os.stat(folder)
-  except OSError:
-    return False
-  if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-    return False
-  if private and (not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022):
-    return False
-  return os.access(folder, os.W_OK | os.X_OK)
+  folder = user_cache.folder(f"jax/{_cpu_kind()}")
+  return None if folder is None else str(folder)
 
 
 def _cpu_kind() -> str:

@@ -232,7 +232,8 @@ def test_no_home(no_settings, monkeypatch, home):
   place = str(no_settings / home) if home == "is_a_file" else home
   monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", place, 1))
   folder = pathlib.Path(environment.cache_folder())
-  assert folder.parent.parent == no_settings / "tmp" and folder.parent.stat().st_mode & 0o777 == 0o700
+  private = folder.parents[1]
+  assert private.parent == no_settings / "tmp" and private.stat().st_mode & 0o777 == 0o700
   assert not pathlib.Path("~").exists() and not pathlib.Path("/no").exists()
 
 
