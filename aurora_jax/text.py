@@ -48,7 +48,7 @@ def printable(value: object, length: int | None = None) -> str:
   """A value as one line that is safe for a terminal.
 
   Control characters, marks that change the direction of the text and bytes that are not UTF-8 are escaped as in Python
-  (`\\x1b`, `\\u202e`); so nothing in the result moves the cursor, changes colours or ends the line.
+  (`\\x1b`, `\\u202e`); so nothing in the result moves the cursor, changes colors or ends the line.
 
   Args:
     value: text, or anything else that `str` takes.

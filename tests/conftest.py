@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Most of the time goes to compiling; the arithmetic is the same without the optimisers of the code generator.
+# Most of the time goes to compiling; the arithmetic is the same without the optimizers of the code generator.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 xla_flags.compile_quickly()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

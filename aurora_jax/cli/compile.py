@@ -1,9 +1,9 @@
 """Compiles the training step of an experiment for a machine that need not be there, and says whether it fits.
 
-They are the programs that `train` runs, with the experiment's mesh on the named machine's devices: four for a step and
-the lazy regularisation. What they take per device (parameters, optimizer, average, temporaries), their arithmetic (of
-each and the sum per step), their collectives, which expert lives on which device and how fast a step can be at best are
-shown as a table and written as JSON with --report.
+It compiles the programs that `train` runs, one per phase of a step, with the experiment's mesh on the named machine's
+devices. A table, and JSON with --report, show: what they take per device (parameters, optimizer, average, temporaries),
+their arithmetic (of each program, and the sum per step), their collectives, which expert lives on which device, and how
+fast a step can be at best.
 
 Machines: TPU slices v4-N, v5e-N, v5p-N, v6e-N, tpu7x-N, or by shape (v5e:16x16, v5p:2x2x4, tpu7x:2x2x1, two devices
 per chip); nodes of eight GPUs a100-N, a100-40g-N, h100-N, h100-94g-N (H100 NVL), h200-N, b200-N, or by nodes

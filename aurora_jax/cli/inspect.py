@@ -13,7 +13,7 @@
                                                                  where every parameter lies, on any mesh
   python -m aurora_jax inspect runs/openmoji --fingerprint       one SHA-256 of the full newest state
 
-Two runs have the same fingerprint if and only if their states agree in every bit: networks, averages, optimisers, step.
+Two runs have the same fingerprint if and only if their states agree in every bit: networks, averages, optimizers, step.
 
 Exit status: 0, or 2 for wrong input and for a data set in which --verify finds damage.
 """

@@ -71,7 +71,7 @@ class LocalBatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-  """One head: two spectral-normalised convolutions, a logit per token, projected on the text."""
+  """One head: two spectral-normalized convolutions, a logit per token, projected on the text."""
 
   cfg: Config
 

@@ -54,13 +54,13 @@ class Exchange:
   Attributes:
     layout: the mesh.
     mode: "tokens", "weights", or "auto": in each layer the one that moves fewer bytes.
-    rematerialised: whether the backward pass runs the forward pass, and its exchange, again.
+    rematerialized: whether the backward pass runs the forward pass, and its exchange, again.
     capacity_factor: C as a multiple of the mean, T / P.
   """
 
   layout: mesh_lib.Layout
   mode: str = "auto"
-  rematerialised: bool = False
+  rematerialized: bool = False
   capacity_factor: float = 2.0
 
   def plan(self, tokens: int, width: int, hidden: int, experts: int, itemsize: int) -> Plan:
@@ -79,7 +79,7 @@ class Exchange:
     axes = self.layout.expert_axes(experts)
     group = self.layout.size(axes)
     capacity = min(math.ceil(self.capacity_factor * tokens / group), tokens)
-    passes = 3 if self.rematerialised else 2  # forward, backward, and forward again
+    passes = 3 if self.rematerialized else 2  # forward, backward, and forward again
     there_and_back = 2 * (group - 1) * capacity * width * itemsize
     expert_bytes = (3 * width * hidden + 2 * hidden + width) * itemsize
     token_bytes = passes * there_and_back

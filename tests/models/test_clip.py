@@ -96,7 +96,7 @@ def test_images_of_other_sizes_are_resized(variables, images):
 
 
 @pytest.mark.slow
-def test_colours_are_normalised(variables):
+def test_colours_are_normalized(variables):
   # An image of the mean color is all zeros to the tower; one standard deviation more is all ones.
   mean, std = np.asarray(IMAGE.mean), np.asarray(IMAGE.std)
   plain = ImageConfig(**(dataclasses.asdict(IMAGE) | {"mean": (0.5,) * 3, "std": (0.5,) * 3}))

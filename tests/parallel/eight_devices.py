@@ -307,7 +307,7 @@ def test_muon_gives_sharded_weights_the_same_updates():
 
 
 def test_unsharded_parameters_are_not_kept_for_the_backward_pass():
-  """With and without fsdp the generator's forward pass keeps the same: no parameters, and little of rematerialised
+  """With and without fsdp the generator's forward pass keeps the same: no parameters, and little of rematerialized
   blocks.
   """
   kept, (frozen, batch) = {}, inputs()

@@ -208,7 +208,7 @@ def test_exchange_is_chosen_by_bytes_and_explained():
   assert plan.weight_bytes == 2 * 7 * (512 * 4096 + 4096 + 2048 * 512 + 512) * 4
   assert experts.Exchange(many).plan(256 * 64, 512, 2048, 8, 4).mode == "weights"
   assert experts.Exchange(few, "weights").plan(256, 512, 2048, 8, 4).mode == "weights"
-  assert experts.Exchange(few, rematerialised=True).plan(256, 512, 2048, 8, 4).token_bytes == plan.token_bytes * 3 // 2
+  assert experts.Exchange(few, rematerialized=True).plan(256, 512, 2048, 8, 4).token_bytes == plan.token_bytes * 3 // 2
   lines = exchange_report.explain(experts.Exchange(few), experiment().generator, 256)
   assert len(lines) == 4
   assert lines[1].startswith("experts at 16 px: 6 layers of 8, 1 per device along expert0 x expert1 = 8")

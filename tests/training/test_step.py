@@ -98,7 +98,7 @@ def test_a_step_moves_both_networks_and_all_metrics_are_finite(tiny):
   assert all(np.isfinite(value).all() for value in metrics.values())
   before, after = params(tiny.first, "generator"), params(state, "generator")
   still = names(before) - moved(before, after)
-  # Zero-initialised output layers hold back the gradient of what lies behind them in the first step.
+  # Zero-initialized output layers hold back the gradient of what lies behind them in the first step.
   behind = ("attention", "text_head", "mtm", "affine", "mapping")
   assert all(any(word in name for word in behind) for name in still), still
   assert "['synthesis']['r16_block0_conv']['conv1']['weight']" not in still

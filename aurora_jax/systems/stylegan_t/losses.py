@@ -130,7 +130,7 @@ def blur_matrix(size: int, sigma: jax.Array | float, sigma_max: float) -> jax.Ar
   """
   sigma = jnp.asarray(sigma, jnp.float32)
   radius = jnp.floor(3 * sigma)
-  safe = jnp.maximum(sigma, 1e-3)  # a fully faded blur: the centre is the only tap
+  safe = jnp.maximum(sigma, 1e-3)  # a fully faded blur: the center is the only tap
   tap = lambda offset: jnp.where(jnp.abs(offset) <= radius, jnp.exp2(-jnp.square(offset / safe)), 0.0)
   reach = np.arange(math.floor(3 * sigma_max) + 1, dtype=np.float32)
   total = 2 * jnp.sum(tap(reach)) - 1
@@ -139,7 +139,7 @@ def blur_matrix(size: int, sigma: jax.Array | float, sigma_max: float) -> jax.Ar
 
 
 def blur(image: jax.Array, sigma: jax.Array | float, sigma_max: float | None = None) -> jax.Array:
-  """Blurs rows and columns; towards the border images fade to 0, mid grey.
+  """Blurs rows and columns; toward the border images fade to 0, mid gray.
 
   Args:
     image: [B, P, Q, C].

@@ -15,7 +15,7 @@ LR_MULTIPLIER = 0.01
 
 
 class Mapping(nn.Module):
-  """Two dense layers on the normalised latents; the text feature is appended as it is.
+  """Two dense layers on the normalized latents; the text feature is appended as it is.
 
   Variables: params fc0, fc1; buffers x_avg [Z], the running average of the mapped latents.
   """

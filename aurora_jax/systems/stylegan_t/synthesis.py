@@ -90,7 +90,7 @@ class ModulatedConv(nn.Module):
     key: the name of its noise in `Noise`, "b16.conv0".
     gain: of the activation and of its clamp.
     upsample: doubles the resolution (a stride-2 transposed convolution, then the FIR filter).
-    residual_groups: 0, or the groups of the norm before it. Then the normalised input is added to its output.
+    residual_groups: 0, or the groups of the norm before it. Then the normalized input is added to its output.
     dtype: of the convolution and of the result.
   """
 

@@ -42,7 +42,7 @@ def setting():
   text, eot = jax.random.normal(keys[1], (4, 5, 6)), jnp.array([1, 2, 3, 4])
   model = discriminator.Discriminator(CFG)
   params = jax.jit(model.init)(keys[2], pyramid, text, eot)
-  # Zero-initialised output layers get values, so that every path carries signal.
+  # Zero-initialized output layers get values, so that every path carries signal.
   params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(keys[3], p.shape), params)
   return model, params, jax.jit(model.apply), pyramid, text, eot
 

@@ -76,7 +76,7 @@ def test_every_gradient_matches_the_released_generator(golden):
   assert relative(ours[worst], io[prefix + worst]) < 1e-3, worst
 
 
-def test_rematerialised_blocks_and_their_loops_over_layers_change_nothing(golden):
+def test_rematerialized_blocks_and_their_loops_over_layers_change_nothing(golden):
   cfg = dataclasses.replace(golden["cfg"], remat=True, loop_layers=True)
   assert max(cfg.attention_depth.values()) > 1
   model, cotangent = generator.Generator(cfg), nhwc(golden["io"]["grad.cotangent_image"])

@@ -219,15 +219,15 @@ def test_the_discriminator(resolution):
 
 
 @pytest.fixture(scope="module", params=["torch031", "modern"])
-def initialised(request):
+def initialized(request):
   """(configuration, variables) of each style."""
   cfg = config.Generator(resolution=32, z_dim=32, channels=16, generators=4, init=request.param)
   init = lambda key: generator.Generator(cfg).init(key, jnp.zeros((2, 32)), jnp.zeros((2, 4)), 1.0)
   return cfg, jax.jit(init)(jax.random.key(0))
 
 
-def test_initialisation_has_torchs_ranges(initialised):
-  cfg, variables = initialised
+def test_initialisation_has_torchs_ranges(initialized):
+  cfg, variables = initialized
   params, style = variables["params"], cfg.init
   inputs = {4: 32, 8: 64, 16: 32, 32: 16}
   fans = {}  # our path -> what bounds it
@@ -262,8 +262,8 @@ def check_uniform(array, low, high):
   assert abs(array.std() - width / math.sqrt(12)) < noise
 
 
-def test_modern_initialisation_is_that_of_torchs_own_layers(initialised):
-  cfg, variables = initialised
+def test_modern_initialisation_is_that_of_torchs_own_layers(initialized):
+  cfg, variables = initialized
   ours = released.export_generator(variables, cfg)
   torch.manual_seed(0)
   for file, net in (("G", TorchGenerator(cfg)), ("Gum", TorchGate(cfg))):
