@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--data", type=flag_types.path, metavar="DIR", help="the data set (default: the run's own)")
   parser.add_argument("--step", type=int, metavar="S", help="of the checkpoint (default: the newest)")
+  parser.add_argument(
+    "--clip",
+    type=flag_types.path,
+    metavar="DIR",
+    help="the CLIP folder that reads the captions (default: the one in the run's config)",
+  )
   parser.add_argument("--seed", type=flag_types.seed, default=0, help="of the latents (default 0)")
   parser.add_argument("--figures", type=flag_types.path, metavar="JSON", help="also write all numbers into this file")
   sampling_flags.add_change_flag(parser)
@@ -62,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(f"{args.workdir} does not say where the data set is: --data DIR")
   if args.figures:
     files.check_folder(pathlib.Path(args.figures).parent, args.figures)
-  groups = ("text",) if args.data else ("text", "data")
+  groups = () if args.clip else ("text",)
+  groups += () if args.data else ("data",)
   sampling_flags.check_references(folder, experiment, args.allow_config_change, groups)
   judge_identity = references.identify(args.judge)
   if judge_identity is None:
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
   from aurora_jax.runs import metrics
   from aurora_jax.runs.progress import progress
 
-  model = trained_generator.load(args.workdir, args.step, batch_size=64)
+  model = trained_generator.load(args.workdir, args.step, batch_size=64, clip=args.clip)
   with progress(f"judging step {model.step:,}") as update:
     result = caption_retrieval.evaluate(
       model,

@@ -39,6 +39,8 @@ class ModelFolder:
     """
     if storage.is_url(name):
       path = remote_run.fetched(str(name))
+      if layout.model_type(path) is not None:
+        path = remote_run.fetched(str(name), whole=True)  # with its text encoder
     else:
       path = remote.download(str(name)) if remote.is_remote(name) else pathlib.Path(name)
     exported = layout.model_type(path) is not None

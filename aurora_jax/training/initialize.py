@@ -9,7 +9,6 @@ become both parameters and averages.
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aurora_jax import config_files, xla_flags
+from aurora_jax import config_files, storage, xla_flags
 from aurora_jax.config import Experiment
 from aurora_jax.errors import UserError
 from aurora_jax.runs import checkpoint_reader, config_check
@@ -27,21 +26,23 @@ from aurora_jax.systems.stages import Progress
 from aurora_jax.training import optimizers
 
 
-def source(init_from: str) -> tuple[pathlib.Path, int]:
+def source(init_from: str) -> tuple[checkpoint_reader.Path, int]:
   """The checkpoint of `train.init_from`.
 
   Args:
-    init_from: a run's folder (its newest checkpoint), or one checkpoint in it, `RUN/checkpoints/STEP`.
+    init_from: path or URL of a run (its newest checkpoint), or of one checkpoint in it, `RUN/checkpoints/STEP`.
 
   Returns:
-    (path of `checkpoints/`, step).
+    (path or URL of `checkpoints/`, step).
 
   Raises:
     UserError: there is none.
   """
-  path = pathlib.Path(init_from)
-  if path.name.isdigit() and (path / "state").is_dir():
-    return path.parent, int(path.name)
+  path = storage.path(init_from)
+  if path.name.isdigit():
+    remote = storage.is_url(init_from)
+    if int(path.name) in checkpoint_reader.steps(path.parent) if remote else (path / "state").is_dir():
+      return path.parent, int(path.name)
   folder = path if path.name == "checkpoints" else path / "checkpoints"
   step = checkpoint_reader.newest(folder)
   if step is None:

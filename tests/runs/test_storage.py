@@ -32,6 +32,7 @@ from aurora_jax.runs import (
   retention,
   workdir,
 )
+from aurora_jax.training import initialize
 
 DEADLINE, STEPS = 20, 16
 SCHEMES = ("s3", "gs")
@@ -300,6 +301,18 @@ def test_killed_and_restarted_on_a_bad_server(server, url, train, data, tmp_path
   assert not storage.exists(f"{run}/lease.json") and storage.exists(f"{run}/samples/step-00000008.png")
   assert f"{run}/checkpoints/{STEPS}" in printed(capsys, "inspect", f"{run}/checkpoints/{STEPS}")
   assert "done" in printed(capsys, "inspect", run)
+  for name in (run, f"{run}/checkpoints", f"{run}/checkpoints/{STEPS}"):
+    place, step = initialize.source(name)
+    assert (str(place), step) == (f"{run}/checkpoints", STEPS)
+  with pytest.raises(UserError, match=f"train.init_from={url}/data: no checkpoint there"):
+    initialize.source(f"{url}/data")
+  # `linear` takes over nothing; what `train.init_from` reads is the same here and there.
+  (_, here), (_, there) = (
+    checkpoint_reader.read_parts(folder, ["networks/generator/params"], step)
+    for folder in (whole / "checkpoints", place)
+  )
+  assert jax.tree.leaves(here)
+  jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
 def test_a_run_whose_server_goes_away(servers, train, data, tmp_path):
