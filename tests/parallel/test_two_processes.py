@@ -40,16 +40,14 @@ from configs import aurora_64
 def get_config(variant=""):
   config = aurora_64.get_config("test")
   generator, discriminator = config.generator, config.discriminator
-  generator.resolution = discriminator.resolution = 8
-  generator.blocks, generator.adaptive_kernels = {4: 1, 8: 1}, {4: 1, 8: 1}
+  for network in (generator, discriminator):
+    network.resolution, network.blocks, network.text_layers, network.attention_depth = 4, {4: 1}, 0, {}
+  generator.adaptive_kernels, generator.attention_depth, generator.experts = {4: 1}, {4: 1}, {4: 4}
   generator.mapping_layers, generator.deformable_max_resolution = 1, 0
-  generator.output_resolutions = (4, 8)
-  discriminator.blocks, discriminator.attention_depth = {8: 1, 4: 1}, {}
-  discriminator.input_resolutions, discriminator.exit_resolutions = (8,), (1,)
-  discriminator.text_layers = 0
-  config.loss.level_weights, config.loss.clip_min_resolution = {8: 0.5, 4: 0.5}, 8
+  generator.output_resolutions = discriminator.input_resolutions = (4,)
+  discriminator.exit_resolutions, discriminator.head_layers = (1,), 0
+  config.loss.clip_min_resolution = 4
   config.loss.clip_bank, config.loss.r1_gamma = 3, 0.0
-  generator.text_layers = 0
   config.mesh.data, config.mesh.expert, config.mesh.fsdp = 2, 2, True
   config.train.batch_size, config.train.total_steps = 4, 3
   config.train.checkpoint_every = 2
@@ -73,7 +71,7 @@ def home(tmp_path_factory):
     "source": "folder",
     "path": home / "images",
     "out": home / "data",
-    "resolution": 8,
+    "resolution": 4,
     "shards": 3,
     "heldout": 0,
   }
@@ -86,7 +84,7 @@ def home(tmp_path_factory):
 
 
 def corrupt(folder):
-  maker = loader.BatchMaker(Dataset.open(folder), 8, BATCH, 0)
+  maker = loader.BatchMaker(Dataset.open(folder), 4, BATCH, 0)
   early = {number for step in range(STEPS) for number in maker(step)["index"]}
   names = sorted(folder.glob("*.tfrecord"))
   places = [(path, record) for path in names for record in range(len(tfrecords.load_index(path)))]
@@ -277,7 +275,7 @@ def moved(home, one):
   ended.
   """
   shutil.copytree(one, home / "moved", ignore=lambda folder, names: {"3"} if "checkpoints" in folder else set())
-  job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+  job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--config.train.sample_every=1000", "--process")
   first = start(home, "moved", 2, *job, 0, records="moved-records-0")
   second = start(home, "moved", 2, *job, 1, records="moved-records-1", largest_file=LARGEST_FILE)
   try:
@@ -338,7 +336,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step_and_one_goes_on(home, two):
   assert f"going on from the checkpoint of step {step:,}" in said
 
   last = step + 3
-  maker = loader.BatchMaker(Dataset.open(home / "data"), 8, BATCH, 0)
+  maker = loader.BatchMaker(Dataset.open(home / "data"), 4, BATCH, 0)
   met = {}
   for number in range(last):
     for skip in maker(number)["skipped"]:

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import http.server
+import json
 import random
 import re
 import socket
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 
 BUCKET = "bucket"
@@ -68,6 +71,7 @@ class Proxy:
   def __init__(self, port: int, seed: int = 0):
     self.refuse, self.stall, self.stall_seconds, self.away, self.delay = 0.0, 0.0, 3.0, False, 0.0
     self.requests: list[str] = []
+    self.generations = Generations(port)
     self.draw = random.Random(seed).random
     handler = type("Handler", (_Handler,), {"proxy": self, "port": port})
     self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -90,6 +94,42 @@ class Proxy:
     self._server.server_close()
 
 
+class Generations:
+  """What GCS has and its emulator lacks: conditions on an object's generation, and the header that says which it is.
+
+  TensorStore makes use of both where several processes write one checkpoint.
+  """
+
+  _OBJECT = re.compile(r"(?:/download|/upload)?/storage/v1/b/([^/?]+)/o(?:/([^?]+))?(?:\?(.*))?")
+
+  def __init__(self, port: int):
+    self._port, self._lock = port, threading.Lock()
+
+  @contextlib.contextmanager
+  def checked(self, command: str, path: str):
+    """A context for passing a request on: (the status that it gets instead or None, headers for its answer)."""
+    match = self._OBJECT.fullmatch(path)
+    options = dict(urllib.parse.parse_qsl(match[3] or "")) if match else {}
+    name = match and (match[2] or urllib.parse.quote(options.get("name", ""), safe=""))
+    wanted, seen = options.get("ifGenerationMatch"), options.get("ifGenerationNotMatch")
+    read = command == "GET" and options.get("alt") == "media"
+    if not name or not (read or wanted or seen):
+      yield None, []
+      return
+    with self._lock:  # nobody writes between the condition and what depends on it
+      now = self._generation(match[1], name)
+      status = 412 if wanted not in (None, now) else 304 if seen not in (None, "0") and seen == now else None
+      yield status, [("x-goog-generation", now)] if read and now != "0" else []
+
+  def _generation(self, bucket, name):
+    """An object's generation; "0" if there is none."""
+    try:
+      with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/storage/v1/b/{bucket}/o/{name}", timeout=60) as found:
+        return str(json.load(found)["generation"])
+    except urllib.error.HTTPError:
+      return "0"
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   proxy: Proxy
@@ -109,12 +149,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if fate < proxy.stall + proxy.refuse:
       self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
       return
+    with proxy.generations.checked(self.command, self.path) as (status, more):
+      if status:
+        self._answer(status, [], b"")
+      else:
+        self._forward(body, more)
+
+  def _forward(self, body, more):
     upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
     headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
     upstream.request(self.command, self.path, body or None, headers | {"Content-Length": str(len(body))})
     answer = upstream.getresponse()
     content = answer.read()
-    kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP]
+    kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP] + more
     if self.command == "HEAD":
       kept.append(("Content-Length", answer.getheader("Content-Length", "0")))
     upstream.close()

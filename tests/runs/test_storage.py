@@ -6,8 +6,11 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
+import urllib.parse
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import saves_at_url  # noqa: E402
 import storage_servers  # noqa: E402
 
 from aurora_jax import local_copies, storage, storage_client
@@ -216,6 +220,41 @@ def test_orbax_writes_to_gs_itself(servers, tmp_path):
   )
   _, parts = checkpoint_reader.read_parts(storage.path(url), ["networks/g/params"])
   assert parts["networks/g/params"]["a"].shape == (2, 3)
+
+
+def test_two_processes_write_one_checkpoint_at_gs(servers, tmp_path):
+  """Killed while they write, they go on from what is complete."""
+  url, server = f"gs://{storage_servers.BUCKET}/two/checkpoints", servers["gs"]
+
+  def start():
+    with socket.socket() as found:
+      found.bind(("127.0.0.1", 0))
+      port = found.getsockname()[1]
+    command = [sys.executable, saves_at_url.__file__, url, str(port)]
+    environment = os.environ | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "PYTHONPATH": os.getcwd()}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen([*command, str(i)], **options) for i in range(2)]
+
+  with server.proxy.misbehaving(refuse=0.02):
+    server.proxy.requests.clear()
+    processes = start()
+    end = time.monotonic() + 200
+    while not any("checkpoints/3/state" in urllib.parse.unquote(line) for line in list(server.proxy.requests)):
+      assert time.monotonic() < end and all(process.poll() is None for process in processes)
+      time.sleep(0.002)
+    for process in processes:
+      process.kill()
+      process.communicate()
+    complete = checkpoint_folder.steps(url)
+    assert complete in ([2], [1, 2])
+    for process in start():
+      said, _ = process.communicate(timeout=200)
+      assert process.returncode == 0 and "went on from 2" in said, said
+  assert checkpoint_folder.steps(url) == [3, 4]
+  for step in (3, 4):
+    _, parts = checkpoint_reader.read_parts(url, ["networks/g/params"], step)
+    np.testing.assert_array_equal(parts["networks/g/params"]["a"], saves_at_url.values(step))
+    assert checkpoint_folder.stored_progress(url, step) == {"clock": step}
 
 
 def test_lease(server, url, monkeypatch):
