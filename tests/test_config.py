@@ -1,6 +1,8 @@
 """Configurations: typed, checked, the same after JSON; every file in configs/ and its test variant."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -187,3 +189,20 @@ def test_every_old_name_is_gone_and_leads_to_fields_that_are_there():
     assert not has(old) and all(has(name) for name in names), old
     with pytest.raises(UserError, match=f"no field '{old}'; it is {' and '.join(names)} now"):
       load(f"--config.{old}=1")
+
+
+def test_the_shipped_configs_load_without_jax():
+  """`compile` sets what JAX's plugins read after it has read the experiment, and a wrong value is refused at once."""
+  code = """
+import pathlib, sys
+from aurora_jax import config_files
+paths = sorted(pathlib.Path("configs").glob("[!_]*.py"))
+for path in paths:
+  config_files.load([f"--config={path}"])
+print(len(paths), sorted(set(sys.modules) & {"jax", "numpy", "flax", "orbax"}))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS[0].parents[1], check=True
+  )
+  count, found = done.stdout.split(maxsplit=1)
+  assert int(count) > 15 and found.strip() == "[]"

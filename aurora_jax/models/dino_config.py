@@ -3,9 +3,9 @@
 import dataclasses
 
 from aurora_jax.config import require
+from aurora_jax.models.clip_config import ACTIVATIONS
 
 RESIZES = ("bilinear", "bicubic", "bicubic_antialiased")  # of the position table to another grid
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # those of `models/clip.py`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class DinoConfig:
     qkv_bias: whether query, key and value have a bias.
     layer_scale: whether each residual branch has a gain per channel (DINOv2).
     swiglu: whether the feed-forward is silu(gate) * value (DINOv2's giant).
-    activation: activation of the feed-forward without `swiglu`, one of `models.clip.ACTIVATIONS`.
+    activation: activation of the feed-forward without `swiglu`, one of `models.clip_config.ACTIVATIONS`.
     pre_norm: whether there is a layer norm after the position embedding, as in CLIP's image towers.
     layer_norm_epsilon: epsilon of all layer norms.
     position_resize: "bilinear", "bicubic" or "bicubic_antialiased", for images of another size.

@@ -9,7 +9,7 @@ from typing import Any
 from aurora_jax import config as config_lib
 from aurora_jax.config import require
 from aurora_jax.models import feature_critic_config
-from aurora_jax.models.clip import ACTIVATIONS, TextConfig
+from aurora_jax.models.clip_config import ACTIVATIONS, TextConfig
 from aurora_jax.models.feature_critic_config import Dino
 
 FIRST_RESOLUTION = 8
