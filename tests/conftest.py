@@ -36,33 +36,6 @@ def flags_of_this_process(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", FLAGS)
 
 
-# Slow tests besides those that are marked in their files: the beginnings of their ids.
-_SLOW = (
-  "tests/cli/test_bench.py",
-  "tests/cli/test_export.py",
-  "tests/data/test_build_at_scale.py::test_a_killed_build_goes_on",
-  "tests/data/test_build_at_scale.py::test_memory_does_not_grow_with_the_items",
-  "tests/data/test_damaged_files.py::test_a_thousand_damaged_files",
-  "tests/data/test_index_sampler.py::test_pairs",
-  "tests/data/test_loader.py::test_a_program_ends_quietly",
-  "tests/data/test_loader.py::test_processes_change_nothing",
-  "tests/data/test_schema.py::test_beside_tensorflow_in_either_order",
-  "tests/data/test_schema.py::test_tensorflow_stays_out",
-  "tests/interop/test_clip_hf.py",
-  "tests/interop/test_dino.py::test_hugging_face_folders",
-  "tests/interop/test_dino.py::test_the_image_tower_of_a_clip_stands_in",
-  "tests/interop/test_inception_torch.py",
-  "tests/interop/test_tensor_files.py::test_objects_beside_the_weights",
-)
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items):
-  for item in items:
-    if item.nodeid.startswith(_SLOW):
-      item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _memory():
   """Drops compiled programs after a module that leaves more than 2 GB. Other modules use small ones again."""

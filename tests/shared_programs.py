@@ -12,6 +12,7 @@ import json
 
 import jax
 import pytest
+from drawn_on_host import drawn_on_host
 
 from aurora_jax import config_files
 from aurora_jax.evaluation import sampling
@@ -36,8 +37,13 @@ def _shapes(tree):
 
 
 @contextlib.contextmanager
-def shared():
-  """Within it, training steps, samplers and first states are made once per configuration."""
+def shared(*, weights_from_host=False):
+  """Within it, training steps, samplers and first states are made once per configuration.
+
+  Args:
+    weights_from_host: whether first states may be others than those of the command in a process of its own, which take
+      longer to compile.
+  """
   steps, executables, samplers, states = {}, {}, {}, {}
   build, compile_step, first_state = step_lib.build, step_lib.Step.compile, initialize.first_state
   sampler_of = sampling.Sampler
@@ -67,7 +73,8 @@ def shared():
       return first_state(system, abstract)
     key = _key(system, train.seed)
     if key not in states:
-      states[key] = first_state(system, abstract)
+      with drawn_on_host() if weights_from_host else contextlib.nullcontext():
+        states[key] = first_state(system, abstract)
     return states[key]  # on a CPU no program is given its arrays to overwrite
 
   with pytest.MonkeyPatch.context() as patch:

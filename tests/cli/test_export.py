@@ -29,6 +29,8 @@ from aurora_jax.systems.stylegan_t import config as stylegan_t_config
 from aurora_jax.training import initialize, optimizers, schedule
 from aurora_jax.training import step as step_lib
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = (
   {"step": 0, "seconds": 0.0, "kind": "start", "devices": "1 cpu"},

@@ -81,7 +81,7 @@ MOMENTS = {
 def wait_until(true, seconds):
   deadline = time.monotonic() + seconds
   while not true() and time.monotonic() < deadline:
-    time.sleep(0.001)
+    time.sleep(0.002)
 
 
 def test_killed_at_20_random_moments(server, command, tmp_path, capsys):
@@ -132,7 +132,8 @@ def test_sigterm_while_starting_and_two_while_training(server, command, tmp_path
   said = lambda: log.read_text() if log.is_file() else ""
   # Start-up takes a minute; nothing is to be saved, so nothing is waited for.
   pid = server.start(log, *command, run, "--stopped-status", 7, "--config.name=slow")
-  wait_until(lambda: "initialising" in said(), 60)
+  wait_until(lambda: "initializing" in said(), 60)
+  assert "initializing" in said()
   sent = time.monotonic()
   os.kill(pid, signal.SIGTERM)
   assert server.wait() == 7 and time.monotonic() - sent < 30, said()

@@ -91,6 +91,7 @@ def test_the_number_of_workers_does_not_matter(tars, tmp_path, split):
   assert [path.name for path in sorted(tmp_path.iterdir())] == ["1", "4"]
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on(tmp_path):
   """SIGKILL of the whole command when some parts are finished: no data set, then the same bytes as of one run."""
   folder = made.write_webdataset(tmp_path / "in", count=96, tars=16, side=200)
@@ -391,6 +392,7 @@ def test_encodings(tmp_path):
   assert shaping.encode(shaping.render(data, 64), data, shaping.Encoding("jpeg")) != data
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_items(tmp_path, monkeypatch):
   """20 times the items of a part, synthetic and rejected: the peak of Python's allocations stays."""
   import tracemalloc

@@ -118,6 +118,7 @@ def _read(dataset, number):
   return data
 
 
+@pytest.mark.slow
 def test_a_thousand_damaged_files(folder, in_time):
   shard = folder / "x-train-00000-of-00001.tfrecord"
   index = tfrecords.index_path(shard)

@@ -54,6 +54,7 @@ def test_an_epoch_of_captions_has_each_once_and_in_time_every_picture(folder, ca
       assert abs(seen[number] - share) <= 4 * np.sqrt(share * (1 - 1 / count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visit", [IMAGE, CAPTION])
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_pairs(folder, captions, visit, pairs):
@@ -77,6 +78,7 @@ def test_pairs(folder, captions, visit, pairs):
     assert found == {n for n, c in enumerate(captions) if c == captions[number]} - {number}
 
 
+@pytest.mark.slow
 def test_pairs_of_warped_pictures(folder, captions):
   dataset = Dataset.open(folder)
   visits, own, alone = IndexSampler(dataset, pairs=2, warped=True), BATCH - 2, 0

@@ -147,6 +147,7 @@ def test_threads_and_cache_change_nothing(dataset, options):
   assert_same(first(dataset, 12, **shared, **options), first(dataset, 12, **shared))
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(data_folder, tmp_path):
   folder = shutil.copytree(data_folder, tmp_path / "copy")
   damaged = damage(folder, 1, 2)
@@ -412,6 +413,7 @@ def test_bad_values(dataset, options, words):
     first(dataset, 1, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "batches.close()", "del batches"])
 def test_a_program_ends_quietly(data_folder, end):
   code = (

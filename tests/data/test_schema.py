@@ -143,12 +143,14 @@ def test_size_and_key_may_be_missing():
   assert (example.width, example.height, example.key) == (0, 0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["schema", "dataset", "build", "loader"])
 def test_tensorflow_stays_out(module):
   code = f"import sys, aurora_jax.data.{module}; sys.exit('tensorflow' in sys.modules or 'torch' in sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_beside_tensorflow_in_either_order():
   code = "import aurora_jax.data.schema; import tensorflow as tf; tf.train.Example()"
   subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,6 +17,8 @@ from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_hf
 from aurora_jax.models import clip
 
+pytestmark = pytest.mark.slow
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the hub about local folders
 
 CAPTIONS = ["red heart", "blue heart", "a cat with a hat", "", "blue blue blue blue blue blue blue blue blue blue"]

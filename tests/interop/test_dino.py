@@ -29,6 +29,7 @@ def same(ours, theirs):
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("module", "expected"),
   [
@@ -166,6 +167,7 @@ def test_other_files_and_folders_are_refused(tmp_path):
     dino_interop.load(tmp_path / "odd.safetensors", heads=3)
 
 
+@pytest.mark.slow
 def test_the_image_tower_of_a_clip_stands_in(tmp_path):
   """As a DINO, with its color statistics in the patch embedding, it computes what CLIP does; a round trip is exact."""
   tower = dict(width=12, layers=2, heads=3, mlp_width=20)

@@ -17,6 +17,8 @@ from aurora_jax.errors import UserError
 from aurora_jax.interop import inception_torch
 from aurora_jax.models import inception
 
+pytestmark = pytest.mark.slow
+
 
 class Oracle:
   """torch-fidelity's Inception with random weights, and its enlargement."""

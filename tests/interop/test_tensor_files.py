@@ -319,6 +319,7 @@ def test_numpy_cannot_be_misused(tmp_path, data):
   assert "damaged" in message or "holds code" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "value, name",
   [(argparse.Namespace(lr=1), "argparse.Namespace"), (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath")],

@@ -1,5 +1,6 @@
 """Mixture of experts: small cases by hand, and the backends against each other and against a plain loop over tokens."""
 
+import functools
 import math
 
 import jax
@@ -184,21 +185,25 @@ ROUTINGS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=4)
+def outputs_and_gradients(x, expert, params, target, backend):
+  """Compiled once per backend for all routings."""
+
+  def loss(x, params):
+    out = moe.expert_ffn(x, expert, params, backend)
+    return jnp.sum(out * target), out
+
+  (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, params)
+  return out, gradients
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_backends_agree_in_values_and_gradients(params, routing):
   expert = jnp.asarray(ROUTINGS[routing], jnp.int32)
   x = jax.random.normal(jax.random.key(1), (TOKENS, WIDTH))
   target = jax.random.normal(jax.random.key(2), (TOKENS, WIDTH))
-
-  def run(backend):
-    def loss(x, params):
-      out = moe.expert_ffn(x, expert, params, backend)
-      return jnp.sum(out * target), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, params)
-    return out, gradients
-
+  run = lambda backend: outputs_and_gradients(x, expert, params, target, backend)
   by_hand = np.stack(
     [
       np.asarray(moe.geglu_ffn(x[t : t + 1], jax.tree.map(lambda p: p[ROUTINGS[routing][t]], params)))[0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import random_run
 import safetensors.numpy
+from drawn_on_host import drawn_on_host
 from PIL import Image
 
 from aurora_jax import config_files
@@ -80,9 +81,11 @@ def experiment(home, total_steps=6):
 def whole(home):
   """(folder, Prepared) of six steps without a stop. Every stage and the first state are made once for all tests."""
   prepared = setup.prepare(experiment(home))
-  prepared = dataclasses.replace(
-    prepared, at_stage=functools.cache(prepared.at_stage), init=functools.cache(prepared.init)
-  )
+  with drawn_on_host():
+    first = prepared.init()
+  prepared = dataclasses.replace(prepared, at_stage=functools.cache(prepared.at_stage), init=lambda: first)
+  for name in ("_real_program", "_generator_program"):  # of a resolution; a run forgets those of earlier stages
+    setattr(prepared.distances, name, functools.cache(getattr(prepared.distances, name)))
   outcome = loop.run(prepared, home / "whole")
   assert (outcome.step, outcome.reason) == (6, stopping.DONE)
   return home / "whole", prepared
@@ -213,6 +216,7 @@ def by_inception(home, path):
 
 def test_distances_by_inception(home, whole, inception_file, monkeypatch):
   """Both sets' and the generator's moments are those of Inception's features, and the number says so."""
+  monkeypatch.setattr(inception, "resize", functools.partial(inception.resize, side=75))  # a sixteenth of the work
   run, state = setup.prepare(by_inception(home, inception_file)), whole[1].init()
   distances = run.distances
   assert (distances.name, distances.features) == ("frechet_inception", f"Inception 2015-12-05 {inception_file}")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn_on_host import drawn_on_host
 
 from aurora_jax import config_files
 from aurora_jax.models import clip as clip_lib
@@ -22,16 +23,26 @@ pytestmark = pytest.mark.slow
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "aurora_64.py"
 MAIN, R1 = "networks", "r1"
+# Two levels in place of three; convolutions of both kinds.
+SMALL = (
+  "generator.resolution=8",
+  "generator.output_resolutions=(4, 8)",
+  "generator.deformable_max_resolution=4",
+  "discriminator.resolution=8",
+  "discriminator.input_resolutions=(8, 4)",
+  "discriminator.exit_resolutions=(4, 1)",
+  "loss.clip_min_resolution=8",
+)
 
 
 @pytest.fixture(scope="module")
 def tiny():
   """Compiled phases as `train` has them, frozen CLIP, first state and a batch."""
-  experiment = config_files.load([f"--config={CONFIG}:test"])
+  experiment = config_files.load([f"--config={CONFIG}:test", *(f"--config.{flag}" for flag in SMALL)])
   system = with_clip(System(experiment))
   keys = jax.random.split(jax.random.key(1), 3)
   tokens = jnp.array([[48, 3 + i, 5, 49, 0, 0, 0, 0] for i in range(4)])
-  image = jax.random.uniform(keys[0], (4, 16, 16, 3), minval=-1)
+  image = jax.random.uniform(keys[0], (4, 8, 8, 3), minval=-1)
   layout = system.layout
   frozen = {"clip": jax.jit(system.clip.init)(keys[1], tokens, image)}
   frozen |= {"bank": jnp.zeros((0, 16)), "bank_id": jnp.zeros(0, jnp.int32)}
@@ -47,12 +58,14 @@ def tiny():
     return lambda state, frozen, batch: executables[phase](state, frozen, batch, constants, first_repeat)
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, step.state)
+  with drawn_on_host():
+    first = jax.jit(optimizers.init_state(system), out_shardings=shardings)(jax.random.key(0))
   return types.SimpleNamespace(
     experiment=experiment,
     system=system,
     frozen=frozen,
     batch=batch,
-    first=jax.jit(optimizers.init_state(system), out_shardings=shardings)(jax.random.key(0)),
+    first=first,
     main=run(MAIN),
     r1=run(R1),
     whole=step_lib.CompiledStep(step, frozen, list(executables.values())),
@@ -101,7 +114,7 @@ def test_a_step_moves_both_networks_and_all_metrics_are_finite(tiny):
   # Zero-initialized output layers hold back the gradient of what lies behind them in the first step.
   behind = ("attention", "text_head", "mtm", "affine", "mapping")
   assert all(any(word in name for word in behind) for name in still), still
-  assert "['synthesis']['r16_block0_conv']['conv1']['weight']" not in still
+  assert "['synthesis']['r8_block0_conv']['conv1']['weight']" not in still
   assert len(moved(params(tiny.first, "discriminator"), params(state, "discriminator"))) > 40
 
 
@@ -112,9 +125,9 @@ def test_norms_of_modules_make_up_the_whole(tiny):
     parts = [value for name, value in metrics.items() if name.startswith(f"{kind}/")]
     assert 5 < len(parts) < 15 and np.linalg.norm(parts) == pytest.approx(metrics[kind], rel=1e-5)
   # One group by hand; of a larger weight, the parameters would round the move.
-  before, after = (params(values, "generator")["synthesis"]["r16_rgb"] for values in (tiny.first, state))
+  before, after = (params(values, "generator")["synthesis"]["r8_rgb"] for values in (tiny.first, state))
   moves = [np.linalg.norm(a - b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))]
-  assert metrics["update_norm/g/r16_rgb"] == pytest.approx(np.linalg.norm(moves), rel=1e-5)
+  assert metrics["update_norm/g/r8_rgb"] == pytest.approx(np.linalg.norm(moves), rel=1e-5)
 
 
 def poisoned(tree, words, value=np.nan):
@@ -152,7 +165,7 @@ def test_a_bad_picture_is_skipped_and_the_discriminator_named(tiny, value):
   image = tiny.batch["image"].at[2, 3, 4, 1].set(value)
   skip = skipped(tiny, batch=tiny.batch | {"image": image})
   assert skip.updates == ("d",) and "loss/g_adversarial" not in skip.losses
-  assert "r16_from_rgb" in skip.modules["d"]
+  assert "r8_from_rgb" in skip.modules["d"]
   assert ("the batch's images are not finite" in skip.message) == (not np.isfinite(value))
   assert "discriminator: " in skip.message and "generator" not in skip.message and "\n" not in skip.message
 
@@ -168,7 +181,7 @@ def test_a_bad_loss_of_the_generator_leaves_the_discriminators_update(tiny):
 
 def test_a_bad_parameter_is_found_in_what_it_makes(tiny):
   network = tiny.first.networks["generator"]
-  bad = network.replace(params=poisoned(network.params, ["r16_rgb", "bias"]))
+  bad = network.replace(params=poisoned(network.params, ["r8_rgb", "bias"]))
   skip = skipped(tiny, state=tiny.first.with_network("generator", bad))
   assert skip.message.startswith("the generator's images are not finite; generator: ")
   assert set(skip.updates) == {"g", "d"}
@@ -232,10 +245,11 @@ def test_averages_follow_their_formulas(tiny):
 def test_the_gradient_of_several_levels_by_clip(tiny):
   """What CLIP adds to the images' gradient, level by level in one loop, is that of the mean loss over the levels."""
   levels, weight = (8, 16), 0.7
+  experiment = config_files.load([f"--config={CONFIG}:test"])
   loss = dataclasses.replace(
-    tiny.experiment.loss, clip_weight=weight, clip_min_resolution=8, clip_augment=False, clip_bank=0
+    experiment.loss, clip_weight=weight, clip_min_resolution=8, clip_augment=False, clip_bank=0
   )
-  system = with_clip(System(dataclasses.replace(tiny.experiment, loss=loss)))
+  system = with_clip(System(dataclasses.replace(experiment, loss=loss)))
   clip, frozen = system.clip, tiny.frozen
   pyramid = {r: jax.random.normal(jax.random.key(r), (4, r, r, 3)) for r in (4, *levels)}
   encode_text = jax.jit(lambda tokens: clip.apply(frozen["clip"], tokens, method="encode_text"))
@@ -281,8 +295,8 @@ def test_lazy_r1_shrinks_rate_and_decay_of_the_discriminator(tiny):
     squares = sum(float(jnp.sum(leaf)) for leaf in nu) / (1 - decay)  # of the gradients, if this is their decay
     assert squares == pytest.approx(float(metrics[f"grad_norm/{network[0]}"]) ** 2, rel=1e-4)
     tree = lambda state, network=network: {
-      "discriminator": lambda params: params["r16_from_rgb"],
-      "generator": lambda params: params["synthesis"]["r16_rgb"],
+      "discriminator": lambda params: params["r8_from_rgb"],
+      "generator": lambda params: params["synthesis"]["r8_rgb"],
     }[network](params(state, network))
     step = np.abs(np.asarray(tree(state)["weight"]) - np.asarray(tree(tiny.first)["weight"])).max()
     assert step == pytest.approx(rate, rel=1e-3)

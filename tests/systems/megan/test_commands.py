@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import random_run
+import shared_programs
 from PIL import Image
 
 from aurora_jax.cli import main
@@ -38,6 +39,12 @@ def fail(words, *args):
   status, _, error = here(*args)
   assert status == 2 and len(error.strip().splitlines()) == 1, error
   assert words in error
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared():
+  with shared_programs.shared(weights_from_host=True):
+    yield
 
 
 @pytest.fixture(scope="module")

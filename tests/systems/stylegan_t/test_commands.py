@@ -58,7 +58,7 @@ def fail(message, *args):
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared():
-  with shared_programs.shared():
+  with shared_programs.shared(weights_from_host=True):
     yield
 
 
