@@ -24,6 +24,7 @@ from aurora_jax.models.clip_config import TowerConfig as TowerConfig
 from aurora_jax.models.clip_config import small as small
 from aurora_jax.models.clip_config import vit_b32 as vit_b32
 from aurora_jax.models.clip_config import vit_l14 as vit_l14
+from aurora_jax.models.module import Module
 
 ACTIVATIONS = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -64,7 +65,7 @@ def eot_position(tokens: jax.Array, eot_id: int = LEGACY_EOT_ID) -> jax.Array:
   return jnp.argmax(score, axis=-1).astype(jnp.int32)
 
 
-class Dense(nn.Module):
+class Dense(Module):
   """A dense layer on the last axis.
 
   The other axes are merged for the matmul: on a CPU the gradient of a matmul over several axes takes 1.7 times as long.
@@ -92,7 +93,7 @@ def _layer_norm(tower, name):
   return nn.LayerNorm(epsilon=tower.layer_norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-class Block(nn.Module):
+class Block(Module):
   """A pre-layer-norm block: multi-head self-attention, then two dense layers around the activation."""
 
   tower: TowerConfig
@@ -138,7 +139,7 @@ class Block(nn.Module):
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
-class Transformer(nn.Module):
+class Transformer(Module):
   """The stack of blocks; every parameter has a leading axis of length `layers`.
 
   Attributes:
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
     return apply(x, layers - 1, mask if pick is None else picked_mask, pick)
 
 
-class TextTower(nn.Module):
+class TextTower(Module):
   """Converts tokens to one vector per token, after the final layer norm."""
 
   text: TextConfig
@@ -209,7 +210,7 @@ class TextTower(nn.Module):
     return norm(transformer(x, causal, pick, seen))[:, 0].astype(self.dtype)
 
 
-class ImageTower(nn.Module):
+class ImageTower(Module):
   """Converts normalized images [B, size, size, 3] to the class token after the last layer norm, [B, W]."""
 
   image: ImageConfig
@@ -235,7 +236,7 @@ class ImageTower(nn.Module):
     return _layer_norm(image, "final_norm")(x)[:, 0].astype(self.dtype)
 
 
-class Clip(nn.Module):
+class Clip(Module):
   """Both towers, the projections and the temperature.
 
   Call `encode_text`, `encode_image` and `logit_scale` through `apply(variables, ..., method="encode_text")`.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from aurora_jax.models.clip import ACTIVATIONS
 from aurora_jax.models.dino_config import DinoConfig
+from aurora_jax.models.module import Module
 from aurora_jax.ops import resample
 
 # Mean and standard deviation of the colors in [0, 1] (ImageNet) that every published DINO expects.
@@ -81,7 +82,7 @@ def normalize_colors(images: jax.Array) -> jax.Array:
   return ((images + 1) / 2 - mean) / std
 
 
-class Dino(nn.Module):
+class Dino(Module):
   """The transformer.
 
   Attributes:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from aurora_jax.models import dino, layers
 from aurora_jax.models.feature_critic_config import Config
+from aurora_jax.models.module import Module
 from aurora_jax.ops import diff_augment, local_batch_norm, resample, spectral_norm
 
 
@@ -27,7 +28,7 @@ def _slope(x):
   return jnp.where(x >= 0, x, 0.2 * x)
 
 
-class SpectralConv(nn.Module):
+class SpectralConv(Module):
   """A convolution over the tokens with spectral norm; with K > 1 it is circular, from the last token on to the first.
 
   Variables: params weight [K, I, O], bias [O]; spectral u [O], v [I * K].
@@ -58,7 +59,7 @@ class SpectralConv(nn.Module):
     return (x @ weight.reshape(-1, features)).astype(jnp.float32) + bias
 
 
-class LocalBatchNorm(nn.Module):
+class LocalBatchNorm(Module):
   """`local_batch_norm.normalize` with a trained scale and bias per channel. [B, N, C] -> float32 [B, N, C]."""
 
   virtual_batch: int
@@ -70,7 +71,7 @@ class LocalBatchNorm(nn.Module):
     return local_batch_norm.normalize(x, self.virtual_batch) * scale + bias
 
 
-class Head(nn.Module):
+class Head(Module):
   """One head: two spectral-normalized convolutions, a logit per token, projected on the text."""
 
   cfg: Config
@@ -105,7 +106,7 @@ def stacked_heads(cfg: Config, **options: Any) -> nn.Module:
   return heads(cfg, **options)
 
 
-class FeatureCritic(nn.Module):
+class FeatureCritic(Module):
   """The transformer and its heads. Variables: {"params", "spectral", "dino"}.
 
   `params` and `spectral` (the power iteration's vectors, moved by every call in training) are the heads'. `dino` is

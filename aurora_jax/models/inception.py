@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aurora_jax.models.module import Module
+
 SIDE = 299
 WIDTH = 2048  # of the features
 
@@ -122,7 +124,7 @@ _LAYERS = (
 )
 
 
-class Inception(nn.Module):
+class Inception(Module):
   """Converts images to features.
 
   The parameters are {name in the weights file: {"kernel" [rows, columns, in, out], "bias" [out]}}.

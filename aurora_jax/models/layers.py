@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aurora_jax.models.module import Module
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import deform_conv
 from aurora_jax.ops import modulated_conv as modulated
@@ -79,7 +80,7 @@ def unjoin(x: jax.Array, count: int) -> list[jax.Array]:
   return [x[:, i] for i in range(count)]
 
 
-class Dense(nn.Module):
+class Dense(Module):
   """Linear map over the last axis, on feature maps a 1x1 convolution. [..., I] -> [..., features]."""
 
   features: int
@@ -99,7 +100,7 @@ class Dense(nn.Module):
     return y
 
 
-class Conv(nn.Module):
+class Conv(Module):
   """Plain "same" convolution with bias. [B, H, W, I] -> [B, H, W, features]."""
 
   features: int
@@ -116,7 +117,7 @@ class Conv(nn.Module):
     return y / math.sqrt(size * size * inputs) + bias.astype(y.dtype)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Module):
   """Layer norm over the last axis in float32, epsilon 1e-5."""
 
   @nn.compact
@@ -125,7 +126,7 @@ class LayerNorm(nn.Module):
     return normed.astype(x.dtype)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Module):
   """Group norm with 32 groups in float32, epsilon 1e-5. x: [B, H, W, D]."""
 
   @nn.compact
@@ -134,7 +135,7 @@ class GroupNorm(nn.Module):
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
-class ModulatedConv(nn.Module):
+class ModulatedConv(Module):
   """Modulated convolution with adaptive kernels, bias and activation, optionally deformable (MTM, arXiv 2308.15472).
 
   The released counterpart is `AdaptiveModulateConvLayer`. Inputs are x [B, H, W, I] and w [B, w_dim]. The output is
@@ -183,7 +184,7 @@ class ModulatedConv(nn.Module):
     return y.reshape(batch, height, width, self.features)
 
 
-class TextBlock(nn.Module):
+class TextBlock(Module):
   """Pre-layer-norm transformer block of a text head, [B, N, D] -> [B, N, D].
 
   Every residual sum is multiplied by `residual_gain`.
@@ -221,7 +222,7 @@ class TextBlock(nn.Module):
     return (x + dense(width, "mlp_out")(h)) * self.residual_gain
 
 
-class TextHead(nn.Module):
+class TextHead(Module):
   """Trainable layers on top of frozen CLIP features. The released counterpart is `TextHead`.
 
   Inputs are text [B, N, F] and the end-of-text position eot [B]. The output is (global_text, local_text): the feature

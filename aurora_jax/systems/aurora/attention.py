@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.models import layers
+from aurora_jax.models.module import Module
 from aurora_jax.ops import attention as attention_ops
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Module):
   """L2 self-attention whose output projection is modulated by w. [B, r, r, D] -> same.
 
   `tied`: queries and keys are one projection (arXiv 2006.04710, GigaGAN), which bounds the map's slope.
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
     return layers.ModulatedConv(channels, kernel_size=1, activate=False, name="out")(out.reshape(x.shape), w)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Module):
   """L2 attention from image tokens to the local text tokens. x [B, N, D], text [B, M, T] -> [B, N, D]."""
 
   heads: int

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from aurora_jax.models import layers
+from aurora_jax.models.module import Module
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import resample
 from aurora_jax.ops.losses import Logit
@@ -33,7 +34,7 @@ class Feature:
   exit: int = struct.field(pytree_node=False)  # resolution of the feature map; 1 is the last
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Module):
   """Two 3x3 convolutions around a residual; with `downsample`, halves the resolution between them. [B, r, r, C]."""
 
   features: int
@@ -52,7 +53,7 @@ class ResidualBlock(nn.Module):
     return (h + shortcut) * self.residual_gain
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(Module):
   """L2 self-attention with tied queries and keys, then GEGLU, both pre-LN residuals. [B, r, r, C] -> same."""
 
   heads: int
@@ -80,7 +81,7 @@ class AttentionLayer(nn.Module):
     return tokens.reshape(x.shape)
 
 
-class ConditionalHead(nn.Module):
+class ConditionalHead(Module):
   """`depth` 1x1 convolutions modulated by the text, then one channel. [B, r, r, C], text [B, T] -> [B, r, r]."""
 
   depth: int
@@ -134,7 +135,7 @@ def compare_pairs(x: jax.Array, caption_id: jax.Array, kinds: int = 1) -> jax.Ar
   return jnp.concatenate([images, difference, paired], axis=-1).reshape(*x.shape[:-1], -1)
 
 
-class Discriminator(nn.Module):
+class Discriminator(Module):
   """The whole discriminator, in three methods, so that a mismatched caption costs only the heads.
 
   `features` runs the trunk, `encode_text` the text head, `judge` the heads. A logit is the sum of a conditional and an

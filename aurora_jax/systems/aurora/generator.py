@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.models import layers
+from aurora_jax.models.module import Module
 from aurora_jax.ops import attention as attention_ops
 from aurora_jax.ops import moe, resample
 from aurora_jax.systems import base
@@ -39,7 +40,7 @@ class GeneratorOutput(NamedTuple):
   routing: Mapping[str, Routing]  # by layer: "r8_block0_layer1"
 
 
-class FourierInput(nn.Module):
+class FourierInput(Module):
   """Fixed Fourier features, rotated and shifted by w, and a trainable mix (StyleGAN3's input). w [B, W] -> [B, 4, 4,
   C].
   """
@@ -82,7 +83,7 @@ class FourierInput(nn.Module):
     return layers.Dense(channels, use_bias=False, name="mix")(jnp.sin(2 * jnp.pi * x))
 
 
-class ConstantInput(nn.Module):
+class ConstantInput(Module):
   """A trained feature map, the same for every sample (StyleGAN2's input, GigaGAN's). w [B, W] -> [B, 4, 4, C]."""
 
   channels: int
@@ -94,7 +95,7 @@ class ConstantInput(nn.Module):
     return jnp.broadcast_to(constant, (len(w), *constant.shape))
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Module):
   """Two modulated convolutions around a residual (released: `ResidualConvBlock`); the second may be deformable."""
 
   features: int
@@ -113,7 +114,7 @@ class ConvBlock(nn.Module):
     return (h + x) * self.residual_gain
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
   """GEGLU feed-forward, one or a sparse mixture of experts (released: `FeedForward`).
 
   The router is a modulated 1x1 convolution by w with bias and leaky ReLU, in float32; each token goes to its most
@@ -155,7 +156,7 @@ class FeedForward(nn.Module):
     return out.reshape(x.shape), loss, Routing(expert, logits)
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Module):
   """Self-attention, cross-attention and feed-forward, each pre-LN with a plain residual sum.
 
   Call with x [B, r, r, D], w [B, W], text [B, M, T]; returns (out [B, r, r, D], moe_loss scalar, Routing or None).
@@ -196,7 +197,7 @@ class TransformerLayer(nn.Module):
     return x + out, loss, routing
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Module):
   """Transformer layers between two 1x1 convolutions around a residual (released: `ResidualAttnBlock`).
 
   Call with x [B, r, r, C], w [B, W], text [B, M, T]; returns (out [B, r, r, C], moe_loss scalar, each layer's Routing
@@ -244,7 +245,7 @@ class AttentionBlock(nn.Module):
     return h, jnp.sum(losses), [jax.tree.map(lambda leaf: leaf[i], routings) for i in range(count)]
 
 
-class Synthesis(nn.Module):
+class Synthesis(Module):
   """w [B, W] and local text [B, M, T] to a `GeneratorOutput`.
 
   Synthesis stops at the largest of `output_resolutions`. Initialization creates the layers above it too, so that
@@ -296,7 +297,7 @@ class Synthesis(nn.Module):
     return GeneratorOutput(pyramid[max(pyramid)], pyramid, w, moe_loss, routing)
 
 
-class Generator(nn.Module):
+class Generator(Module):
   """The whole generator. Variables: {"params", "buffers"}; `buffers` holds Fourier frequencies and the average of w.
 
   Source: arXiv 2309.03904 and the released `Text2ImageGenerator`; `released.py` exchanges its weights.

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.errors import UserError
+from aurora_jax.models.module import Module
 from aurora_jax.systems.megan import config as config_lib
 from aurora_jax.systems.megan import gate as gate_lib
 
 
-class Discriminator(nn.Module):
+class Discriminator(Module):
   """4x4 convolutions with stride 2 and leaky ReLU of slope 0.2 down to 4x4 pixels, then one over all 4x4 pixels.
 
   Both values of `config.Generator.init` mean the same here.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.errors import UserError
+from aurora_jax.models.module import Module
 from aurora_jax.systems.megan import config as config_lib
 
 _NOISE_EPSILON = 1e-20
@@ -31,7 +32,7 @@ def dense(features: int, inputs: int, name: str | None = None) -> nn.Dense:
   return nn.Dense(features, precision=jax.lax.Precision.HIGHEST, kernel_init=init, bias_init=init, name=name)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Module):
   """Torch's batch norm in float32. [*stack, B, ..., C] -> same, with statistics over all axes between stack and
   channels.
 
@@ -90,7 +91,7 @@ class BatchNorm(nn.Module):
     return (x - jnp.expand_dims(mean, axes)) * jnp.expand_dims(factor, axes) + jnp.expand_dims(bias, axes)
 
 
-class Gate(nn.Module):
+class Gate(Module):
   """Latent and projected features to one logit per generator (released: `Gumbel_Net`). Always float32."""
 
   cfg: config_lib.Generator

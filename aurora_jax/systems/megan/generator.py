@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from aurora_jax.errors import UserError
+from aurora_jax.models.module import Module
 from aurora_jax.systems.megan import config as config_lib
 from aurora_jax.systems.megan import gate as gate_lib
 
@@ -72,7 +73,7 @@ def transposed_conv(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precisio
   return _overlap_add(_overlap_add(taps, axis=2), axis=3)
 
 
-class Layer(nn.Module):
+class Layer(Module):
   """A transposed convolution of every generator with bias; then batch norm and ReLU, or tanh at the last one.
 
   The first layer takes z [B, Z] to 4x4 pixels, [n, B, 4, 4, C]; the others double the side, [n, B, H, W, I] ->
@@ -105,7 +106,7 @@ class Layer(nn.Module):
     return nn.relu(gate_lib.BatchNorm(cfg.init, stacked=1, name="norm")(y, mode)).astype(dtype)
 
 
-class Generators(nn.Module):
+class Generators(Module):
   """The n generators. Released: `all_layers` (to 8x8 pixels) and `all_layers2` (the rest)."""
 
   cfg: config_lib.Generator
@@ -121,7 +122,7 @@ class Generators(nn.Module):
     return outputs[config_lib.FEATURE_RESOLUTION].astype(jnp.float32), x
 
 
-class Generator(nn.Module):
+class Generator(Module):
   """Generators, projection and gate.
 
   Variables: {"params", "batch_stats"}. Params are "generators" (every leaf [n, ...]), "projection" (one linear map

@@ -9,11 +9,11 @@ ones.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aurora_jax.models.module import Module
 from aurora_jax.systems.stylegan_t import config as config_lib
 from aurora_jax.systems.stylegan_t import mapping, synthesis
 
@@ -25,7 +25,7 @@ class GeneratorOutput(NamedTuple):
   w: jax.Array  # [B, W] float32, truncated if asked for: what every layer gets
 
 
-class Generator(nn.Module):
+class Generator(Module):
   """The whole generator. Variables: {"params", "buffers"}.
 
   `buffers` holds what is not trained: the average of the mapped latents, Fourier frequencies, phases and transform, and

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.models import clip, layers
+from aurora_jax.models.module import Module
 from aurora_jax.ops.losses import normalize
 from aurora_jax.systems.stylegan_t import config as config_lib
 
 LR_MULTIPLIER = 0.01
 
 
-class Mapping(nn.Module):
+class Mapping(Module):
   """Two dense layers on the normalized latents; the text feature is appended as it is.
 
   Variables: params fc0, fc1; buffers x_avg [Z], the running average of the mapped latents.
@@ -52,7 +53,7 @@ class Mapping(nn.Module):
     return x if text is None else jnp.concatenate([x, text.astype(jnp.float32)], axis=-1)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Module):
   """A CLIP text tower with its projection, the generator's own copy. tokens int [B, N] -> unit features [B, D].
 
   Variables: params text, text_projection; buffers log_scale, which nothing uses but a released checkpoint has.

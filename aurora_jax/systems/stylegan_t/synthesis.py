@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aurora_jax.models import layers
+from aurora_jax.models.module import Module
 from aurora_jax.ops import modulated_conv, resample
 from aurora_jax.systems.stylegan_t import config as config_lib
 
@@ -26,7 +27,7 @@ BANDWIDTH = 2.0  # of the Fourier input, cycles per image
 Noise = Mapping[str, jax.Array]
 
 
-class FourierInput(nn.Module):
+class FourierInput(Module):
   """Fourier features, rotated and shifted by w and by a transform of the user's, and a trained mix. w [B, W] -> [B, 8,
   8, C].
 
@@ -82,7 +83,7 @@ def _group_norm(groups):
   return nn.GroupNorm(num_groups=groups, epsilon=1e-5, use_fast_variance=False, name="norm")
 
 
-class ModulatedConv(nn.Module):
+class ModulatedConv(Module):
   """A demodulated 3x3 convolution with noise, bias, leaky ReLU and clamp; a plain, an up-sampling or a residual one.
 
   Attributes:
@@ -136,7 +137,7 @@ class ModulatedConv(nn.Module):
     return y + strength * noise.get(self.key, constant.value[None, ..., None])
 
 
-class ToRgb(nn.Module):
+class ToRgb(Module):
   """A 1x1 convolution modulated by w, not demodulated. x [B, R, R, I], w [B, W] -> float32 [B, R, R, 3]."""
 
   dtype: str
@@ -151,7 +152,7 @@ class ToRgb(nn.Module):
     return jnp.clip((x @ weight.astype(self.dtype)).astype(jnp.float32) + bias, -CLAMP, CLAMP)
 
 
-class Block(nn.Module):
+class Block(Module):
   """One resolution: the input or an up-sampling convolution, then pairs of a plain and a residual one, then ToRGB."""
 
   cfg: config_lib.Generator
@@ -181,7 +182,7 @@ class Block(nn.Module):
     return x, rgb if image is None else resample.upsample(image) + rgb
 
 
-class Synthesis(nn.Module):
+class Synthesis(Module):
   """All blocks. w [B, W] -> image, float32 [B, R, R, 3]."""
 
   cfg: config_lib.Generator
