@@ -16,13 +16,14 @@ class LocalHub:
   Attributes:
     address: for HF_ENDPOINT.
     files: {repository: {path: content}}.
+    objects: {SHA-256: content} of Git LFS.
     private: {repository: whether it was made private}.
     requests: (method, path) of everything that was asked.
     refusal: if not "", what every commit is refused with.
   """
 
   def __init__(self):
-    self.files, self.private, self.requests, self.refusal = {}, {}, [], ""
+    self.files, self.objects, self.private, self.requests, self.refusal = {}, {}, {}, [], ""
     hub = self
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -34,7 +35,7 @@ class LocalHub:
       def do_GET(self):
         hub.answer(self)
 
-      do_POST = do_HEAD = do_GET
+      do_POST = do_PUT = do_HEAD = do_GET
 
     self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -71,6 +72,8 @@ class LocalHub:
       request.wfile.write(content)
 
   def _answer(self, method, path, body, headers):
+    if method == "PUT" and path.startswith("/lfs/"):
+      return self._put(path.removeprefix("/lfs/"), body)
     if method == "POST" and headers.get("Authorization") != "Bearer hf_local":
       return 401, {"error": "Invalid credentials"}, {}
     if path == "/api/repos/create":
@@ -81,6 +84,8 @@ class LocalHub:
       return 200, {"url": f"{self.address}/{name}", "name": name}, {}
     if path == "/api/validate-yaml":
       return 200, {"errors": [], "warnings": []}, {}
+    if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+      return self._batch(body)
     if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
       return 200, {"files": [self._mode(entry) for entry in json.loads(body)["files"]]}, {}
     if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
@@ -99,7 +104,24 @@ class LocalHub:
     return 404, {"error": f"not here: {method} {path}"}, {}
 
   def _mode(self, entry):
-    return {"path": entry["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+    """The Hub stores weights and images as Git LFS objects, whatever their size."""
+    large = entry["path"].endswith((".safetensors", ".png"))
+    mode = "lfs" if large else "regular"
+    return {"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
+
+  def _batch(self, body):
+    """Where each object that is not here is to be put: Git LFS's batch interface, transfer "basic"."""
+    objects = []
+    for wanted in json.loads(body)["objects"]:
+      oid = wanted["oid"]
+      actions = {} if oid in self.objects else {"actions": {"upload": {"href": f"{self.address}/lfs/{oid}"}}}
+      objects.append({"oid": oid, "size": wanted["size"], **actions})
+    return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
+
+  def _put(self, oid, body):
+    assert hashlib.sha256(body).hexdigest() == oid
+    self.objects[oid] = body
+    return 200, {}, {}
 
   def _commit(self, repository, body):
     for line in body.decode().splitlines():
@@ -107,6 +129,9 @@ class LocalHub:
       if entry["key"] == "file":
         assert entry["value"]["encoding"] == "base64"
         self.files[repository][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+      elif entry["key"] == "lfsFile":
+        assert entry["value"]["algo"] == "sha256"
+        self.files[repository][entry["value"]["path"]] = self.objects[entry["value"]["oid"]]
 
   def _missing(self):
     return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}

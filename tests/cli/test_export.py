@@ -311,6 +311,7 @@ def server(tmp_path, monkeypatch):
   constants = pytest.importorskip("huggingface_hub.constants")
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files as Git LFS objects, by plain requests
   monkeypatch.setenv("HF_TOKEN", "hf_local")
   remote.download.cache_clear()
   with local_hub.LocalHub().running() as hub:
@@ -328,6 +329,9 @@ def test_pushing_and_sampling_from_the_hub(home, tmp_path, server, capsys, monke
   written = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*")}
   written = {name: path.read_bytes() for name, path in written.items() if path.is_file()}
   assert server.files["me/hearts"] == written and server.private["me/hearts"]
+  assert sorted(map(len, server.objects.values())) == sorted(
+    len(content) for name, content in written.items() if name.endswith(".safetensors")
+  )
   assert_same(weights("hf:me/hearts"), weights(home / "folder"))
   run("inspect", "hf:me/hearts")
   cached = remote.download("hf:me/hearts")

@@ -41,7 +41,8 @@ def download(name: str) -> pathlib.Path:
   if match is None:
     raise UserError(f"{name}: a folder on the Hub is named {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION")
   hub = _library()
-  with _explained(f"{name} cannot be downloaded"), _quiet(hub):
+  unreachable = "the Hub cannot be reached, and the cache has no copy"
+  with _explained(f"{name} cannot be downloaded", unreachable), _quiet(hub):
     path = hub.snapshot_download(match[1], revision=match[2], allow_patterns=list(_READ), endpoint=_endpoint(hub))
   return pathlib.Path(path)
 
@@ -108,7 +109,7 @@ def _quiet(hub) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, unreachable: str = "the Hub cannot be reached") -> Iterator[None]:
   """Turns whatever the library raises into one line: its errors are of many classes, some of its HTTP client."""
   from huggingface_hub import errors
 
@@ -117,7 +118,7 @@ def _explained(what: str) -> Iterator[None]:
   except errors.RepositoryNotFoundError as error:
     raise UserError(f"{what}: no such repository, or none that the token may read") from error
   except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-    raise UserError(f"{what}: the Hub cannot be reached, and the cache has no copy") from error
+    raise UserError(f"{what}: {unreachable}") from error
   except (AttributeError, NameError, TypeError, AssertionError):  # faults of a program
     raise
   except Exception as error:
