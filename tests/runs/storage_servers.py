@@ -130,6 +130,29 @@ class Generations:
       return "0"
 
 
+def as_media_upload(path: str, kind: str, body: bytes) -> tuple[str, str, bytes]:
+  """A multipart upload as an upload of the content alone: the emulator reads parts as text and may drop a last newline.
+
+  Args:
+    path: of the request, with "uploadType=multipart".
+    kind: its Content-Type, with the boundary.
+    body: its body: the object's description in JSON, and its content.
+
+  Returns:
+    (path, Content-Type, body).
+  """
+  boundary = re.search(r'boundary="?([^";]+)', kind)[1].encode()
+  line = b"\r\n" if body.split(boundary, 1)[1].startswith(b"\r\n") else b"\n"
+  _, description, content = body.split(b"--" + boundary, 2)
+  content = content[: content.rindex(line + b"--" + boundary)]
+  parts = [part.split(2 * line, 1) for part in (description, content)]
+  head, content = parts[1]
+  name = urllib.parse.quote(json.loads(parts[0][1])["name"], safe="")
+  found = re.search(rb"(?i)content-type: *([^\r\n]+)", head)
+  kind = found[1].decode() if found else "application/octet-stream"
+  return path.replace("uploadType=multipart", f"uploadType=media&name={name}"), kind, content
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   proxy: Proxy
@@ -156,9 +179,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._forward(body, more)
 
   def _forward(self, body, more):
+    path, headers = self.path, {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
+    if "uploadType=multipart" in path:
+      path, kind, body = as_media_upload(path, headers.pop("Content-Type"), body)
+      headers["Content-Type"] = kind
     upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-    headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-    upstream.request(self.command, self.path, body or None, headers | {"Content-Length": str(len(body))})
+    upstream.request(self.command, path, body or None, headers | {"Content-Length": str(len(body))})
     answer = upstream.getresponse()
     content = answer.read()
     kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP] + more
