@@ -130,27 +130,27 @@ class Generations:
       return "0"
 
 
-def as_media_upload(path: str, kind: str, body: bytes) -> tuple[str, str, bytes]:
+def as_media_upload(path: str, headers: dict[str, str], body: bytes) -> tuple[str, dict[str, str], bytes]:
   """A multipart upload as an upload of the content alone: the emulator reads parts as text and may drop a last newline.
 
   Args:
     path: of the request, with "uploadType=multipart".
-    kind: its Content-Type, with the boundary.
-    body: its body: the object's description in JSON, and its content.
+    headers: with the boundary in Content-Type.
+    body: the object's description in JSON, and its content.
 
   Returns:
-    (path, Content-Type, body).
+    (path, headers, body). An empty object stays as it is: the emulator takes it in a part only. Others lose their
+    Content-Type: the emulator would parse JSON.
   """
-  boundary = re.search(r'boundary="?([^";]+)', kind)[1].encode()
+  boundary = re.search(r'boundary="?([^";]+)', headers["Content-Type"])[1].encode()
   line = b"\r\n" if body.split(boundary, 1)[1].startswith(b"\r\n") else b"\n"
   _, description, content = body.split(b"--" + boundary, 2)
-  content = content[: content.rindex(line + b"--" + boundary)]
-  parts = [part.split(2 * line, 1) for part in (description, content)]
-  head, content = parts[1]
-  name = urllib.parse.quote(json.loads(parts[0][1])["name"], safe="")
-  found = re.search(rb"(?i)content-type: *([^\r\n]+)", head)
-  kind = found[1].decode() if found else "application/octet-stream"
-  return path.replace("uploadType=multipart", f"uploadType=media&name={name}"), kind, content
+  content = content[: content.rindex(line + b"--" + boundary)].split(2 * line, 1)[1]
+  if not content:
+    return path, headers, body
+  name = urllib.parse.quote(json.loads(description.split(2 * line, 1)[1])["name"], safe="")
+  headers = {key: value for key, value in headers.items() if key != "Content-Type"}
+  return path.replace("uploadType=multipart", f"uploadType=media&name={name}"), headers, content
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -181,8 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _forward(self, body, more):
     path, headers = self.path, {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
     if "uploadType=multipart" in path:
-      path, kind, body = as_media_upload(path, headers.pop("Content-Type"), body)
-      headers["Content-Type"] = kind
+      path, headers, body = as_media_upload(path, headers, body)
     upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
     upstream.request(self.command, path, body or None, headers | {"Content-Length": str(len(body))})
     answer = upstream.getresponse()
