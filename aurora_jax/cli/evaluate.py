@@ -14,6 +14,7 @@ terminal, and to a file with --figures. --data says where the data set is:
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -68,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(f"{args.workdir} does not say where the data set is: --data DIR")
   if args.figures:
     files.check_folder(pathlib.Path(args.figures).parent, args.figures)
-  groups = () if args.clip else ("text",)
-  groups += () if args.data else ("data",)
+  groups = ("text",) if args.data else ("text", "data")
+  if args.clip:  # the same one at another place, or one that is allowed
+    experiment = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, clip=args.clip))
   sampling_flags.check_references(folder, experiment, args.allow_config_change, groups)
   judge_identity = references.identify(args.judge)
   if judge_identity is None:

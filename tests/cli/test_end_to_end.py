@@ -281,6 +281,8 @@ def test_bad_input_is_one_line_and_status_2(home, run, tmp_path):
   fail("nowhere", "sample", "--workdir", "nowhere", "--prompt", "x", "--out", out)
   fail("between 0 and 1", "sample", "--workdir", run, "--prompt", "x", "--psi", 3, "--out", out)
   fail("nowhere", "evaluate", "--workdir", run, "--judge", "nowhere")
+  judge = home / "judge"
+  fail("text.clip: what is at", "evaluate", "--workdir", run, "--judge", judge, "--clip", judge)
   assert not out.exists()
 
 
