@@ -26,7 +26,7 @@ def shown(message: Any) -> str:
 
 
 def cache_folder(kind: str, url: str) -> pathlib.Path:
-  """A folder of this user for local copies of what is at a URL; it need not exist.
+  """The folder of the user's cache for local copies of what is at a URL. It may not exist yet.
 
   Args:
     kind: of copies, such as "runs".

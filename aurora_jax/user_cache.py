@@ -1,4 +1,4 @@
-"""The user's cache folder, for compiled programs and copies of what is at URLs."""
+"""Folders in the user's cache: of compiled programs, and of local copies of remote files."""
 
 import os
 import pathlib

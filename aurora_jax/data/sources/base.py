@@ -92,10 +92,13 @@ class Part(Protocol):
 class FilePart:
   """A base class of parts whose items hold their image or the path of its file."""
 
+  def items(self) -> Iterator[Item | Rejected]:
+    """See `Part`."""
+    raise NotImplementedError
+
   def files(self) -> Iterable[str]:
-    """See `Part`. The attribute `path`, of a part of one file."""
-    path = getattr(self, "path", None)
-    return () if path is None else (path,)
+    """See `Part`. These are the items' own; a part of an archive replaces this."""
+    return (item.location for item in self.items() if isinstance(item, Item) and item.location)
 
   def read(self, item: Item, resolution: int) -> bytes | Image.Image:
     """See `Part`."""

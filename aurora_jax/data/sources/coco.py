@@ -77,10 +77,6 @@ class CocoPart(FilePart):
   folder: str
   rows: tuple[tuple[str, tuple[str, ...]], ...]
 
-  def files(self) -> Iterator[str]:
-    """See `base.Part`."""
-    return (found.location for found in self.items() if isinstance(found, Item))
-
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""
     for name, captions in self.rows:

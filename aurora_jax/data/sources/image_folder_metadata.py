@@ -91,10 +91,6 @@ class MetadataPart(FilePart):
   rows: tuple[str | dict[str, Any], ...]
   fields: CaptionFields
 
-  def files(self) -> Iterator[str]:
-    """See `base.Part`."""
-    return (found.location for found in self.items() if isinstance(found, Item))
-
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""
     for row in self.rows:
@@ -140,10 +136,6 @@ class ClassPart(FilePart):
   caption: str
   label: int
   names: tuple[str, ...]
-
-  def files(self) -> Iterator[str]:
-    """See `base.Part`."""
-    return (found.location for found in self.items() if isinstance(found, Item))
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""

@@ -77,10 +77,6 @@ class ListedPart(FilePart):
     """See `Part`."""
     return iter(self.listed)
 
-  def files(self) -> Iterator[str]:
-    """See `Part`."""
-    return (item.location for item in self.listed if item.location)
-
   def read(self, item: Item, resolution: int) -> bytes | Image.Image:
     """See `Part`."""
     return super().read(item, resolution) if self.reader is None else self.reader(item, resolution)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from aurora_jax import text
@@ -104,6 +104,10 @@ class RowGroupsPart(FilePart):
   first_row: int
   fields: CaptionFields
   image_column: str | None
+
+  def files(self) -> Iterable[str]:
+    """See `base.Part`."""
+    return (self.path,)
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""

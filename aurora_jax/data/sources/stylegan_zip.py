@@ -5,7 +5,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from aurora_jax import text
 from aurora_jax.data.sources import base
@@ -71,11 +71,9 @@ class LabelledPart(FilePart):
   rows: tuple[tuple[str, object], ...]
   class_names: tuple[tuple[str, str], ...]
 
-  def files(self) -> Iterator[str]:
+  def files(self) -> Iterable[str]:
     """See `base.Part`."""
-    if not os.path.isdir(self.path):
-      return iter((self.path,))
-    return (found.location for found in self.items() if isinstance(found, Item))
+    return super().files() if os.path.isdir(self.path) else (self.path,)
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from aurora_jax import text
@@ -107,6 +107,10 @@ class SlicePart(FilePart):
   end: int
   image: str
   fields: CaptionFields
+
+  def files(self) -> Iterable[str]:
+    """See `base.Part`; TensorFlow Datasets does not name them."""
+    return ()
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from aurora_jax import text
 from aurora_jax.data import filters, schema, tfrecords
@@ -48,6 +48,10 @@ class ShardPart(FilePart):
   size: int
   fields: CaptionFields
   image_features: tuple[str, ...]
+
+  def files(self) -> Iterable[str]:
+    """See `base.Part`."""
+    return (self.path,)
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from aurora_jax import text
 from aurora_jax.data import filters
@@ -54,6 +54,10 @@ class TarPart(FilePart):
   path: str
   size: int
   fields: CaptionFields
+
+  def files(self) -> Iterable[str]:
+    """See `base.Part`."""
+    return (self.path,)
 
   def items(self) -> Iterator[Item | Rejected]:
     """See `base.Part`."""

@@ -528,8 +528,7 @@ class FeedForward(nn.Module):
       return self._expert(x, 0), None
     logits = self.router(x, w)
     expert = logits.argmax(-1)
-    run = self._all_experts if torch.compiler.is_exporting() else self._chosen_experts
-    out = run(x.flatten(0, 1), expert.flatten()).view_as(x)
+    out = self._chosen_experts(x.flatten(0, 1), expert.flatten()).view_as(x)
     return out * logits.softmax(-1).amax(-1, keepdim=True).to(x.dtype), Routing(expert, logits)
 
   def _expert(self, x: Tensor, e: int) -> Tensor:
@@ -546,11 +545,6 @@ class FeedForward(nn.Module):
     counts = torch.bincount(expert, minlength=len(self.in_weight)).tolist()
     parts = [self._expert(rows, e) for e, rows in enumerate(x[order].split(counts)) if len(rows)]
     return torch.empty_like(x).index_copy(0, order, torch.cat(parts))
-
-  def _all_experts(self, x: Tensor, expert: Tensor) -> Tensor:
-    """The same by every expert on every token: for exported graphs, which have one course for all data."""
-    outputs = (torch.where((expert == e)[:, None], self._expert(x, e), 0.0) for e in range(len(self.in_weight)))
-    return sum(outputs)
 
 
 class TransformerLayer(nn.Module):

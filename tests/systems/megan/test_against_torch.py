@@ -1,4 +1,4 @@
-"""Other sizes than the golden's: outputs, statistics, gradients and initialisation against plain torch modules."""
+"""Other sizes than the golden's: outputs, statistics, gradients and initialization against plain torch modules."""
 
 import dataclasses
 import math
@@ -226,7 +226,7 @@ def initialized(request):
   return cfg, jax.jit(init)(jax.random.key(0))
 
 
-def test_initialisation_has_torchs_ranges(initialized):
+def test_initialization_has_torchs_ranges(initialized):
   cfg, variables = initialized
   params, style = variables["params"], cfg.init
   inputs = {4: 32, 8: 64, 16: 32, 32: 16}
@@ -262,7 +262,7 @@ def check_uniform(array, low, high):
   assert abs(array.std() - width / math.sqrt(12)) < noise
 
 
-def test_modern_initialisation_is_that_of_torchs_own_layers(initialized):
+def test_modern_initialization_is_that_of_torchs_own_layers(initialized):
   cfg, variables = initialized
   ours = released.export_generator(variables, cfg)
   torch.manual_seed(0)
@@ -274,7 +274,7 @@ def test_modern_initialisation_is_that_of_torchs_own_layers(initialized):
         assert ours[file][name].std() == pytest.approx(theirs.std().item(), rel=0.05), name
 
 
-def test_the_discriminator_s_initialisation_is_that_of_torchs_own_layers():
+def test_the_discriminator_s_initialization_is_that_of_torchs_own_layers():
   cfg = config.Discriminator(resolution=32, channels=16)
   init = lambda key: discriminator.Discriminator(cfg).init(key, jnp.zeros((1, 32, 32, 3)))
   ours = released.export_discriminator(jax.jit(init)(jax.random.key(0)), cfg)

@@ -221,7 +221,7 @@ def test_bad_inputs_are_named():
 
 
 def test_fresh_weights():
-  """Distributions of the published initialisation."""
+  """Distributions of the published initialization."""
   cfg = config.Generator(resolution=8, z_dim=64, text_dim=64, channels_base=1024, channels_max=64, residual_blocks=1)
   init = jax.jit(Generator(cfg).init)
   variables = jax.tree.map(np.asarray, init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros((1, 64))))
