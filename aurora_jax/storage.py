@@ -11,7 +11,6 @@ grow and are drawn at random, until AURORA_JAX_STORAGE_DEADLINE seconds have pas
 Nothing here relies on renames: an object appears whole, or not at all.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -230,7 +229,9 @@ def _in_parallel(function, items):
     for item in items:
       function(item)
     return
-  with concurrent.futures.ThreadPoolExecutor(min(_AT_ONCE, len(items)), "storage") as pool:
+  from concurrent.futures import ThreadPoolExecutor  # late: it takes a tenth of what `--help` takes
+
+  with ThreadPoolExecutor(min(_AT_ONCE, len(items)), "storage") as pool:
     try:
       for _ in pool.map(function, items):
         pass

@@ -1,7 +1,6 @@
 """Clients of object storage: packages, settings, credentials and errors. storage.py makes the requests."""
 
 import functools
-import logging
 import os
 from typing import Any
 
@@ -119,6 +118,8 @@ def file_system(scheme: str, process: int) -> Any:
       fs.retries = 1
       asyn.sync(fs.loop, fs.set_session)  # reads much of botocore: not a part of the first request's time
     else:
+      import logging
+
       import aiohttp
       from gcsfs.core import GCSFileSystem
 

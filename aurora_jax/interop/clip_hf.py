@@ -20,7 +20,7 @@ from aurora_jax import files, local_copies
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
 from aurora_jax.interop import clip_names, name_map, tensor_files, weight_files
-from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig, abstract_variables
+from aurora_jax.models.clip import Clip, ClipConfig, ImageConfig, TextConfig
 
 # Hugging Face's values for fields that a config.json leaves out.
 _TEXT_DEFAULTS = {
@@ -116,14 +116,10 @@ def _only_text(folder: pathlib.Path) -> UserError:
 
 def _fill(config: ClipConfig, weights: dict[str, Any], folder: pathlib.Path, text_only: bool) -> dict[str, Any]:
   """Our parameter tree from named tensors, with `text_only` that of the text tower. All misfits go into one error."""
-  # Shapes are found by tracing, layer by layer; the image tower's do not matter where it is left out.
-  traced = dataclasses.replace(config, image=dataclasses.replace(config.image, layers=1)) if text_only else config
-  abstract = abstract_variables(traced)["params"]
   entries = {entry.name: entry for entry in clip_names.entries(config)}
   optional, ignored = (), ("position_ids",)  # old files store the position numbers as a buffer
   if text_only:
-    abstract = {name: leaf for name, leaf in abstract.items() if not name.startswith("image")}
-    entries = {name: entry for name, entry in entries.items() if entry.path.split("/")[0] in abstract}
+    entries = {name: entry for name, entry in entries.items() if not entry.path.startswith("image")}
     optional = _OF_BOTH_TOWERS
     weights = {name: value for name, value in weights.items() if not name.startswith(("vision_model.", "visual_"))}
   found = name_map.shapes({name: value for name, value in weights.items() if not name.endswith(ignored)})
@@ -135,7 +131,7 @@ def _fill(config: ClipConfig, weights: dict[str, Any], folder: pathlib.Path, tex
     {name: entry.shape for name, entry in entries.items()},
     optional=optional,
   )
-  params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
+  params = clip_names.empty(entries.values())
   for name, entry in entries.items():
     array = weights[name].read().reshape(entry.shape) if name in weights else None
     entry.leaf(params)[entry.index] = np.nan if array is None else entry.layout.to_ours(array)

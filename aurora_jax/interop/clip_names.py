@@ -6,7 +6,10 @@ instead of [out, in].
   W width of a tower, P side of a patch, C colors
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
 
 from aurora_jax.interop.name_map import CONV, DENSE, Entry
 from aurora_jax.models.clip import ClipConfig
@@ -59,3 +62,25 @@ def entries(config: ClipConfig) -> Iterator[Entry]:
   yield Entry("visual_projection.weight", (width, image.width), "image_projection/kernel", layout=DENSE)
 
   yield Entry("logit_scale", (), "log_scale")
+
+
+def empty(entries: Iterable[Entry]) -> dict[str, Any]:
+  """Our variables with room for some tensors, not yet filled: float32 arrays in nested dicts.
+
+  Tracing the network would give the same shapes, and takes half a second.
+  """
+  shapes: dict[str, tuple[int, ...]] = {}
+  for entry in entries:
+    shape = entry.layout.to_ours(np.broadcast_to(np.float32(0), entry.shape)).shape
+    if entry.index:
+      layer, *columns = entry.index
+      shape = (layer + 1, *shape[:-1], columns[-1].stop if columns else shape[-1])
+    shapes[entry.path] = max(shape, shapes.get(entry.path, shape))
+  tree: dict[str, Any] = {}
+  for path, shape in shapes.items():
+    *outer, name = path.split("/")
+    node = tree
+    for key in outer:
+      node = node.setdefault(key, {})
+    node[name] = np.empty(shape, np.float32)
+  return tree

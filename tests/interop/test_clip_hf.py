@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import UserError
-from aurora_jax.interop import clip_hf
+from aurora_jax.interop import clip_hf, clip_names
 from aurora_jax.models import clip
 
 pytestmark = pytest.mark.slow
@@ -64,6 +64,12 @@ def assert_same(first, second):
   assert first.config == second.config
   jax.tree.map(np.testing.assert_array_equal, first.variables, second.variables)
   assert (first.tokenizer(CAPTIONS) == second.tokenizer(CAPTIONS)).all()
+
+
+def test_the_name_map_has_the_shapes_of_the_networks(bundle):
+  shapes = lambda tree: jax.tree.map(np.shape, tree)
+  expected = shapes(clip.abstract_variables(bundle.config)["params"])
+  assert shapes(clip_names.empty(clip_names.entries(bundle.config))) == expected
 
 
 def rewrite(folder, change):
