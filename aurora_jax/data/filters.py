@@ -67,9 +67,9 @@ class Filters:
       if value is None or math.isnan(value):
         if self.require_scores:
           return f"no {name} score", f"no {name} score"
-      elif least is not None and value < least:
+      elif least is not None and value < least and not _equal(value, least):
         return f"{name} {value:.4g} is less than {least:g}", f"{name} too low"
-      elif largest is not None and value > largest:
+      elif largest is not None and value > largest and not _equal(value, largest):
         return f"{name} {value:.4g} is more than {largest:g}", f"{name} too high"
     return None
 
@@ -96,6 +96,11 @@ class Filters:
     return None
 
 
+def _equal(score, limit):
+  """Whether a score is its limit: sources store scores as float32 or float64, and all must pass the same ones."""
+  return math.isclose(score, limit, rel_tol=1e-6)
+
+
 def scores_of(record: Mapping[str, object]) -> dict[str, float]:
   """The scores in a record of a source, by our names."""
   found = {}
@@ -104,10 +109,10 @@ def scores_of(record: Mapping[str, object]) -> dict[str, float]:
       value = record.get(column)
       if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-      if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+      if isinstance(value, (int, float, str, bytes)) and not isinstance(value, bool):  # text in tfrecords is bytes
         try:
           found[name] = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # JSON's integers have no largest value
           continue
         break
   return found

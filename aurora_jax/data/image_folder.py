@@ -4,26 +4,32 @@ The caption file of NAME.png is NAME.txt or NAME.png.txt. If there is neither, a
 only in letter case or in the encoding of accents (composed or decomposed, which differs between file systems), if it is
 unambiguous.
 
+NAME.json next to NAME.png, as img2dataset writes it, gives scores. If its field `caption` equals the text of the
+caption file, that file holds one caption, even if it has several lines.
+
 Names are compared as UTF-8 in every locale. Bytes that are not UTF-8 are escaped in keys.
 """
 
 import collections
 import dataclasses
+import json
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from aurora_jax import text
-from aurora_jax.data import images
+from aurora_jax.data import filters, images
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jp2")
 CAPTION_SUFFIX = ".txt"
+METADATA_SUFFIX = ".json"
 _DATA_SUFFIXES = (".json", ".csv", ".tsv", ".xml", ".yaml", ".npy", ".npz", ".parquet")  # often next to each image
 _MOST_CAPTION_BYTES = 2**24
 _SHOWN = 60  # characters of a caption in a reason
 
 # Kinds of files that did not become examples.
 CAPTIONS = "caption files read"
+METADATA = "metadata files read"
 NO_CAPTION = "images without a caption file"
 BAD_CAPTION = "images whose captions cannot be used"
 UNKNOWN_FORMAT = "files of an unknown format next to a caption"
@@ -45,11 +51,13 @@ class Pair:
     key: the image's path within the folder, escaped; unique.
     path: the image's path.
     captions: at least one, the primary caption first.
+    scores: numbers in its metadata file, by the names of `filters.SCORES`.
   """
 
   key: str
   path: str
   captions: tuple[str, ...]
+  scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -59,7 +67,7 @@ class Scan:
   Attributes:
     pairs: in a fixed order.
     rejected: (key, reason) of images that cannot be used and of folders that cannot be searched.
-    passed_over: (key, reason) of all other files, except caption files of pairs.
+    passed_over: (key, reason) of all other files, except caption and metadata files of pairs.
     captions_left_out: (key of the caption file, reason) of lines that are not captions.
     counts: {kind: number} of all that is not a pair. Together with the pairs, every file counts once.
   """
@@ -195,11 +203,18 @@ def _sort_folder(folder: _Folder, files: dict[str, str], found: Scan) -> None:
   )
   readable = {name for name in more if suffix[name] in images.readable_suffixes()}
   matches |= {name: more[name] for name in readable}
+  records = {
+    name: record
+    for image in matches
+    if (name := _metadata_name(image, files)) and (record := _read_metadata(files[name])) is not None
+  }
   used = set()
   for name, path in files.items():
     key, caption = folder.key(name), matches.get(name)
     if name not in certain and name not in readable:
-      if name in more:
+      if name in records:
+        found.counts[METADATA] += 1
+      elif name in more:
         what = text.printable(suffix[name]) or "a name without suffix"
         found.reject(UNKNOWN_FORMAT, key, f"not a readable image: the format is none that is read ({what})")
       elif suffix[name] != CAPTION_SUFFIX:
@@ -207,14 +222,17 @@ def _sort_folder(folder: _Folder, files: dict[str, str], found: Scan) -> None:
       continue
     if caption is None:
       wanted = os.path.splitext(name)[0] + CAPTION_SUFFIX
-      lines, reason = (), f"no caption file {text.printable(wanted)}"
+      record, lines, reason = {}, (), f"no caption file {text.printable(wanted)}"
       if os.path.isdir(os.path.splitext(path)[0] + CAPTION_SUFFIX):
         reason = f"caption file {text.printable(wanted)}: Is a directory"
     else:
-      lines, reason = _read_captions(files[caption], caption, folder, found if caption not in used else None)
+      record = records.get(_metadata_name(name, files) or "", {})
+      lines, reason = _read_captions(
+        files[caption], caption, folder, found if caption not in used else None, record.get("caption")
+      )
       used.add(caption)
     if lines:
-      found.pairs.append(Pair(key, path, lines))
+      found.pairs.append(Pair(key, path, lines, filters.scores_of(record)))
     else:
       found.reject(BAD_CAPTION if caption else NO_CAPTION, key, reason)
   for name in captions:
@@ -267,8 +285,30 @@ def _folded(name: str) -> str:
   return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _read_captions(path: str, name: str, folder: _Folder, found: Scan | None) -> tuple[tuple[str, ...], str]:
-  """(captions, reason if there are none). If there are captions, the other lines are added to `found`."""
+def _metadata_name(image: str, files: Mapping[str, str]) -> str | None:
+  """The name of an image's metadata file among the files of its folder, or None."""
+  return next((name for stem in (os.path.splitext(image)[0], image) if (name := stem + METADATA_SUFFIX) in files), None)
+
+
+def _read_metadata(path: str) -> dict[str, object] | None:
+  """The fields of a metadata file; None if it cannot be read or is no JSON object."""
+  try:
+    if os.path.getsize(path) > _MOST_CAPTION_BYTES:
+      return None
+    with open(path, "rb") as file:
+      record = json.loads(text.decode(file.read()))
+  except (OSError, ValueError, RecursionError):
+    return None
+  return record if isinstance(record, dict) else None
+
+
+def _read_captions(
+  path: str, name: str, folder: _Folder, found: Scan | None, whole: object = None
+) -> tuple[tuple[str, ...], str]:
+  """(captions, reason if there are none). If there are captions, the other lines are added to `found`.
+
+  `whole` is the caption in the metadata file. If the caption file says the same, its lines are one caption.
+  """
   shown = text.printable(name)
   try:
     if os.path.getsize(path) > _MOST_CAPTION_BYTES:
@@ -279,6 +319,8 @@ def _read_captions(path: str, name: str, folder: _Folder, found: Scan | None) ->
     return (), f"caption file {shown} {error}"
   except OSError as error:
     return (), f"caption file {shown}: {error.strerror}"
+  if isinstance(whole, str) and text.lines(whole) == lines:
+    lines = [" ".join(lines)] if lines else []
   bad = [(line, reason) for line in lines if (reason := text.unusable(line))]
   captions = tuple(dict.fromkeys(line for line in lines if text.unusable(line) is None))
   if captions and found is not None:

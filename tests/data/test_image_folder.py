@@ -1,5 +1,6 @@
 """A folder of images and captions: which belong together, what is left out, and that nothing is left out in silence."""
 
+import json
 import os
 import unicodedata
 
@@ -296,3 +297,27 @@ def test_sidecars_of_other_programs_leave_the_captions_alone(tmp_path):
   (tmp_path / "1.json").write_text("{}")
   found = image_folder.scan(tmp_path)
   assert pairs(found) == {"1.jpg": "1.txt"} and found.rejected == []
+
+
+def test_metadata_files(tmp_path):
+  """They give scores, and say whether several lines are one caption."""
+  fill(tmp_path, *(f"{name}.png" for name in "abcdef"))
+  for name in "abcdef":
+    (tmp_path / f"{name}.txt").write_text("one\ntwo \x07\n" if name == "f" else "one\n\ntwo\n")
+  (tmp_path / "a.json").write_text(json.dumps({"caption": " one\ntwo", "similarity": 0.3, "punsafe": None}))
+  (tmp_path / "b.png.json").write_text(json.dumps({"caption": "another", "AESTHETIC_SCORE": "5.5"}))
+  (tmp_path / "c.json").write_text("[1]")
+  (tmp_path / "d.json").write_text("{")
+  (tmp_path / "e.json").write_text('{"similarity": 1' + "0" * 400 + ', "caption": ["one"]}')
+  (tmp_path / "f.json").write_text(json.dumps({"caption": "one\ntwo \x07"}))
+  found = image_folder.scan(tmp_path)
+  assert {pair.key: (pair.captions, pair.scores) for pair in found.pairs} == {
+    "a.png": (("one two",), {"similarity": 0.3}),
+    "b.png": (("one", "two"), {"aesthetic": 5.5}),
+    "c.png": (("one", "two"), {}),
+    "d.png": (("one", "two"), {}),
+    "e.png": (("one", "two"), {}),
+  }
+  assert found.rejected == [("f.png", r"caption file f.txt has the control character \x07: one two \x07")]
+  assert found.passed_over == [("c.json", "not an image"), ("d.json", "not an image")]
+  assert found.counts[image_folder.METADATA] == 4 and seen(found) == 18

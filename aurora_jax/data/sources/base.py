@@ -5,6 +5,7 @@ read by one process. Nothing depends on which process reads it, or when.
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -178,7 +179,8 @@ def caption_lines(raw: object) -> tuple[tuple[str, ...], str | None]:
   """The captions in a field of a table or file.
 
   Args:
-    raw: text, UTF-8 bytes, or a list of these. Each is one caption; runs of white space become one space.
+    raw: text, UTF-8 bytes, a number (captions such as "1984" become numbers in tables), or a list of these. Each is one
+      caption; runs of white space become one space. None, NaN and booleans are no captions.
 
   Returns:
     (captions without repetitions, why one of them cannot be used or None).
@@ -191,6 +193,8 @@ def caption_lines(raw: object) -> tuple[tuple[str, ...], str | None]:
       except text.TextError as error:
         problem = problem or f"a caption {error}"
         continue
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf:
+      value = str(value)
     if not isinstance(value, str):
       continue
     line = " ".join(text.lines(value))

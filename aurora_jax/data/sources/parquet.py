@@ -14,6 +14,7 @@ from aurora_jax.errors import UserError
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_data", "bytes")
 _KEY_COLUMNS = ("key", "__key__", "id", "uid", "image_id")
+_ERROR_COLUMN = "error_message"  # why img2dataset has no image
 _BATCH = 64  # rows that are decoded at a time
 
 
@@ -124,7 +125,7 @@ class RowGroupsPart(FilePart):
       columns = text.printable(", ".join(schema.names), 200)
       yield Rejected(text.printable(name), f"table lacks the columns of images and captions: {columns}", base.DAMAGED)
       return
-    wanted = {image, *(self.fields.weights or self.fields.defaults), *_KEY_COLUMNS}
+    wanted = {image, *(self.fields.weights or self.fields.defaults), *_KEY_COLUMNS, _ERROR_COLUMN}
     wanted.update(column for columns in filters.SCORES.values() for column in columns)
     columns = [column for column in schema.names if column in wanted]
     row = self.first_row
@@ -148,6 +149,10 @@ class RowGroupsPart(FilePart):
         if not base.is_inside(path):
           return Rejected(f"{stem}/{text.printable(key)}", "a path that leads out of the table's folder", base.BAD_NAME)
         location = os.path.join(os.path.dirname(self.path), path)
+    error = record.get(_ERROR_COLUMN)
+    if not data and not location and error:
+      reason = text.printable(" ".join(str(error).split()), 120)
+      return Rejected(f"{stem}/{text.printable(key)}", f"no image: {reason}", base.NO_IMAGE)
     scores = filters.scores_of(record)
     return base.item_or_rejected(
       f"{stem}/{key}", record, self.fields, image=data or None, location=location, scores=scores

@@ -1,4 +1,4 @@
-"""A folder of images with captions: NAME.png (or another image suffix) next to NAME.txt."""
+"""A folder of images with captions: NAME.png (or another image suffix) next to NAME.txt, and perhaps NAME.json."""
 
 import os
 import pathlib
@@ -16,7 +16,8 @@ LICENCE = "unknown (the user's images)"
 def folder(path: str | os.PathLike) -> listed.ListedSource:
   """A folder of images with captions. Subfolders are searched too.
 
-  A caption file holds one caption per line; the first is the primary caption. See `image_folder` for the other rules.
+  A caption file holds one caption per line; the first is the primary caption. Scores come from NAME.json, if there is
+  one. See `image_folder` for the other rules.
 
   Args:
     path: the folder.
@@ -40,7 +41,7 @@ def folder(path: str | os.PathLike) -> listed.ListedSource:
     name=name_of(root),
     description=f"folder {shown(root.name)}",
     licence=LICENCE,
-    items=tuple(Item(pair.key, pair.captions, pair.key, pair.path) for pair in scan.pairs),
+    items=tuple(Item(pair.key, pair.captions, pair.key, pair.path, scores=pair.scores) for pair in scan.pairs),
     rejected=tuple(scan.rejected),
     files=listed.Files(dict(scan.counts), tuple(scan.passed_over), tuple(scan.captions_left_out)),
   )

@@ -6,13 +6,14 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from aurora_jax import text
-from aurora_jax.data import filters, schema, tfrecords
+from aurora_jax.data import filters, images, schema, tfrecords
 from aurora_jax.data.sources import base
 from aurora_jax.data.sources.base import CaptionFields, FilePart, Item, PartedSource, Rejected
 from aurora_jax.data.sources.listing import find_files
 
 _IMAGE_FEATURES = ("image", "jpg", "jpeg", "png", "webp", "image/encoded", "image_raw", "image_bytes")
-_CAPTION_FEATURES = ("caption", "text", "captions", "txt", "image/caption", "caption/text")
+# `txt` first: img2dataset writes it as text also where `caption` is a number.
+_CAPTION_FEATURES = ("txt", "caption", "text", "captions", "image/caption", "caption/text")
 _KEY_FEATURES = ("key", "id", "image/filename", "image/key")
 
 
@@ -24,7 +25,8 @@ def tfrecord(
   Args:
     path: a file, or a folder that is searched for `*.tfrecord`, `*.tfrecords` and `*.tfrec`.
     fields: which features are captions.
-    image_column: feature of the image; None takes the first of the usual names.
+    image_column: feature of the image; None takes the first of the usual names that holds an image. Others may be
+      columns of a table, such as a file name in `image`.
 
   Returns:
     A source with one part per file.
@@ -71,11 +73,11 @@ class ShardPart(FilePart):
       return Rejected(f"{text.printable(stem)}/{number}", str(error), base.DAMAGED)
     key = next((record[name][0] for name in _KEY_FEATURES if record.get(name)), str(number))
     key = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-    image = next((record[name][0] for name in self.image_features if record.get(name)), None)
+    found = [record[name][0] for name in self.image_features if record.get(name)]
+    found = [value for value in found if isinstance(value, bytes)]
+    image = next((value for value in found if images.signature(value[:16])), found[0] if found else None)
     scores = filters.scores_of({name: values[0] for name, values in record.items() if len(values) == 1})
-    return base.item_or_rejected(
-      f"{stem}/{key}", record, self.fields, image=image if isinstance(image, bytes) else None, scores=scores
-    )
+    return base.item_or_rejected(f"{stem}/{key}", record, self.fields, image=image, scores=scores)
 
 
 def _payloads(path, size):
