@@ -1,7 +1,8 @@
 """The user's way, command by command, on a small real data set: data, CLIP, training with a stop, images, figures.
 
-Every command runs once or more as a process of its own. Where that is not what is tested, it runs in this process, and
-runs of `train` share their compiled programs.
+The cells of docs/quickstart.ipynb run first, in this process. They leave a data set, a CLIP, a run and its export, from
+which the other commands start. `train`, `train-clip`, `sample` and `convert` also run as processes of their own. Runs
+of `train` in this process share their compiled programs.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ import time
 
 import numpy as np
 import pytest
+import quickstart_notebook
 import shared_programs
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from aurora_jax import config_files
@@ -32,21 +34,17 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 # What the released code can express: runs from scratch and one from a converted checkpoint share their programs.
 CONFIG = "configs/aurora_64.py:released-test"
-COLOURS = {"red": (220, 30, 30), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
-SHAPES = ("circle", "square", "bar")
 
 
-def command(*args, **options):
+def process(*args):
+  """Arguments of `subprocess` for `python -m aurora_jax ARGS` in the current folder."""
+  path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+  return {"args": [sys.executable, "-m", "aurora_jax", *map(str, args)], "env": os.environ | {"PYTHONPATH": path}}
+
+
+def command(*args):
   """Runs `python -m aurora_jax ARGS`; returns the finished process."""
-  return subprocess.run(
-    [sys.executable, "-m", "aurora_jax", *map(str, args)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=600,
-    **options,
-  )
+  return subprocess.run(**process(*args), capture_output=True, text=True, check=False, timeout=600)
 
 
 def succeed(*args):
@@ -79,70 +77,28 @@ def fail(words, *args):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _shared():
-  with shared_programs.shared():
+def _shared(tmp_path_factory):
+  """All tests have one current folder: the notebook's paths are relative, and so are those in its run's config."""
+  with contextlib.chdir(tmp_path_factory.mktemp("current")), shared_programs.shared():
     yield
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-  """A folder of pictures with captions, built into a data set, with a CLIP and a judge trained on it."""
-  home = tmp_path_factory.mktemp("home")
-  pictures = home / "pictures"
-  pictures.mkdir()
-  for colour, value in COLOURS.items():
-    for shape in SHAPES:
-      image = Image.new("RGB", (24, 24), "white")
-      draw = ImageDraw.Draw(image)
-      box = (4, 9, 20, 15) if shape == "bar" else (4, 4, 20, 20)
-      (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=value)
-      image.save(pictures / f"{colour}-{shape}.png")
-      (pictures / f"{colour}-{shape}.txt").write_text(f"{colour} {shape}\n")
-  succeed(
-    "build-data",
-    "--source",
-    "folder",
-    "--path",
-    pictures,
-    "--out",
-    home / "data",
-    "--resolution",
-    16,
-    "--shards",
-    2,
-    "--heldout",
-    0.2,
-  )
-  for name, seed, split, run in (("clip", 0, "train", succeed), ("judge", 1, "all", succeed_here)):
-    run(
-      "train-clip",
-      "--data",
-      home / "data",
-      "--out",
-      home / name,
-      "--seed",
-      seed,
-      "--split",
-      split,
-      "--steps",
-      3,
-      "--resolution",
-      16,
-      "--image-width",
-      32,
-      "--text-width",
-      32,
-      "--image-layers",
-      1,
-      "--text-layers",
-      1,
-      "--heads",
-      2,
-      "--embedding-width",
-      16,
-      "--batch-size",
-      8,
-    )
+def notebook():
+  """docs/quickstart.ipynb. Fixtures and tests run it section by section."""
+  with quickstart_notebook.notebook() as notebook:
+    yield notebook
+
+
+@pytest.fixture(scope="module")
+def home(notebook):
+  """The notebook's folder: a data set of images with captions, with a CLIP and a judge trained on it."""
+  notebook.run_to("Text encoder")
+  home = notebook.variables["work"]
+  # As the notebook's CLIP, but for the seed and the split.
+  sizes = "--resolution 16 --image-width 32 --image-layers 1 --text-width 32 --text-layers 1 --heads 2"
+  recipe = f"--seed 1 --split all --steps 3 --batch-size 8 --embedding-width 16 {sizes}"
+  succeed("train-clip", "--data", home / "data", "--out", home / "judge", *recipe.split())
   return home
 
 
@@ -164,9 +120,9 @@ def fingerprint(run):
 
 
 @pytest.fixture(scope="module")
-def run(home):
-  """An uninterrupted run of six steps."""
-  assert "all 6 steps are done" in succeed_here(*train_args(home, "run"))
+def run(home, notebook):
+  """The notebook's run: six steps, uninterrupted."""
+  assert "all 6 steps are done" in notebook.run_to("Training")
   return home / "run"
 
 
@@ -184,17 +140,12 @@ def test_a_run_leaves_what_it_promises(run):
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_state(home, run):
   args = train_args(home, "killed", "--config.train.sample_prompts=()")
-  process = subprocess.Popen(
-    [sys.executable, "-m", "aurora_jax", *map(str, args)],
-    cwd=ROOT,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
+  training = subprocess.Popen(**process(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 500
   while not (home / "killed" / "checkpoints" / "2").is_dir() and time.monotonic() < deadline:
     time.sleep(0.02)
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  os.kill(training.pid, signal.SIGKILL)
+  training.wait()
   said = succeed_here(*args)
   assert "going on from the checkpoint of step" in said or "all 6 steps are done" in said
   assert fingerprint(home / "killed") == fingerprint(run)
@@ -244,14 +195,26 @@ def test_nan_in_every_batch_stops_with_the_last_good_checkpoint(home, run, train
   assert fingerprint(home / "nans") == fingerprint(run / "checkpoints" / "2")
 
 
-def test_sample_writes_a_grid_and_singles_and_repeats_itself(run, tmp_path):
-  args = ("sample", "--workdir", run, "--prompt", "red circle", "--prompt", "blue bar", "--latents", 2, "--psi", 0.5)
-  succeed(*args, "--out", tmp_path / "one.png", "--singles", tmp_path / "singles")
-  succeed(*args, "--out", tmp_path / "two.png")
-  one, two = (np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "two.png"))
+def test_sample_writes_a_grid_and_singles_and_repeats_itself(home, run, notebook, tmp_path):
+  """In the notebook's process and in one of its own."""
+  notebook.run_to("Sampling")
+  args = ("sample", "--workdir", run, "--prompt", "red circle", "--prompt", "blue bar", "--latents", 4, "--psi", 0.7)
+  succeed(*args, "--out", tmp_path / "two.png", "--singles", tmp_path / "singles")
+  one, two = (np.asarray(Image.open(path)) for path in (home / "samples.png", tmp_path / "two.png"))
   assert np.array_equal(one, two)
-  assert len(list((tmp_path / "singles").glob("*.png"))) == 4
-  assert Image.open(tmp_path / "singles" / "0000-00-psi0.5.png").size == (16, 16)
+  assert len(list((tmp_path / "singles").glob("*.png"))) == len(list((home / "singles").glob("*.png"))) == 8
+  assert Image.open(tmp_path / "singles" / "0000-00-psi0.7.png").size == (16, 16)
+
+
+def test_the_notebook_exports_and_loads_in_pytorch(home, run, notebook):
+  """The notebook compares PyTorch's images with those of `sample`. They must not be blank."""
+  pytest.importorskip("torch")
+  notebook.run_to("Export")
+  assert "![samples](samples.png)" in (home / "exported" / "README.md").read_text()
+  notebook.run_to("Where to go next")
+  assert notebook.variables["difference"] <= 1
+  assert notebook.variables["singles"].shape == (8, 16, 16, 3) and notebook.variables["singles"].std() > 1
+  assert [image.size for image in notebook.variables["images"]] == [(16, 16)]
 
 
 def test_evaluate_measures_and_reports(home, run):
@@ -366,7 +329,7 @@ def converted(home):
 
 
 def test_a_converted_checkpoint_can_be_sampled_and_trained_on(home, converted, tmp_path):
-  sample = ("sample", "--workdir", converted, "--prompt", "red circle", "--prompt", "blue bar", "--latents", 2)
+  sample = ("sample", "--workdir", converted, "--prompt", "red circle", "--prompt", "blue bar", "--latents", 4)
   succeed_here(*sample, "--out", tmp_path / "x.png")
   assert np.asarray(Image.open(tmp_path / "x.png")).std() > 0
   short = ("--config.train.total_steps=3", "--config.train.sample_prompts=()")
