@@ -14,8 +14,11 @@ Examples:
   python -m aurora_jax export --workdir runs/openmoji_32 --out exported/hearts --license cc-by-sa-4.0
   python -m aurora_jax export --workdir runs/openmoji_32 --out exported/hearts --push OWNER/hearts --private
   python -m aurora_jax export --workdir runs/aurora --out model.pth --format released
+  python -m aurora_jax export --workdir runs/openmoji_32 --out exported/onnx --format onnx
 
 --format released writes a weight file of the system's released PyTorch code instead, as `convert RUN FILE` does.
+--format onnx writes the generator and its text encoder for onnxruntime, and checks its images against ours. It needs
+`pip install 'aurora_jax[onnx]'`.
 Nothing leaves this machine without --push, which needs a token of the Hub (HF_TOKEN, or `hf auth login`).
 """
 
@@ -31,6 +34,7 @@ _SHEET = "samples.png"
 _LATENTS = 4  # images of a prompt on the card's sheet
 _GRID = 24  # images of a generator without text
 _MOST_PROMPTS = 16
+_CHECKED = 2  # prompts whose images an export to ONNX is checked by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +109,9 @@ def _to_released(args):
 
 
 def _to_hub(args):
-  step, card, extra = _prepared(args)
+  from aurora_jax.interop.hub import folder
+
+  step, _, card, extra = _prepared(args, folder.check_target)
   from aurora_jax.runs.progress import progress
   from aurora_jax.systems import hub
 
@@ -134,8 +140,42 @@ def _to_hub(args):
     print(f"pushed to {address}")
 
 
-def _prepared(args):
-  """Checks everything that is not slow. (step, fields of the card, its files)."""
+def _to_onnx(args):
+  for name, value in {"--push": args.push, "--private": args.private}.items():
+    if value:
+      raise UserError(f"{name} is for --format hub")
+
+  from aurora_jax.interop.hub import onnx_files
+
+  onnx_files.check_packages()
+  from aurora_jax import xla_flags
+
+  xla_flags.run_in_order()  # for the memory of large generators
+  from aurora_jax.evaluation import onnx_export
+  from aurora_jax.runs.progress import progress
+
+  step, prompts, card, extra = _prepared(args, onnx_export.check_target)
+  with progress(f"writing {args.out} and checking it"):
+    done = onnx_export.export(
+      args.workdir,
+      args.out,
+      prompts[:_CHECKED] or [""],
+      step=step,
+      weights=args.weights,
+      clip=args.clip,
+      card=card,
+      extra=extra,
+      overwrite=args.overwrite,
+    )
+  shown = text.printable(text.path_text(done.path))
+  print(
+    f"{shown}: ONNX opset {onnx_files.OPSET}, {done.weights} of step {done.step:,}, {done.parameters / 1e6:,.2f} M "
+    f"parameters; images within {done.difference:.1e} of ours; README.md is its model card"
+  )
+
+
+def _prepared(args, check_target):
+  """Checks everything that is not slow. (step, prompts, fields of the card, its files)."""
   from aurora_jax.interop.hub import remote
   from aurora_jax.runs import checkpoint_folder
   from aurora_jax.systems.model_folder import ModelFolder
@@ -157,10 +197,9 @@ def _prepared(args):
   if args.clip is None:
     sampling_flags.check_references(place.run, experiment, args.allow_config_change, ("text",))
 
-  from aurora_jax.interop.hub import folder
   from aurora_jax.systems import hub_card
 
-  folder.check_target(args.out, overwrite=args.overwrite)
+  check_target(args.out, overwrite=args.overwrite)
   prompts = args.prompt or hub_card.prompts(experiment)
   card, extra = {"license": args.license or "other"}, {}
   if prompts and prompts[0]:
@@ -169,7 +208,7 @@ def _prepared(args):
     content, note = _samples(args, step, prompts)
     card |= {"image": _SHEET, "image_note": note}
     extra[_SHEET] = content
-  return step, card, extra
+  return step, prompts, card, extra
 
 
 def _samples(args, step, prompts):
@@ -207,4 +246,4 @@ def _samples(args, step, prompts):
 
 
 # A further format is one entry and its function.
-_FORMATS = {"hub": _to_hub, "released": _to_released}
+_FORMATS = {"hub": _to_hub, "onnx": _to_onnx, "released": _to_released}

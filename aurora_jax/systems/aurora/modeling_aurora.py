@@ -143,10 +143,10 @@ def pixel_norm(x: Tensor) -> Tensor:
 
 
 def scaled_linear(x: Tensor, weight: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
-  """factor * (x @ weight.T) + bias in one product. x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
+  """factor * (x @ weight.T) + bias in one product. x [B, ..., inputs], weight [outputs, inputs]."""
   rows, start = x.reshape(-1, x.shape[-1]), x.new_zeros(1) if bias is None else bias
   y = torch.addmm(start, rows, weight.T, beta=0 if bias is None else 1, alpha=factor)
-  return y.view(*x.shape[:-1], -1)
+  return y.view(-1, *map(int, x.shape[1:-1]), y.shape[-1])
 
 
 class Linear(nn.Module):
@@ -253,7 +253,7 @@ class ModulatedConv(nn.Module):
     bias: bool = True,
   ):
     super().__init__()
-    self.upsample, self.demodulate, self.activate = upsample, demodulate, activate
+    self.size, self.upsample, self.demodulate, self.activate = size, upsample, demodulate, activate
     self.gain = 1 / math.sqrt(size * size * inputs)
     channels = (inputs, outputs) if upsample else (outputs, inputs)
     self.weight = nn.Parameter(torch.randn(kernels, *channels, size, size))
@@ -282,19 +282,21 @@ class ModulatedConv(nn.Module):
     return (mix @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
 
   def _convolve(self, x: Tensor, filters: Tensor) -> Tensor:
-    height, width, size = *x.shape[2:], filters.shape[-1]
+    height, width, size = *map(int, x.shape[2:]), self.size
     if self.upsample:
       columns = filters.flatten(2).transpose(1, 2) @ x.flatten(2)  # all taps of every pixel
       return smooth(F.fold(columns, (2 * height + 1, 2 * width + 1), 3, stride=2))
-    if size == 1 or (x.device.type == "cpu" and height * width <= 64):
-      # On a CPU a matrix product reads the filters of a small map faster than a convolution does.
+    small = x.device.type == "cpu" and height * width <= 64
+    if size == 1 or small or (self.mix is not None and torch.onnx.is_in_onnx_export()):
+      # On a CPU a matrix product reads the filters of a small map faster than a convolution does. In ONNX the number of
+      # groups of a convolution is a constant, so it cannot be the batch.
       columns = x.flatten(2) if size == 1 else F.unfold(x, size, padding=size // 2)
       return (filters.flatten(2) @ columns).unflatten(2, (height, width))
     groups = len(filters)
     y = F.conv2d(
       x.reshape(-1, x.shape[1] * groups, height, width), filters.flatten(0, 1), padding=size // 2, groups=groups
     )
-    return y.view(len(x), -1, height, width)
+    return y.view(x.shape[0], -1, height, width)
 
 
 class ScaleShift(Float32Module):
@@ -322,7 +324,7 @@ class DeformableConv(ModulatedConv):
 
   def _convolve(self, x: Tensor, filters: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
     """offsets [B, 18, H, W] in pixels, mask [B, 9, H, W]."""
-    height, width = x.shape[2:]
+    height, width = map(int, x.shape[2:])
     line = lambda size: torch.arange(size, device=x.device, dtype=torch.float32)
     tap = line(3) - 1
     offsets = offsets.unflatten(1, (9, 2))  # [B, 9, 2, H, W]
@@ -426,7 +428,7 @@ class ConstantInput(Float32Module):
     self.constant = nn.Parameter(torch.randn(1, channels, 4, 4))
 
   def forward(self, w: Tensor) -> Tensor:
-    return self.constant.expand(len(w), -1, -1, -1)
+    return self.constant.expand(w.shape[0], -1, -1, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,12 +446,16 @@ def l2_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> T
   queries [B, N, heads * D], keys and values [B, M, heads * D] -> [B, N, heads * D].
   """
   batch, count, width = queries.shape
-  scale = (width // heads) ** -0.5
+  scale = int(width // heads) ** -0.5
   heads_first = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)  # [B * heads, tokens, D]
   queries, keys = heads_first(queries.float() * scale), heads_first(keys.float() * scale)
   values = heads_first(values)
-  # |q - k|^2 = |q|^2 + |k|^2 - 2 q k as one product: (-2 q, |q|^2, 1) (k, 1, |k|^2).
   squares = lambda t: t.square().sum(-1, keepdim=True)
+  if torch.onnx.is_in_onnx_export():  # at once: a number of chunks that depends on the batch has no place in a graph
+    squared = squares(queries) + squares(keys).transpose(1, 2) - 2 * queries @ keys.transpose(1, 2)
+    mixed = _softmax_of_distances(squared, values)
+    return mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+  # |q - k|^2 = |q|^2 + |k|^2 - 2 q k as one product: (-2 q, |q|^2, 1) (k, 1, |k|^2).
   queries = torch.cat([-2 * queries, squares(queries), torch.ones_like(queries[..., :1])], -1)
   keys = torch.cat([keys, torch.ones_like(keys[..., :1]), squares(keys)], -1).transpose(1, 2)
   most = _LOGITS_AT_ONCE.get(queries.device.type, _LOGITS_ON_A_GPU)
@@ -457,12 +463,12 @@ def l2_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> T
   groups = max(1, most // (rows * values.shape[1]))
   parts = []
   for q, k, v in zip(queries.split(groups), keys.split(groups), values.split(groups)):
-    parts.append(torch.cat([_attend(part, k, v) for part in q.split(rows, 1)], 1))
+    parts.append(torch.cat([_softmax_of_distances(part @ k, v) for part in q.split(rows, 1)], 1))
   return torch.cat(parts).unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-  squared, least = queries @ keys, 1e-12  # not zero, where the square root has no gradient
+def _softmax_of_distances(squared: Tensor, values: Tensor) -> Tensor:
+  least = 1e-12  # not zero, where the square root has no gradient
   if squared.requires_grad:
     logits = -squared.clamp_min(least).sqrt()
   else:
@@ -521,6 +527,7 @@ class FeedForward(nn.Module):
     self.in_bias = nn.Parameter(torch.zeros(experts, 2 * hidden))
     self.out_weight = nn.Parameter(torch.randn(experts, width, hidden))
     self.out_bias = nn.Parameter(torch.zeros(experts, width))
+    self.in_factor, self.out_factor = width**-0.5, hidden**-0.5
     self.router = Router(width, experts, cfg.w_dim) if experts > 1 else None
 
   def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Routing | None]:
@@ -532,15 +539,19 @@ class FeedForward(nn.Module):
     return out * logits.softmax(-1).amax(-1, keepdim=True).to(x.dtype), Routing(expert, logits)
 
   def _expert(self, x: Tensor, e: int) -> Tensor:
-    hidden, width = self.out_weight.shape[2], x.shape[-1]
-    value, gate = scaled_linear(x, self.in_weight[e], width**-0.5, self.in_bias[e]).chunk(2, -1)
-    return scaled_linear(value * F.gelu(gate), self.out_weight[e], hidden**-0.5, self.out_bias[e])
+    value, gate = scaled_linear(x, self.in_weight[e], self.in_factor, self.in_bias[e]).chunk(2, -1)
+    return scaled_linear(value * F.gelu(gate), self.out_weight[e], self.out_factor, self.out_bias[e])
 
   @torch.compiler.disable
   def _chosen_experts(self, x: Tensor, expert: Tensor) -> Tensor:
     """Every token by its own expert: tokens sorted by expert, one product for each expert that has any. x [T, D],
     expert [T].
     """
+    if torch.onnx.is_in_onnx_export():  # the experts that have any tokens depend on the data: the graph has all of them
+      for e in range(len(self.in_weight)):
+        rows = (expert == e).nonzero()[:, 0]
+        x = x.index_copy(0, rows, self._expert(x[rows], e))  # of rows that no other expert reads
+      return x
     order = expert.argsort(stable=True)
     counts = torch.bincount(expert, minlength=len(self.in_weight)).tolist()
     parts = [self._expert(rows, e) for e, rows in enumerate(x[order].split(counts)) if len(rows)]
@@ -658,6 +669,7 @@ class AuroraGenerator(nn.Module):
 
   # What the text encoder has to give: "tokens", its features of all tokens and the position of the end.
   text_input = "tokens"
+  prompt_means = True  # `sample` takes the latents of a prompt's own mean
 
   def __init__(self, cfg: AuroraConfig):
     super().__init__()
@@ -705,14 +717,14 @@ class AuroraGenerator(nn.Module):
 
   def truncate(self, w: Tensor, psi: float | Tensor, prompt_mean: Tensor | None = None) -> Tensor:
     """Moves w [B, W] toward the mean of all w and then toward the prompt's own mean."""
-    psi = torch.as_tensor(psi, dtype=torch.float32, device=w.device).expand(len(w), 1)
+    psi = torch.as_tensor(psi, dtype=torch.float32, device=w.device).expand(w.shape[0], 1)
     w = torch.lerp(self.average.w, w, psi)
     return w if prompt_mean is None else torch.lerp(prompt_mean, w, psi)
 
   def mean_w(self, z: Tensor, global_text: Tensor) -> Tensor:
     """The mean w of prompts over latents: z [P, M, Z], global text [P, D] -> [P, W]."""
-    each = global_text.repeat_interleave(z.shape[1], 0)
-    return self.map_latents(z.flatten(0, 1), each).unflatten(0, z.shape[:2]).mean(1)
+    each = global_text[:, None].expand(-1, z.shape[1], -1)
+    return self.map_latents(z.flatten(0, 1), each.flatten(0, 1)).unflatten(0, (-1, z.shape[1])).mean(1)
 
   # ---- for pipeline.py -----------------------------------------------------------------------------------------------
 

@@ -101,6 +101,11 @@ class BatchNorm(Float32Module):
     if self.on_batch:
       if x.numel() == x.shape[1]:
         raise ValueError("batch norm on the batch's statistics needs 2 samples or more (bn_at_eval is 'batch')")
+      if torch.onnx.is_in_onnx_export():  # ONNX has no batch norm on the batch's statistics
+        axes, of_channel = (0, *range(2, x.ndim)), (-1, *(1,) * (x.ndim - 2))
+        variance, mean = torch.var_mean(x.float(), axes, correction=0, keepdim=True)
+        normalized = (x.float() - mean) * torch.rsqrt(variance + 1e-5)
+        return normalized * scale.view(of_channel) + shift.view(of_channel)
       return F.batch_norm(x.float(), None, None, scale, shift, training=True)
     return F.batch_norm(x.float(), take(self.running_mean), take(self.running_var), scale, shift)
 
@@ -197,8 +202,10 @@ class MeganGenerator(nn.Module):
   @torch.compiler.disable
   def _images(self, features: list[Tensor], chosen: Tensor) -> Tensor:
     """The second half of the generators that were chosen."""
-    image = features[0].new_empty((len(chosen), 3, self.cfg.resolution, self.cfg.resolution), dtype=torch.float32)
-    for index in chosen.unique().tolist():
+    image = features[0].new_empty((chosen.shape[0], 3, self.cfg.resolution, self.cfg.resolution), dtype=torch.float32)
+    # Which generators are chosen depends on the data: an ONNX graph has all of them.
+    present = range(self.cfg.generators) if torch.onnx.is_in_onnx_export() else chosen.unique().tolist()
+    for index in present:
       own = (chosen == index).nonzero()[:, 0]
       if self.cfg.bn_at_eval == "batch":  # the statistics are those of all samples
         made = self._run(features[index], index, 2 * FEATURE_RESOLUTION, self.cfg.resolution)[own]

@@ -223,7 +223,7 @@ class ModulatedConv(nn.Module):
     x = x.float() if self.norm is None else self.norm(x.float())
     y = (x * style[:, :, None, None]).to(dtype)
     if self.upsample:
-      height, width = y.shape[2:]
+      height, width = map(int, y.shape[2:])
       columns = self.weight.flatten(1).T @ y.flatten(2)  # all taps of every pixel
       y = smooth(F.fold(columns.float(), (2 * height + 1, 2 * width + 1), 3, stride=2))
     else:
@@ -353,7 +353,7 @@ class TextEncoder(Float32Module):
     for block in self.blocks:
       x = block(x)
     end = ids.argmax(-1)  # the end of the text has the largest id
-    x = self.final_norm(x)[torch.arange(len(ids), device=ids.device), end]
+    x = self.final_norm(x)[torch.arange(ids.shape[0], device=ids.device), end]
     return F.normalize(self.projection(x), dim=-1)
 
 
@@ -435,7 +435,7 @@ class StyleganTGenerator(nn.Module):
     """Latents [B, Z] and text [B, D] to w [B, W]."""
     if z.ndim != 2 or z.shape[1] != self.cfg.z_dim:
       raise ValueError(f"z must be [batch, {self.cfg.z_dim}], got {list(z.shape)}")
-    wanted = [len(z), self.cfg.text_dim] if self.cfg.text_dim else None
+    wanted = [z.shape[0], self.cfg.text_dim] if self.cfg.text_dim else None
     if (None if text is None else list(text.shape)) != wanted:
       raise ValueError(f"text must be {wanted}, got {None if text is None else list(text.shape)}")
     x = self.mapping(z.float(), psi)
@@ -467,7 +467,7 @@ class StyleganTGenerator(nn.Module):
           name: self.get_submodule(f"blocks.{name}.output").noise_const[None, None] for name in self.noise_sizes()
         }
       if noise == "random":
-        draw = lambda size: torch.randn(len(w), 1, size, size, device=w.device)
+        draw = lambda size: torch.randn(w.shape[0], 1, size, size, device=w.device)
         return {name: draw(size) for name, size in self.noise_sizes().items()}
       if noise == "none":
         return {}
@@ -552,5 +552,5 @@ class LatentMapping(Float32Module):
   def forward(self, z: Tensor, psi: float | Tensor) -> Tensor:
     x = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-8)
     x = self.fc1(leaky_relu(self.fc0(x)))
-    psi = torch.as_tensor(psi, dtype=torch.float32, device=z.device).expand(len(z), 1)
+    psi = torch.as_tensor(psi, dtype=torch.float32, device=z.device).expand(z.shape[0], 1)
     return torch.where(psi == 1, x, self.x_avg + psi * (x - self.x_avg))
