@@ -150,6 +150,7 @@ def _cast(params, dtype):
   leaves, structure = jax.tree.flatten(params)
   params.clear()
   for i, leaf in enumerate(leaves):
-    leaves[i] = jax.device_put(leaf if dtype is None else leaf.astype(dtype))
+    # At once: copies that wait would keep their sources.
+    leaves[i] = jax.block_until_ready(jax.device_put(leaf if dtype is None else leaf.astype(dtype)))
     del leaf
   return jax.tree.unflatten(structure, leaves)
