@@ -89,12 +89,26 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   prompts = list(args.prompt)
   if args.prompts:
     prompts += [line.strip() for line in text.lines(text.read_text(args.prompts)) if line.strip()]
+  return fitting_prompts(prompts, args.workdir, "--prompt TEXT or --prompts FILE")
+
+
+def fitting_prompts(prompts: list[str], workdir: str, flags: str) -> list[str]:
+  """The prompts if the run takes them; [""] for a run of an unconditional system.
+
+  Args:
+    prompts: what the user gave.
+    workdir: the run's folder.
+    flags: that give prompts, for the message.
+
+  Raises:
+    UserError: as of `read_prompts`.
+  """
   arguments.check_prompts(prompts)
-  experiment = ModelFolder.open(args.workdir).experiment
+  experiment = ModelFolder.open(workdir).experiment
   if experiment.conditional and not prompts:
-    raise UserError("no prompt: --prompt TEXT or --prompts FILE")
+    raise UserError(f"no prompt: {flags}")
   if not experiment.conditional and prompts:
-    raise UserError(f"{args.workdir} is a run of '{experiment.system}', which takes no prompts")
+    raise UserError(f"{workdir} is a run of '{experiment.system}', which takes no prompts")
   return prompts or [""]
 
 

@@ -50,6 +50,10 @@ class TrainedGenerator:
     """Interpolates between prompts: images [L, S, R, R, 3]. The options are those of `interpolation.interpolate`."""
     return interpolation.interpolate(self.sampler, self.weights, list(prompts), latents, **options)
 
+  def between_latents(self, prompts: Sequence[str], latents: latents_lib.Latents, **options: Any) -> np.ndarray:
+    """Interpolates between latents: [P, S, R, R, 3]. The options are those of `interpolation.between_latents`."""
+    return interpolation.between_latents(self.sampler, self.weights, list(prompts), latents, **options)
+
 
 def load(
   workdir: str | pathlib.Path,

@@ -51,6 +51,19 @@ def test_a_run_whose_config_names_no_clip(home):
     trained_generator.load(home / "run", clip=str(home / "wide"))
 
 
+def test_a_walk_between_latents_passes_through_their_images(home):
+  model = trained_generator.load(home / "run", prompts_at_once=2, images=8)
+  drawn = latents.draw(model.system.draw_latents, 0, [0], 3, 2)
+  prompts = ["red circle", "green bar"]
+  walk = model.between_latents(prompts, drawn, steps=3, psi=0.5)
+  assert walk.shape == (2, 5, 16, 16, 3)
+  twice = lambda part: {name: np.repeat(array, 2, axis=0) for name, array in part.items()}
+  both = latents.Latents(twice(drawn.values), twice(drawn.means))
+  stops = model.sample(prompts, latents=both, psi=0.5).images
+  np.testing.assert_allclose(walk[:, ::2], stops, rtol=1e-3, atol=1e-3 * np.abs(stops).max())
+  assert np.abs(walk[:, 1] - walk[:, 2]).max() > 1e-2 * np.abs(stops).max()
+
+
 def test_a_walk_ends_where_sampling_goes(home):
   model, seen = trained_generator.load(home / "run", prompts_at_once=4, images=8), []
   drawn = latents.draw(model.system.draw_latents, 0, [0], 2, 3)

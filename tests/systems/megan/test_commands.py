@@ -128,6 +128,10 @@ def test_sampling_without_prompts(run, tmp_path):
   sheet, again = (np.asarray(Image.open(tmp_path / name)) for name in ("sheet.png", "again.png"))
   np.testing.assert_array_equal(sheet, again)
   assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100
+  walk = ("interpolate", "--workdir", run, "--latent-walk", "--latents", 2, "--steps", 3, "--out")
+  assert "3 steps" in succeed(*walk, tmp_path / "walk.gif", "--strip", tmp_path / "walk.png")
+  with Image.open(tmp_path / "walk.gif") as gif:
+    assert gif.n_frames == 4
   fail("takes no prompts", *sample, tmp_path / "x.png", "--prompt", "red heart")
   fail("has no truncation: psi must be 1", *sample, tmp_path / "x.png", "--psi", "0.5")
   assert not (tmp_path / "x.png").exists()
