@@ -111,21 +111,12 @@ def _to_released(args):
 def _to_hub(args):
   from aurora_jax.interop.hub import folder
 
-  step, _, card, extra = _prepared(args, folder.check_target)
+  _, options = _prepared(args, folder.check_target)
   from aurora_jax.runs.progress import progress
   from aurora_jax.systems import hub
 
   with progress(f"writing {args.out}"):
-    done = hub.export_run(
-      args.workdir,
-      args.out,
-      step=step,
-      weights=args.weights,
-      clip=args.clip,
-      card=card,
-      extra=extra,
-      overwrite=args.overwrite,
-    )
+    done = hub.export_run(args.workdir, args.out, **options)
   shown = text.printable(text.path_text(done.path))
   print(
     f"{shown}: {done.pipeline}, {done.weights} of step {done.step:,}, {done.parameters / 1e6:,.2f} M parameters; "
@@ -154,19 +145,9 @@ def _to_onnx(args):
   from aurora_jax.evaluation import onnx_export
   from aurora_jax.runs.progress import progress
 
-  step, prompts, card, extra = _prepared(args, onnx_export.check_target)
+  prompts, options = _prepared(args, onnx_export.check_target)
   with progress(f"writing {args.out} and checking it"):
-    done = onnx_export.export(
-      args.workdir,
-      args.out,
-      prompts[:_CHECKED] or [""],
-      step=step,
-      weights=args.weights,
-      clip=args.clip,
-      card=card,
-      extra=extra,
-      overwrite=args.overwrite,
-    )
+    done = onnx_export.export(args.workdir, args.out, prompts[:_CHECKED] or [""], **options)
   shown = text.printable(text.path_text(done.path))
   print(
     f"{shown}: ONNX opset {onnx_files.OPSET}, {done.weights} of step {done.step:,}, {done.parameters / 1e6:,.2f} M "
@@ -175,7 +156,7 @@ def _to_onnx(args):
 
 
 def _prepared(args, check_target):
-  """Checks everything that is not slow. (step, prompts, fields of the card, its files)."""
+  """Checks everything that is not slow, and draws the card's samples. (prompts, options of the export)."""
   from aurora_jax.interop.hub import remote
   from aurora_jax.runs import checkpoint_folder
   from aurora_jax.systems.model_folder import ModelFolder
@@ -208,7 +189,8 @@ def _prepared(args, check_target):
     content, note = _samples(args, step, prompts)
     card |= {"image": _SHEET, "image_note": note}
     extra[_SHEET] = content
-  return step, prompts, card, extra
+  options = {"step": step, "weights": args.weights, "clip": args.clip, "overwrite": args.overwrite}
+  return prompts, options | {"card": card, "extra": extra}
 
 
 def _samples(args, step, prompts):
