@@ -1,6 +1,7 @@
 """One persistent compilation cache for the whole suite and for the processes that it starts."""
 
 import collections
+import fcntl
 import gc
 import os
 import pathlib
@@ -34,6 +35,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def flags_of_this_process(monkeypatch):
   """A command that a test calls may add flags for its own process; those that other tests start do not inherit them."""
   monkeypatch.setenv("XLA_FLAGS", FLAGS)
+
+
+@pytest.fixture
+def libtpu():
+  """Held by tests whose processes load libtpu: one process at a time can. Waits for the tests of other workers."""
+  CACHE.mkdir(parents=True, exist_ok=True)
+  with open(CACHE.parent / "libtpu.lock", "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 @pytest.fixture(autouse=True, scope="module")

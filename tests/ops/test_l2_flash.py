@@ -229,6 +229,7 @@ for name in names:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topologies", [("v5e:2x2", "v6e:2x2"), ("h100-2",)], ids=str)
 def test_compiled_for_accelerators(topologies):
   """Three kernels on each of two devices, which see their own images only. No array is as large as the logits."""

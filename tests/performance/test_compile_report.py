@@ -151,6 +151,7 @@ def test_an_interrupted_compile_keeps_the_programs_that_are_done(tmp_path, monke
   assert [entry.name for entry in tmp_path.iterdir()] == ["jit_networks-0-cache"]
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("name, devices, chip", [("v5e:2x2", 4, "TPU v5e"), ("a100-8", 8, "A100 SXM4 80 GB")])
 def test_compiles_for_absent_hardware(tmp_path, name, devices, chip):
   """With the real compilers, of requirements-compilers.txt; without them this fails and says what to install."""
@@ -335,6 +336,7 @@ def compiled_functions(*topologies):
   return done.stdout.split("END OF PROGRAM")
 
 
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topologies", [("v5e:2x2", "v5e:4x4"), ("a100-8",)], ids=str)
 def test_per_sample_filters_stay_with_their_samples(topologies):
   """Forward and backward, no device sees another one's samples or filters. Only gradients of the weights are summed."""
@@ -342,6 +344,7 @@ def test_per_sample_filters_stay_with_their_samples(topologies):
   assert " all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_gradients_of_parameters_that_are_sharded_over_all_devices_are_reduce_scattered():
   text = compiled_functions("v5e:2x2", "v5e:4x4")[1]
   found, _ = collectives.of_program(text, {"data": 1, "expert0": 4, "expert1": 4})
