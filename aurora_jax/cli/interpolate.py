@@ -26,20 +26,23 @@ from aurora_jax.evaluation import arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   parser.add_argument(
-    "--prompt", action="append", default=[], metavar="TEXT", help="twice, or more often for a walk through several"
+    "--prompt", action="append", default=[], metavar="TEXT", help="twice or more; with --latent-walk once or more"
   )
   parser.add_argument(
-    "--out", type=flag_types.path, required=True, metavar="GIF", help="the animation to write, all latents side by side"
+    "--out", type=flag_types.path, required=True, metavar="GIF", help="the animation to write, all rows side by side"
   )
   parser.add_argument(
-    "--strip", type=flag_types.path, metavar="PNG", help="also write all steps side by side, a row per latent"
+    "--strip",
+    type=flag_types.path,
+    metavar="PNG",
+    help="also write all steps side by side, a row per latent (with --latent-walk, per prompt)",
   )
   parser.add_argument(
     "--steps",
     type=int,
     default=9,
     metavar="N",
-    help="images from a prompt to the next, both ends counted (default 9)",
+    help="images from a prompt (or latent) to the next, both ends counted (default 9)",
   )
   parser.add_argument("--global", dest="move_all", action="store_true", help="the global text moves too")
   parser.add_argument(
@@ -63,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
       raise UserError(f"--{flag} must lie between {least} and {most}, got {value}")
   if args.latent_walk and args.latents == 1:
     raise UserError("--latent-walk needs --latents of 2 or more, got 1")
-  args.psi = args.psi or ("1" if args.latent_walk else "0.2")
+  if args.psi is None:
+    args.psi = "1" if args.latent_walk else "0.2"
   sweep = sampling_flags.read_psi(args.psi)
   if len(sweep) > 1:
     raise UserError(f"--psi {args.psi}: an interpolation has one truncation")

@@ -186,6 +186,7 @@ def test_interpolate_as_a_process(home, tmp_path):
     (("sample", "--prompts", "{tmp}/broken.npz"), "broken.npz is not UTF-8"),
     (("interpolate",), "at least two --prompt TEXT, got 1"),
     (("interpolate", "--prompt", "x" * 10_000), "10,000 characters"),
+    (("interpolate", "--prompt", "b", "--psi", ""), "'' is no number"),
     (("interpolate", "--latent-walk", "--global"), "--global is for a walk between prompts"),
     (("interpolate", "--latent-walk", "--latents", "1"), "--latents of 2 or more, got 1"),
     (("interpolate", "--prompt", "b", "--steps", "1"), "--steps must lie between 2 and 1000, got 1"),

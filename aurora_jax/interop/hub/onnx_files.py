@@ -158,8 +158,8 @@ def _export(path, module, inputs, outputs):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without the exporter's warnings: sizes that are the same for all data become constants, as they should. Without the
-  progress bar of transformers beside that of the command.
+  """Hides the exporter's warnings, which say that sizes become constants, as they should. Hides the progress bar of
+  transformers, since the command shows its own.
   """
   from transformers.utils import logging as transformers_logging
 
