@@ -6,8 +6,9 @@
   bucket   one bucket of C slots per expert and one batched product. C is the smallest of several capacities that holds
            the fullest expert of the step; beyond the largest one, the dense backend runs. Best on accelerators with
            balanced experts;
-  grouped  tiles of tokens of one expert each, with the expert's weights repeated per tile. The cost does not depend on
-           the balance of the experts. Best for the small widths of a CPU run, where repeating weights is cheap.
+  grouped  tokens sorted by expert. Small experts: tiles of tokens of one expert each, the weights repeated per tile.
+           Large experts: one after the other, each on its own tokens. The cost hardly depends on the balance of the
+           experts. Best on a CPU.
 
   G images (groups), N tokens of an image, T = G * N tokens, D width, F hidden width, E experts, C capacity
 """
@@ -45,12 +46,20 @@ def geglu_ffn(x: jax.Array, params: ExpertParams) -> jax.Array:
   Returns:
     [..., C, D].
   """
-  dtype, width, inner = x.dtype, x.shape[-1], params.out_weight.shape[-2]
+  return _project_out(_project_in(x, params.in_weight, params.in_bias), params.out_weight, params.out_bias)
+
+
+def _project_in(x, weight, bias):
+  """x [..., C, D], weight [..., D, 2 F], bias [..., 2 F] -> value and gate [..., C, 2 F]."""
   # The factors 1 / sqrt(fan in) are applied to the activations, which are smaller than the weights.
-  hidden = (x @ params.in_weight.astype(dtype)) / math.sqrt(width) + params.in_bias[..., None, :].astype(dtype)
+  return (x @ weight.astype(x.dtype)) / math.sqrt(x.shape[-1]) + bias[..., None, :].astype(x.dtype)
+
+
+def _project_out(hidden, weight, bias):
+  """hidden [..., C, 2 F], weight [..., F, D], bias [..., D] -> [..., C, D]."""
   value, gate = jnp.split(hidden, 2, axis=-1)
   hidden = value * jax.nn.gelu(gate, approximate=False)
-  return (hidden @ params.out_weight.astype(dtype)) / math.sqrt(inner) + params.out_bias[..., None, :].astype(dtype)
+  return (hidden @ weight.astype(hidden.dtype)) / math.sqrt(weight.shape[-2]) + bias[..., None, :].astype(hidden.dtype)
 
 
 def dense_ffn(x: jax.Array, expert: jax.Array, params: ExpertParams) -> jax.Array:
@@ -146,23 +155,14 @@ def bucket_ffn(x: jax.Array, expert: jax.Array, position: jax.Array, params: Exp
   )
 
 
-# If the repeated weights of all tiles are larger than this, the tiles are computed one at a time.
+# Experts are large, and go one after the other, if the repeated weights of all tiles would take more than this.
 _REPEATED_BYTES = 1 << 27
-
-
-def _tile_size(tokens, experts):
-  """Slots per tile: about half the mean load of an expert, a power of two from 64 to 256."""
-  half = max(1, tokens // (2 * experts))
-  return min(256, max(64, 1 << (half.bit_length() - 1)))
 
 
 def grouped_ffn(
   x: jax.Array, expert: jax.Array, position: jax.Array, load: jax.Array, params: ExpertParams
 ) -> jax.Array:
-  """Each token through its expert, in tiles of slots that belong to one expert each.
-
-  The weights of small experts are repeated per tile, for one batched product over all tiles. Tiles of large experts are
-  computed one at a time; those without tokens are skipped.
+  """Each token through its expert, whatever the loads of the experts.
 
   Args:
     x: [T, D].
@@ -174,30 +174,147 @@ def grouped_ffn(
     [T, D].
   """
   tokens, experts = x.shape[0], params.in_weight.shape[0]
+  tiles = _tiles(tokens, experts, _tile_size(tokens, experts))
+  if sum(p.size * p.dtype.itemsize for p in params) // experts * tiles <= _REPEATED_BYTES:
+    return _in_tiles(x, expert, position, load, params)
+  slot = (jnp.cumsum(load) - load)[expert] + position
+  return through_slots(x, slot, tokens, lambda rows: _one_after_the_other(rows, load, params))
+
+
+def _tile_size(tokens, experts):
+  """Slots per tile: about half the mean load of an expert, a power of two from 64 to 256."""
+  half = max(1, tokens // (2 * experts))
+  return min(256, max(64, 1 << (half.bit_length() - 1)))
+
+
+def _tiles(tokens, experts, tile):
+  return -(-tokens // tile) + experts - 1  # enough for every load
+
+
+def _in_tiles(x, expert, position, load, params):
+  """`grouped_ffn` of small experts: tiles of slots of one expert each, the weights repeated per tile."""
+  tokens, experts = x.shape[0], params.in_weight.shape[0]
   tile = _tile_size(tokens, experts)
-  tiles = -(-tokens // tile) + experts - 1  # enough for every load
+  tiles = _tiles(tokens, experts, tile)
   ends = jnp.cumsum(-(-load // tile))  # [E], in tiles
   starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
   slot = starts[expert] * tile + position
   owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), experts - 1)  # [tiles]
 
-  def all_at_once(slots):
+  def feed_forward(slots):
     # A product with a one-hot matrix, because the gradient of a gather would be a scatter of matrices.
     selector = jax.nn.one_hot(owner, experts, dtype=params.in_weight.dtype)
     repeated = jax.tree.map(lambda p: jnp.tensordot(selector, p, 1), params)
-    return geglu_ffn(slots.reshape(tiles, tile, -1), repeated)
+    return geglu_ffn(slots.reshape(tiles, tile, -1), repeated).reshape(tiles * tile, -1)
 
-  def one_by_one(slots):
-    def feed_forward(item):
-      index, rows = item
-      run = lambda rows: geglu_ffn(rows, jax.tree.map(lambda p: p[owner[index]], params))
-      return jax.lax.cond(index < ends[-1], run, jnp.zeros_like, rows)
+  return through_slots(x, slot, tiles * tile, feed_forward)
 
-    return jax.lax.map(feed_forward, (jnp.arange(tiles), slots.reshape(tiles, tile, -1)))
 
-  weights = sum(p.size * p.dtype.itemsize for p in params) // experts * tiles
-  apply = all_at_once if weights <= _REPEATED_BYTES else one_by_one
-  return through_slots(x, slot, tiles * tile, lambda slots: apply(slots).reshape(tiles * tile, -1))
+# Numbers of rows for which the products of a large expert are compiled, as multiples of the mean load.
+_ROW_FACTORS = (0.5, 0.75, 1.0, 1.125, 1.25, 1.5, 2.0)
+
+
+def _row_counts(tokens, experts):
+  return sorted({min(tokens, 8 * math.ceil(factor * tokens / experts / 8)) for factor in _ROW_FACTORS})
+
+
+def _for_each_expert(load, tokens, body, carry):
+  """Loops over the experts' rows, in pieces of at most the largest row count.
+
+  A piece takes the smallest row count that holds it. There is one loop per row count: loops change `carry` in place,
+  while a `lax.switch` over the row counts would copy it for every piece.
+
+  Args:
+    load: int32 [E].
+    tokens: T.
+    body: (expert, first row, mask [rows, 1] of the piece's own rows, carry) -> carry. The rows are contiguous.
+    carry: arrays.
+
+  Returns:
+    The last carry.
+  """
+  counts = _row_counts(tokens, load.size)
+  largest = counts[-1]
+  ends = jnp.cumsum(-(-load // largest))  # [E], in pieces
+  piece = jnp.arange(load.size + tokens // largest)  # enough for every load
+  owner = jnp.minimum(jnp.searchsorted(ends, piece, side="right"), load.size - 1)
+  skipped = (piece - ends[owner] - (-load // largest)[owner]) * largest  # rows of the expert's earlier pieces
+  start = (jnp.cumsum(load) - load)[owner] + skipped
+  length = jnp.clip(load[owner] - skipped, 0, largest)
+  order = jnp.argsort(length)  # so that the pieces of one row count follow each other
+  bounds = jnp.searchsorted(length[order], jnp.array([0, *counts]), side="right")
+  for count, begin, end in zip(counts, bounds[:-1], bounds[1:]):
+
+    def step(place, carry, count=count):
+      chosen = order[place]
+      first = jnp.minimum(start[chosen], tokens - count)
+      row = first + jnp.arange(count)[:, None]
+      own = (start[chosen] <= row) & (row < start[chosen] + length[chosen])
+      return body(owner[chosen], first, own, carry)
+
+    carry = jax.lax.fori_loop(begin, end, step, carry)
+  return carry
+
+
+def _rows(array, first, count):
+  return jax.lax.dynamic_slice_in_dim(array, first, count)
+
+
+def _write(array, first, own, rows):
+  rows = jnp.where(own, rows, _rows(array, first, own.size))
+  return jax.lax.dynamic_update_slice_in_dim(array, rows, first, 0)
+
+
+def _forward(x, load, params, keep):
+  """x [T, D], sorted by expert -> the output [T, D] and, if `keep`, value and gate [T, 2 F]."""
+
+  def body(expert, first, own, carry):
+    one = jax.tree.map(lambda p: p[expert], params)
+    hidden = _project_in(_rows(x, first, own.size), one.in_weight, one.in_bias)
+    made = _project_out(hidden, one.out_weight, one.out_bias), hidden
+    return tuple(_write(array, first, own, rows) for array, rows in zip(carry, made))
+
+  carry = (jnp.zeros_like(x),)
+  if keep:
+    carry += (jnp.zeros_like(x, shape=(x.shape[0], params.in_weight.shape[-1])),)
+  return _for_each_expert(load, x.shape[0], body, carry)
+
+
+@jax.custom_vjp
+def _one_after_the_other(x, load, params):
+  """`grouped_ffn` of large experts on tokens that are sorted by expert. x [T, D], load int32 [E] -> [T, D].
+
+  Automatic differentiation would add every expert's gradient to the sum of all of them, which is as large as all
+  weights.
+  """
+  return _forward(x, load, params, keep=False)[0]
+
+
+def _one_after_the_other_forward(x, load, params):
+  out, hidden = _forward(x, load, params, keep=True)
+  return out, (x, load, params, hidden)
+
+
+def _one_after_the_other_backward(residuals, cotangent):
+  x, load, params, hidden = residuals
+
+  def body(expert, first, own, carry):
+    d_x, d_params = carry
+    one = jax.tree.map(lambda p: p[expert], params)
+    rows = lambda array: _rows(array, first, own.size)
+    d_hidden, *d_out = jax.vjp(_project_out, rows(hidden), one.out_weight, one.out_bias)[1](
+      jnp.where(own, rows(cotangent), 0)
+    )
+    d_rows, *d_in = jax.vjp(_project_in, rows(x), one.in_weight, one.in_bias)[1](d_hidden)
+    add = lambda total, part: total.at[expert].add(part)
+    return _write(d_x, first, own, d_rows), jax.tree.map(add, d_params, ExpertParams(*d_in, *d_out))
+
+  carry = jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, params)
+  d_x, d_params = _for_each_expert(load, x.shape[0], body, carry)
+  return d_x, None, d_params
+
+
+_one_after_the_other.defvjp(_one_after_the_other_forward, _one_after_the_other_backward)
 
 
 def expert_ffn(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from PIL import Image
 
-from aurora_jax import config_files, files, local_copies, storage
+from aurora_jax import config_files, files, local_copies, memory, storage
 from aurora_jax.errors import UserError
 from aurora_jax.parallel import hosts
 from aurora_jax.runs import (
@@ -241,6 +241,7 @@ class _Session:
     with self.timer.phase("samples"):
       self.display.status("drawing samples", brief=True)
       samples = self.stage.sample(state)
+      memory.return_freed()  # the first call compiled
       if hosts.is_primary():
         image = self.hooks.on_samples(step, samples, self.folder)
         if image is not None:

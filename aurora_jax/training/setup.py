@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from aurora_jax import memory
 from aurora_jax.config import Experiment
 from aurora_jax.data import loader, orders
 from aurora_jax.data.augment import Augment
@@ -48,6 +49,7 @@ def prepare(experiment: Experiment) -> Prepared:
 
   def init():
     state, origin = initialize.first_state(system, whole.state)
+    memory.return_freed()  # of compiling the initialization
     if origin and hosts.is_primary():
       print(origin, flush=True)
     return state

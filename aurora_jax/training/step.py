@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aurora_jax import xla_flags
+from aurora_jax import memory, xla_flags
 from aurora_jax.ops import random_keys
 from aurora_jax.systems import base
 from aurora_jax.training import optimizers
@@ -148,7 +148,13 @@ class Step:
     build = lambda index: self.trace(index, frozen).lower().compile()
     futures = [pool.submit(build, index) for index in range(len(self.programs))]
     pool.shutdown(wait=False)
-    return lambda: CompiledStep(self, frozen, [future.result() for future in futures])
+
+    def wait():
+      executables = [future.result() for future in futures]
+      memory.return_freed()
+      return CompiledStep(self, frozen, executables)
+
+    return wait
 
 
 def build(system: base.System, whole: base.System | None = None) -> Step:

@@ -29,3 +29,11 @@ def data_folder(picture_folder, tmp_path_factory):
   out = tmp_path_factory.mktemp("data") / "shapes"
   build.build(sources.folder(picture_folder), out, resolution=16, shards=3, heldout_fraction=0.2, name="shapes")
   return out
+
+
+@pytest.fixture(scope="session")
+def tf():
+  """TensorFlow, imported by the first test that needs it: that takes seconds."""
+  import tensorflow
+
+  return tensorflow

@@ -12,7 +12,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from aurora_jax.data import dataset as dataset_module
 from aurora_jax.data import images, orders, schema, tfrecords
@@ -70,7 +69,7 @@ def test_captions(data_folder):
   assert all(len(captions) == 3 for captions in dataset.captions())
 
 
-def test_tensorflow_reads_the_folder(data_folder):
+def test_tensorflow_reads_the_folder(tf, data_folder):
   dataset = Dataset.open(data_folder)
   files = [os.fspath(path) for path in shards(data_folder)]
   features = {"key": tf.io.FixedLenFeature([], tf.string), "image": tf.io.FixedLenFeature([], tf.string)}

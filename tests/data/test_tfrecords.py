@@ -6,7 +6,6 @@ import pathlib
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from aurora_jax.data import tfrecords
 from aurora_jax.errors import UserError
@@ -43,14 +42,14 @@ def test_masked_crc_of_tensorflow():
   assert tfrecords.frame(b"").hex() == "0000000000000000" + "29039807" + "d8ea82a2"
 
 
-def test_same_bytes_as_tensorflow(shard, tmp_path):
+def test_same_bytes_as_tensorflow(tf, shard, tmp_path):
   with tf.io.TFRecordWriter(os.fspath(tmp_path / "theirs")) as writer:
     for payload in PAYLOADS:
       writer.write(payload)
   assert (tmp_path / "theirs").read_bytes() == shard.read_bytes()
 
 
-def test_tensorflow_reads_ours(shard):
+def test_tensorflow_reads_ours(tf, shard):
   assert [record.numpy() for record in tf.data.TFRecordDataset(os.fspath(shard))] == PAYLOADS
 
 
@@ -193,7 +192,7 @@ def test_broken_index(shard, change, words):
 
 @pytest.mark.parametrize("kind", ["GZIP", "ZLIB"])
 @pytest.mark.parametrize("with_index", [True, False])
-def test_compressed_shard(shard, kind, with_index):
+def test_compressed_shard(tf, shard, kind, with_index):
   with tf.io.TFRecordWriter(os.fspath(shard), tf.io.TFRecordOptions(compression_type=kind)) as writer:
     for payload in PAYLOADS:
       writer.write(payload)

@@ -130,6 +130,7 @@ def home(tmp_path_factory):
     return home, arrays, dict(found)
 
 
+@pytest.mark.slow
 def test_the_pipeline_draws_what_sampling_a_run_draws(home):
   home, arrays, found = home
   run = trained_generator.load(home / "run", batch_size=4)
@@ -141,6 +142,7 @@ def test_the_pipeline_draws_what_sampling_a_run_draws(home):
   np.testing.assert_array_equal(found["ids"], tokens)
 
 
+@pytest.mark.slow
 def test_drawn_images_depend_on_their_own_seed(home):
   _, _, found = home
   assert found["drawn"].shape == (6, 16, 16, 3)
@@ -149,6 +151,7 @@ def test_drawn_images_depend_on_their_own_seed(home):
   np.testing.assert_allclose(found["megan"][2], found["megan_one"][0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_embeddings_are_those_of_our_clip(home):
   home, _, found = home
   written, original = clip_hf.load(home / "stylegan_t" / "text_encoder", text_only=True), clip_hf.load(home / "clip")
@@ -160,6 +163,7 @@ def test_embeddings_are_those_of_our_clip(home):
   assert found["stylegan_t"].shape == (2, 8, 8, 3) and np.isfinite(found["stylegan_t"]).all()
 
 
+@pytest.mark.slow
 def test_the_way_back_is_exact(home):
   home = home[0]
   back = hub.read_folder(home / "aurora", "aurora")
@@ -179,6 +183,7 @@ def test_the_way_back_is_exact(home):
   assert megan.networks["generator"]["batch_stats"]["generators"]["r4"]["norm"]["count"].dtype == np.int32
 
 
+@pytest.mark.slow
 def test_a_folder_holds_what_the_hub_expects_and_nothing_of_this_machine(home):
   home = home[0]
   names = {str(path.relative_to(home / "aurora")) for path in (home / "aurora").rglob("*") if path.is_file()}
@@ -206,6 +211,7 @@ def test_a_folder_holds_what_the_hub_expects_and_nothing_of_this_machine(home):
   assert not any("text_projection" in name for name in hub_folder.read(home / "aurora").weights)
 
 
+@pytest.mark.slow
 def test_the_model_card(home):
   yaml = pytest.importorskip("yaml")
   text = (home[0] / "aurora" / "README.md").read_text()
@@ -225,6 +231,7 @@ def test_the_model_card(home):
   assert "unconditional-image-generation" in bare and "pipe(num_images=4, seed=0)" in bare and "model-index" not in bare
 
 
+@pytest.mark.slow
 def test_large_weights_come_in_shards(home, tmp_path):
   home = home[0]
   whole = hub_folder.read(home / "aurora")
@@ -246,6 +253,7 @@ def test_large_weights_come_in_shards(home, tmp_path):
     hub.read_folder(tmp_path / "shards")
 
 
+@pytest.mark.slow
 def test_what_pytorch_saves_comes_back_bitwise(home, tmp_path):
   import torch
 
@@ -280,6 +288,7 @@ def edit_config(folder, **changes):
   (folder / "config.json").write_text(json.dumps({**values, **changes}))
 
 
+@pytest.mark.slow
 def test_bad_folders_are_named(home, tmp_path):
   home, folder = home[0], tmp_path / "megan"
   shutil.copytree(home / "megan", folder)
@@ -306,6 +315,7 @@ def test_bad_folders_are_named(home, tmp_path):
     hub.read_folder(folder)
 
 
+@pytest.mark.slow
 def test_exports_that_fail_leave_nothing(home, tmp_path, monkeypatch):
   home, out = home[0], tmp_path / "out"
   for arguments, message in (
@@ -335,6 +345,7 @@ def test_exports_that_fail_leave_nothing(home, tmp_path, monkeypatch):
   assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.slow
 def test_parameters_themselves_and_overwriting(home, tmp_path):
   home, out = home[0], tmp_path / "out"
   first = hub.export_run(home / "run", out)
@@ -348,6 +359,7 @@ def test_parameters_themselves_and_overwriting(home, tmp_path):
   assert "parameters of step 3" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_keeps_what_is_not_trained_yet(home):
   """Its outputs end where training is; the layers above go along, so that the way back loses nothing."""
   values = json.loads((home[0] / "run" / "config.json").read_text())
@@ -393,6 +405,7 @@ def test_weights_must_come_as_announced(tmp_path):
       weights.write(tmp_path, [entry("a"), entry("b")], arrays)
 
 
+@pytest.mark.slow
 def test_public_mappings_keep_no_paths(home):
   experiment = config_files.from_stored(json.loads((home[0] / "run" / "config.json").read_text()))
   assert pathlib.Path(experiment.text.clip).is_absolute()

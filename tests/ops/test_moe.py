@@ -236,17 +236,50 @@ def test_any_capacity_factors_are_exact(factors):
   np.testing.assert_allclose(jax.jit(run)(x)[:, 0], [2, 4, 6, 20, 25, 12], rtol=1e-5)
 
 
-def test_large_experts_go_one_tile_after_the_other(params, monkeypatch):
-  expert = jnp.asarray(ROUTINGS["skewed"], jnp.int32)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_large_experts_go_one_after_the_other(params, monkeypatch, dtype, tolerance):
+  """Against the dense backend in float32, relative to the largest entry of each array."""
   x = jax.random.normal(jax.random.key(1), (TOKENS, WIDTH))
-  run = lambda: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.square(moe.expert_ffn(x, expert, params, "grouped")))))
-  value, gradient = run()(x)
+  target = jax.random.normal(jax.random.key(2), (TOKENS, WIDTH))
   monkeypatch.setattr(moe, "_REPEATED_BYTES", 0)
-  one_by_one = run()
-  assert "while" in one_by_one.lower(x).as_text()  # a loop over tiles
-  other_value, other_gradient = one_by_one(x)
-  assert other_value == pytest.approx(float(value), rel=1e-5)
-  np.testing.assert_allclose(other_gradient, gradient, rtol=1e-4, atol=1e-3)
+  large = jax.jit(outputs_and_gradients.__wrapped__, static_argnums=4)
+  for name, routing in ROUTINGS.items():
+    expert = jnp.asarray(routing, jnp.int32)
+    expected = outputs_and_gradients(x, expert, params, target, "dense")
+    got = large(x.astype(dtype), expert, params, target, "grouped")
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+      assert jnp.abs(ours - theirs).max() <= tolerance * jnp.abs(theirs).max(), name
+    unused = np.setdiff1d(np.arange(EXPERTS), routing)
+    assert not any(np.any(np.asarray(gradient)[unused]) for gradient in got[1][1])
+  assert "while" in large.lower(x, expert, params, target, "grouped").as_text()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 30])
+def test_large_experts_with_few_tokens(monkeypatch, tokens):
+  monkeypatch.setattr(moe, "_REPEATED_BYTES", 0)
+  factors = np.array([2.0, 5.0, 7.0])
+  expert = np.arange(tokens) ** 2 % 3  # none for the last expert
+  x = jnp.arange(1.0, tokens + 1)[:, None]
+  run = jax.jit(lambda x, expert: moe.expert_ffn(x, expert, scaling_experts(*factors), "grouped"))
+  np.testing.assert_allclose(run(x, jnp.asarray(expert))[:, 0], factors[expert] * x[:, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, experts", [(1, 1), (3, 8), (200, 4), (4096, 16), (131072, 7)])
+def test_large_experts_take_every_row_once(tokens, experts):
+  """Whatever the loads are."""
+  rng = np.random.default_rng(0)
+  for load in (
+    rng.multinomial(tokens, np.full(experts, 1 / experts)),
+    rng.multinomial(tokens, rng.dirichlet(np.full(experts, 0.3))),
+    np.eye(experts, dtype=int)[-1] * tokens,
+  ):
+
+    def body(expert, first, own, taken):
+      return taken.at[first + jnp.arange(own.size)].add(jnp.where(own[:, 0], 1 + 1000 * expert, 0))
+
+    taken = jax.jit(lambda load: moe._for_each_expert(load, tokens, body, jnp.zeros(tokens, jnp.int32)))(load)
+    np.testing.assert_array_equal(taken, 1 + 1000 * np.repeat(np.arange(experts), load))
 
 
 def test_unknown_backend_is_named(params):

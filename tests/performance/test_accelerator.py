@@ -84,6 +84,7 @@ def _run_of(tmp_path):
   return make
 
 
+@pytest.mark.slow
 def test_it_runs_from_a_bare_python(tmp_path):
   pytest.importorskip("torch")
   (tmp_path / "parts").mkdir()
@@ -260,6 +261,7 @@ def test_a_training_step_and_its_profile(run_of, monkeypatch):
   assert "loss/g" in results["metrics"]
 
 
+@pytest.mark.slow
 def test_sampling_beside_the_twin(run_of, monkeypatch):
   pytest.importorskip("torch")
   monkeypatch.setitem(accelerator_sampling._BATCHES, True, (2,))

@@ -44,6 +44,7 @@ def _described(tree):
   return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
 
 
+@pytest.mark.slow
 def test_the_arguments_are_those_of_train(experiment, monkeypatch):
   frozen, steps = [], []
   finish = system_lib.System.finish_frozen
@@ -64,6 +65,7 @@ def test_the_arguments_are_those_of_train(experiment, monkeypatch):
   assert lowered[0] == lowered[1]
 
 
+@pytest.mark.slow
 def test_without_r1_there_is_one_program_less(experiment):
   shares = lambda experiment: {
     program.name: program.runs_per_step for program in step_lib.build(system_lib.System(experiment)).programs

@@ -114,6 +114,7 @@ def check_tiny(report, devices):
   }
 
 
+@pytest.mark.slow
 def test_as_a_user_on_a_cpu_stand_in(tmp_path):
   path, cache = tmp_path / "r.json", tmp_path / "cache"
   done = command("--config", _TINY, "--topology", "cpu-4", "--report", str(path), "--explain", "--cache", str(cache))
@@ -151,6 +152,7 @@ def test_an_interrupted_compile_keeps_the_programs_that_are_done(tmp_path, monke
   assert [entry.name for entry in tmp_path.iterdir()] == ["jit_networks-0-cache"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("name, devices, chip", [("v5e:2x2", 4, "TPU v5e"), ("a100-8", 8, "A100 SXM4 80 GB")])
 def test_compiles_for_absent_hardware(tmp_path, name, devices, chip):
@@ -336,6 +338,7 @@ def compiled_functions(*topologies):
   return done.stdout.split("END OF PROGRAM")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topologies", [("v5e:2x2", "v5e:4x4"), ("a100-8",)], ids=str)
 def test_per_sample_filters_stay_with_their_samples(topologies):
@@ -344,6 +347,7 @@ def test_per_sample_filters_stay_with_their_samples(topologies):
   assert " all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
 def test_gradients_of_parameters_that_are_sharded_over_all_devices_are_reduce_scattered():
   text = compiled_functions("v5e:2x2", "v5e:4x4")[1]

@@ -52,6 +52,7 @@ def _flags(home):
   ]
 
 
+@pytest.mark.slow
 def test_both_train_on_equal_images_and_are_judged(home, flags, capsys):
   steps = ["--config", str(CONFIG), "--config.train.total_steps=4"]
   assert main.main([*flags(minutes="30"), *steps]) == 0

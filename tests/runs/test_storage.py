@@ -222,6 +222,7 @@ def test_orbax_writes_to_gs_itself(servers, tmp_path):
   assert parts["networks/g/params"]["a"].shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_checkpoint_at_gs(servers, tmp_path):
   """Killed while they write, they go on from what is complete."""
   url, server = f"gs://{storage_servers.BUCKET}/two/checkpoints", servers["gs"]
@@ -317,6 +318,7 @@ def wait_for(server, text, running, log, seconds=120):
     time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_on_a_bad_server(server, url, train, data, tmp_path, capsys):
   running, command, whole = train
   run, log = f"{url}/run", tmp_path / "log"
@@ -354,6 +356,7 @@ def test_killed_and_restarted_on_a_bad_server(server, url, train, data, tmp_path
   jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_goes_away(servers, train, data, tmp_path):
   running, command, _ = train
   server, run, log = servers["s3"], f"s3://{storage_servers.BUCKET}/away", tmp_path / "log"

@@ -113,6 +113,7 @@ def logits(tiny, variables, image, kind):
   return out, moved["spectral"]
 
 
+@pytest.mark.slow
 def test_the_update_is_the_hinge_of_both_kinds_and_leaves_the_transformer(tiny):
   critic = feature_critic.FeatureCritic(tiny.system, returns_gradients)
   network, real, fake = tiny.state.networks["feature_critic"], tiny.batch["image"], tiny.fake
@@ -169,6 +170,7 @@ def test_the_generators_gradient_is_that_of_the_loss(tiny):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), spectral, expected)
 
 
+@pytest.mark.slow
 def test_a_step_trains_three_networks_and_goes_on_from_a_checkpoint_bitwise(tiny, tmp_path):
   step = step_lib.build(tiny.system)
   assert [program.name for program in step.programs] == ["networks"]
