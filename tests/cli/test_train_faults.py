@@ -62,6 +62,7 @@ def _intact(run, train):
   assert list(fingerprint.of_checkpoint(run / "checkpoints")) == train.before
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_a_save_writes_in_the_background(train):
   old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   try:

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 
 import numpy as np
+import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from aurora_jax.data.dataset import Dataset
@@ -188,6 +189,7 @@ def _said(line, patterns):
   return any(re.fullmatch(pattern, line) for pattern in patterns)
 
 
+@pytest.mark.slow
 def test_five_hundred_damaged_files(tmp_path):
   entries = _make(os.fsencode(tmp_path / "in"), SEED)
   done = subprocess.run(

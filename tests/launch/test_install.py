@@ -54,6 +54,7 @@ for name in ("openmoji_64", "openmoji_32:tones", "openmoji_32.py:test", "configs
   assert python(installed, tmp_path, code) == ["openmoji_64", "openmoji_32_tones", "openmoji_32", "aurora_64_v5e_256"]
 
 
+@pytest.mark.slow
 def test_an_installed_package_exports(installed, tmp_path):
   """The PyTorch files are copied out of it."""
   code = """

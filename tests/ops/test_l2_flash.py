@@ -130,6 +130,7 @@ def penalty(attend, arrays):
   return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(attend(x, x, x))))(arrays) ** 2)
 
 
+@pytest.mark.slow
 def test_second_derivatives_and_rematerialization():
   x = jnp.round(4 * draw(0, 1, 20, 1, 16)) / 4  # exact sums: the distance of a row to itself is zero everywhere
   second = lambda attend: jax.jit(jax.grad(functools.partial(penalty, attend)))(x)
@@ -244,6 +245,7 @@ def test_compiled_for_accelerators(topologies):
     assert int(program.split()[1]) < 1024 * 1024 * 4
 
 
+@pytest.mark.slow
 def test_devices_compute_their_own_images(monkeypatch):
   """In a process with two devices."""
   if len(jax.devices()) < 2:

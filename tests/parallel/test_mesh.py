@@ -215,6 +215,7 @@ def test_exchange_is_chosen_by_bytes_and_explained():
   assert "3.7 MB as tokens" in lines[1] and "176.4 MB as weights: tokens (chosen by bytes)" in lines[1]
 
 
+@pytest.mark.slow
 def test_inspect_prints_the_layout_of_every_parameter(capsys):
   command = ["inspect", "--config", f"{CONFIGS / 'aurora_64.py'}:test", "--sharding", "--config.train.batch_size=8"]
   assert main.main(command + ["--devices", "8", "--config.mesh.expert=4", "--config.mesh.fsdp=True"]) == 0

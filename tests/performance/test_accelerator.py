@@ -126,6 +126,7 @@ def test_a_part_that_hangs_or_dies_is_stopped_and_keeps_what_it_measured(tmp_pat
   assert found["reason"] == "stopped: its 0 s were over (compiling)"
 
 
+@pytest.mark.slow
 def test_a_part_that_ends_by_itself_in_its_own_process(tmp_path):
   """The whole way: the command starts a process for the part, and reads what it wrote."""
   assert (
@@ -154,6 +155,7 @@ def test_bad_flags(flags, said, tmp_path, capsys):
   assert error.count("\n") == 1 and said in error
 
 
+@pytest.mark.slow
 def test_goldens_decide_at_the_highest_precision(run_of, monkeypatch):
   run, saved = run_of()
   generator, cfg, released, variables, io = case = accelerator_goldens._read(run)
@@ -171,6 +173,7 @@ def test_goldens_decide_at_the_highest_precision(run_of, monkeypatch):
     assert saved[-1]["rows"][-1]["tokens_at_another_expert"] == moved
 
 
+@pytest.mark.slow
 def test_experts_and_attention(run_of, monkeypatch):
   monkeypatch.setattr(moe, "BACKENDS", ("dense",))
   monkeypatch.setattr(attention, "IMPLEMENTATIONS", ("xla",))
@@ -228,6 +231,7 @@ class _LineRun(accelerator_inputs.Run):
     return _Line(experiment)
 
 
+@pytest.mark.slow
 def test_a_training_step_and_its_profile(run_of, monkeypatch):
   run, saved = run_of()
   run = _LineRun(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
@@ -309,6 +313,7 @@ def test_the_next_batch_is_the_largest_that_fits():
   assert [following(limit) for limit in (57, 58, 89, 90, 200)] == [None, 32, 32, 64, 128]
 
 
+@pytest.mark.slow
 def test_a_phase_that_is_not_compiled_in_time_is_named(run_of, monkeypatch):
   run, _ = run_of()
   run = _LineRun(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})

@@ -199,6 +199,7 @@ def test_a_collective_that_runs_beside_several_computations_counts_once():
   assert (item.axes, item.size, times) == (("data",), 256, 2)
 
 
+@pytest.mark.slow
 def test_a_real_program_on_eight_devices():
   done = subprocess.run(
     [sys.executable, "-c", _REAL],

@@ -194,6 +194,7 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
   assert message in error and error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_divide_the_topology_is_one_line():
   done = command("--config", _TINY, "--topology", "cpu-3")
   assert done.returncode == 2 and "makes 2 devices, there are 3" in done.stderr and done.stderr.count("\n") == 1
@@ -365,6 +366,7 @@ def test_a_clip_that_is_not_there_is_guessed_by_its_width(width, model):
   )
 
 
+@pytest.mark.slow
 def test_advice_names_fields_and_exact_savings():
   """On eight abstract devices with room for next to nothing."""
   experiment = config_files.load(

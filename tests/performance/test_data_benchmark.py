@@ -19,6 +19,7 @@ def _without_tensorflow(monkeypatch):
   monkeypatch.setattr(data_benchmark, "_installed", lambda name: name != "tensorflow")
 
 
+@pytest.mark.slow
 def test_every_pipeline_gives_every_image(tmp_path):
   folder, encoded = data_benchmark._inputs(tmp_path, SETTINGS, "")
   assert Image.open(io.BytesIO(encoded[0])).size == (32, 32)
@@ -34,6 +35,7 @@ def test_every_pipeline_gives_every_image(tmp_path):
       assert sorted(image.tobytes() for batch in made for image in batch) == expected, name
 
 
+@pytest.mark.slow
 def test_the_table(capsys, monkeypatch):
   monkeypatch.setattr(data_benchmark, "Settings", lambda **given: SETTINGS)
   assert main.main(["bench", "data"]) == 0

@@ -132,6 +132,7 @@ print(device.device_kind, "gemm" in compiled.as_text() or "matmul" in compiled.a
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_the_description_of_an_h100():
   compilers = pathlib.Path(sys.prefix) / "compilers"
   path = os.pathsep.join(filter(None, [str(compilers), os.environ.get("PYTHONPATH")]))

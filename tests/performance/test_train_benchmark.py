@@ -80,6 +80,7 @@ def test_both_train_on_equal_images_and_are_judged(home, flags, capsys):
   assert "is a run already: --out another folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_second_run_keeps_the_planned_learning_rate(home, tmp_path, monkeypatch):
   """It ends after as many steps as the first, but the learning rate follows the experiment's number of steps."""
   seen = {}

@@ -61,6 +61,7 @@ def _assert_equal(left, right):
     assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 def test_saved_while_the_state_is_donated_on(tmp_path):
   """The next steps write into the very buffers that are being saved."""
   state = jax.jit(_init)()

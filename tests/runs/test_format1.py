@@ -81,6 +81,7 @@ def test_its_configuration_is_todays(run, experiment):
     config_check.refuse_changes(run, dataclasses.replace(experiment, optimizer=optimizers))
 
 
+@pytest.mark.slow
 def test_leaves_have_todays_names(run, abstract):
   assert set(checkpoint_reader.stored_tree(run.checkpoints / "2")) == {
     *("step", "generator", "buffers", "ema", "discriminator", "generator_opt", "discriminator_opt")
@@ -104,6 +105,7 @@ def test_formats_are_told_apart_by_their_parts():
   assert state_format.name("step", 1) == "step" and state_format.name("networks/x/params", 2) == "networks/x/params"
 
 
+@pytest.mark.slow
 def test_its_fingerprint_is_that_of_the_same_state_in_todays_format(run, abstract, experiment, tmp_path, capsys):
   step, digits = fingerprint.of_checkpoint(run.checkpoints)
   assert (step, digits) == (2, FINGERPRINT)

@@ -55,6 +55,7 @@ def test_the_best_by_what_was_measured_at_a_checkpoint_or_since_the_one_before(t
   assert retention.Policy(1, best="lower:none", history=log).reasons([10, 20]) == {10: [], 20: ["newest"]}
 
 
+@pytest.mark.slow
 def test_a_run_keeps_them_and_inspect_says_why(tmp_path, capsys):
   """The toy's loss falls, so the highest is the first one; an evaluation that comes later counts too."""
   keep = {

@@ -199,6 +199,7 @@ def test_data_set(server, url, data, folder, capsys, tmp_path):
     dataset.Dataset.open(f"{url}-never")
 
 
+@pytest.mark.slow
 def test_orbax_writes_to_gs_itself(servers, tmp_path):
   """What several processes of a pod do, here by one."""
   url = f"gs://{storage_servers.BUCKET}/direct/checkpoints"
@@ -258,6 +259,7 @@ def test_two_processes_write_one_checkpoint_at_gs(servers, tmp_path):
     assert checkpoint_folder.stored_progress(url, step) == {"clock": step}
 
 
+@pytest.mark.slow
 def test_lease(server, url, monkeypatch):
   monkeypatch.setattr(remote_run, "LEASE_SECONDS", 3.0)
   monkeypatch.setattr(remote_run, "_RENEW_SECONDS", 0.3)

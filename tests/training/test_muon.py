@@ -95,6 +95,7 @@ def test_biases_and_norms_are_adams():
   assert np.abs(ours["a"]["weight"] - adam["a"]["weight"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_a_stage_does_not_use_and_what_is_left_out_stay_as_they_are():
   schedule = config.Schedule(resolutions=(4, 8), max_images=config.PerResolution({4: 1}))
   cfg = dataclasses.replace(CFG, learning_rate=0.1)

@@ -179,6 +179,7 @@ def test_every_fault_is_skipped_listed_counted_and_warned_of(damaged, tmp_path, 
   assert f"{rows[-1]['shard']}: record {rows[-1]['record']}" in said
 
 
+@pytest.mark.slow
 def test_a_restart_changes_nothing(damaged, tmp_path, capsys):
   dataset, _ = damaged
   train(tmp_path / "whole", dataset)

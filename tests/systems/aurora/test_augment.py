@@ -64,6 +64,7 @@ def expected(pyramid, purpose):
   return {r: diff_augment.augment(jax.random.fold_in(key, r), images, POLICY) for r, images in pyramid.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [(), POLICY])
 def test_real_and_generated_images_in_the_update(inputs, policy):
   generated, text, batch = inputs

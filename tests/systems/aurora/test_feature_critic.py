@@ -149,6 +149,7 @@ def test_the_update_is_the_hinge_of_both_kinds_and_leaves_the_transformer(tiny):
   assert not np.allclose(moved, network.variables["spectral"]["heads"]["conv_in"]["u"])
 
 
+@pytest.mark.slow
 def test_the_generators_gradient_is_that_of_the_loss(tiny):
   critic = feature_critic.FeatureCritic(tiny.system, returns_gradients)
   network = tiny.state.networks["feature_critic"]

@@ -79,6 +79,7 @@ def test_missing_left_over_and_misshapen_entries_are_one_error(released):
   assert "mapping.dense1.bias is (7,), expected (24,)" in message
 
 
+@pytest.mark.slow
 def test_a_tensor_under_two_names_must_agree(released):
   cfg, state_dict = released
   broken = dict(state_dict)

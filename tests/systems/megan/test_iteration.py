@@ -93,6 +93,7 @@ def test_losses_match_the_release(golden, replayed):
     np.testing.assert_allclose(ours, golden.io[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_weights_and_statistics_afterwards_match_the_release(golden, replayed):
   _, after = replayed
   stored = [name for name in golden.io if name.startswith("iter.after.")]

@@ -62,6 +62,7 @@ def test_logits_and_what_the_heads_see(golden):
   assert relative(trunk, io["mid.head0.main_eval"]) < goldens.OUTPUT
 
 
+@pytest.mark.slow
 def test_training_moves_the_spectral_vectors_once_per_call(golden):
   io, variables = golden.io, golden.variables
   assert relative(golden.logits, io["out.logits_train"]) < goldens.OUTPUT
@@ -203,6 +204,7 @@ def test_augmentation_needs_a_key_and_changes_every_image(small):
   assert diff_augment.POLICY == SMALL.augment
 
 
+@pytest.mark.slow
 def test_bfloat16_and_rematerialisation_stay_close(small):
   cfg = dataclasses.replace(SMALL, compute_dtype="bfloat16", remat=True)
   logits = jax.jit(Discriminator(cfg).apply)(small.variables, small.image, small.text)

@@ -72,6 +72,7 @@ def trained_parts(mode, cfg):
   return tuple(parts(tree) for tree in labels.split(params, lambda path: labels.trains(mode, path)))
 
 
+@pytest.mark.slow
 def test_what_trains_in_each_mode():
   tower = config.TextTower(layers=1, width=8, heads=2, mlp_width=8, vocabulary_size=9, context_length=4)
   cfg = dataclasses.replace(SMALL, resolution=128, channels_base=1536, text_tower=tower)
