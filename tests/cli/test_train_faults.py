@@ -128,6 +128,7 @@ def test_a_file_system_that_has_become_read_only(tmp_path):
   assert fingerprint.of_checkpoint(run / "checkpoints")[0] == last
 
 
+@pytest.mark.slow
 def test_a_save_whose_last_act_fails_in_the_background(train, monkeypatch):
   """All is written, but the folder cannot take its name, without which it counts for nothing."""
 

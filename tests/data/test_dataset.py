@@ -69,6 +69,7 @@ def test_captions(data_folder):
   assert all(len(captions) == 3 for captions in dataset.captions())
 
 
+@pytest.mark.slow
 def test_tensorflow_reads_the_folder(tf, data_folder):
   dataset = Dataset.open(data_folder)
   files = [os.fspath(path) for path in shards(data_folder)]

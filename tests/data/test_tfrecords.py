@@ -42,6 +42,7 @@ def test_masked_crc_of_tensorflow():
   assert tfrecords.frame(b"").hex() == "0000000000000000" + "29039807" + "d8ea82a2"
 
 
+@pytest.mark.slow
 def test_same_bytes_as_tensorflow(tf, shard, tmp_path):
   with tf.io.TFRecordWriter(os.fspath(tmp_path / "theirs")) as writer:
     for payload in PAYLOADS:
@@ -49,6 +50,7 @@ def test_same_bytes_as_tensorflow(tf, shard, tmp_path):
   assert (tmp_path / "theirs").read_bytes() == shard.read_bytes()
 
 
+@pytest.mark.slow
 def test_tensorflow_reads_ours(tf, shard):
   assert [record.numpy() for record in tf.data.TFRecordDataset(os.fspath(shard))] == PAYLOADS
 
@@ -190,6 +192,7 @@ def test_broken_index(shard, change, words):
     tfrecords.load_index(shard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GZIP", "ZLIB"])
 @pytest.mark.parametrize("with_index", [True, False])
 def test_compressed_shard(tf, shard, kind, with_index):

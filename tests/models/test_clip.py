@@ -57,6 +57,7 @@ def test_fresh_weights(images):
   assert Clip(CONFIG).apply(variables, method="logit_scale") == pytest.approx(1 / 0.07, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_shapes(variables, images):
   text = apply(variables, TOKENS, method="encode_text")
   assert text.features.shape == (3, 6, 16) and text.embedding.shape == (3, 7)

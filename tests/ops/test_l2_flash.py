@@ -80,6 +80,7 @@ def by_xla(sizes, *dtypes):
   return outputs_and_gradients(REFERENCE, [x.astype(dtype) for x, dtype in zip(arrays_of(*sizes), dtypes)])
 
 
+@pytest.mark.slow
 @KERNELS
 def test_ragged_cross_attention_at_batch_one(kernels):
   sizes = 1, 150, 77, 2
@@ -106,6 +107,7 @@ def test_zero_distances_have_zero_gradients(kernels):
   np.testing.assert_allclose(out[0], jnp.broadcast_to(draw(0, 1, 20, 1, 16).mean(1), out[0].shape), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels, rows", [("tpu", "float32"), ("gpu", "float32"), ("tpu", "bfloat16")])
 def test_bfloat16_values_are_no_further_from_float32_than_by_xla(kernels, rows):
   """With queries and keys in float32 or in bfloat16."""
@@ -137,6 +139,7 @@ def test_second_derivatives_and_rematerialization():
   assert deviation(second(jax.checkpoint(fused("gpu"))), second(REFERENCE)) < 1e-5
 
 
+@pytest.mark.slow
 def test_second_derivatives_keep_the_precision_of_the_penalty():
   """R1 asks for the highest precision around its gradient; what differentiates that is traced outside."""
 
@@ -156,6 +159,7 @@ def test_second_derivatives_keep_the_precision_of_the_penalty():
   assert len(float32) > 20 and set(float32) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
+@pytest.mark.slow
 def test_on_a_cpu_pallas_is_xla():
   arrays = [draw(seed, 1, count, 2, 16) for seed, count in enumerate((12, 7, 7))]
   by = lambda name: functools.partial(attention.l2_attention, implementation=name, chunk=6)

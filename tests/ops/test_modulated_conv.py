@@ -44,6 +44,7 @@ def test_equals_per_sample_filters(kernels, size, upsample):
   np.testing.assert_allclose(ours, released_conv(x, weight, style, mix, upsample), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 def test_products_of_patches_are_the_convolution_of_each_sample(size):
   keys = jax.random.split(jax.random.key(0), 3)
@@ -57,6 +58,7 @@ def test_products_of_patches_are_the_convolution_of_each_sample(size):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(plain), run(patches))
 
 
+@pytest.mark.slow
 def test_taps_without_offsets_are_the_plain_convolution():
   keys = jax.random.split(jax.random.key(9), 4)
   x = jax.random.normal(keys[0], (2, 5, 5, 4))

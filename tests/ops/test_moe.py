@@ -265,21 +265,21 @@ def test_large_experts_with_few_tokens(monkeypatch, tokens):
   np.testing.assert_allclose(run(x, jnp.asarray(expert))[:, 0], factors[expert] * x[:, 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens, experts", [(1, 1), (3, 8), (200, 4), (4096, 16), (131072, 7)])
+@pytest.mark.parametrize("tokens, experts", [(1, 1), (3, 8), (200, 4), (131072, 7)])
 def test_large_experts_take_every_row_once(tokens, experts):
   """Whatever the loads are."""
+
+  def body(expert, first, own, taken):
+    return taken.at[first + jnp.arange(own.size)].add(jnp.where(own[:, 0], 1 + 1000 * expert, 0))
+
+  run = jax.jit(lambda load: moe._for_each_expert(load, tokens, body, jnp.zeros(tokens, jnp.int32)))
   rng = np.random.default_rng(0)
   for load in (
     rng.multinomial(tokens, np.full(experts, 1 / experts)),
     rng.multinomial(tokens, rng.dirichlet(np.full(experts, 0.3))),
     np.eye(experts, dtype=int)[-1] * tokens,
   ):
-
-    def body(expert, first, own, taken):
-      return taken.at[first + jnp.arange(own.size)].add(jnp.where(own[:, 0], 1 + 1000 * expert, 0))
-
-    taken = jax.jit(lambda load: moe._for_each_expert(load, tokens, body, jnp.zeros(tokens, jnp.int32)))(load)
-    np.testing.assert_array_equal(taken, 1 + 1000 * np.repeat(np.arange(experts), load))
+    np.testing.assert_array_equal(run(load), 1 + 1000 * np.repeat(np.arange(experts), load))
 
 
 def test_unknown_backend_is_named(params):

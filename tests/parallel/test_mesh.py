@@ -134,6 +134,7 @@ def leaves(layout, tree):
   return [(jax.tree_util.keystr(path), leaf, sharding) for (path, leaf), sharding in zip(flat, stored, strict=True)]
 
 
+@pytest.mark.slow
 def test_each_expert_lives_along_its_run_with_its_optimizer_state_and_average(state):
   layout = build(experiment(16, 16, fsdp=True, batch=256), 256)
   runs = {4: ("expert0",), 8: ("expert0", "expert1"), 16: ("expert0", "expert1", "expert2")}
@@ -148,6 +149,7 @@ def test_each_expert_lives_along_its_run_with_its_optimizer_state_and_average(st
   assert found == 3 * 4 * 18  # four arrays in each of 18 layers
 
 
+@pytest.mark.slow
 def test_fsdp_cuts_what_is_large_over_as_many_devices_as_divide_it(state):
   whole = build(experiment(16, 16, batch=256), 256)
   cut = build(experiment(16, 16, fsdp=True, batch=256), 256)
@@ -169,6 +171,7 @@ def test_fsdp_cuts_what_is_large_over_as_many_devices_as_divide_it(state):
   assert all(sharding.is_fully_replicated for _, _, sharding in leaves(whole, discriminator.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, expert", [(1, 16), (4, 16), (16, 16)])
 def test_a_device_keeps_its_share_of_the_state_on_a_pod_of_any_size(state, data, expert):
   layout = build(experiment(data, expert, fsdp=True, batch=256), data * expert)
@@ -178,6 +181,7 @@ def test_a_device_keeps_its_share_of_the_state_on_a_pod_of_any_size(state, data,
   assert 0 < share - total / (data * expert) < 0.0005 * total  # what is small is whole everywhere
 
 
+@pytest.mark.slow
 def test_cut_over_the_expert_axis_a_device_keeps_the_same_pieces_on_a_pod_of_any_size(state):
   pods = [build(experiment(data, 16, fsdp=True, batch=256, over="expert"), 16 * data) for data in (1, 4, 16)]
   everywhere = build(experiment(1, 16, fsdp=True, batch=256), 16)  # of 16 devices along `expert` these are all
@@ -187,6 +191,7 @@ def test_cut_over_the_expert_axis_a_device_keeps_the_same_pieces_on_a_pod_of_any
       assert mesh.DATA not in jax.tree.leaves(tuple(sharding.spec)), name
 
 
+@pytest.mark.slow
 def test_all_that_is_kept_of_a_parameter_lies_where_it_does(state):
   wanted = experiment(16, 16, fsdp=True, batch=256)
   layout = build(wanted, 256)
@@ -199,6 +204,7 @@ def test_all_that_is_kept_of_a_parameter_lies_where_it_does(state):
   assert stored.networks["discriminator"].ema is None
 
 
+@pytest.mark.slow
 def test_exchange_is_chosen_by_bytes_and_explained():
   few, many = (build(experiment(16, 16, batch=256 * images), 256) for images in (1, 64))
   # One image: 256 tokens of 512 numbers, in fours of 2 x 64 slots from 3 others, there and back, both passes, float32.

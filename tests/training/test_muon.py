@@ -85,6 +85,7 @@ def test_the_momentum_of_an_expert_without_tokens_fades_away():
   assert np.abs(weights[3]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_biases_and_norms_are_adams():
   values = {"a": {"weight": draw(8, 8), "bias": draw(8)}, "norm": {"scale": draw(8)}}
   gradients = [jax.tree.map(lambda x: draw(*x.shape, seed=seed), values) for seed in range(4)]

@@ -82,6 +82,7 @@ def test_real_and_generated_images_in_the_update(inputs, policy):
       assert (changed > 0.01).all() if policy else (changed == 0).all(), (purpose, r)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [(), POLICY])
 def test_generated_images_in_the_generators_loss(inputs, policy):
   generated, text, batch = inputs
@@ -92,6 +93,7 @@ def test_generated_images_in_the_generators_loss(inputs, policy):
     np.testing.assert_allclose(found[r], wanted[r], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [(), POLICY])
 def test_real_images_in_r1(inputs, policy, monkeypatch):
   """The gradient passes through DiffAugment: the score takes the images before it."""

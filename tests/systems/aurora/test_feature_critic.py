@@ -194,6 +194,7 @@ def test_a_step_trains_three_networks_and_goes_on_from_a_checkpoint_bitwise(tiny
   jax.tree.map(np.testing.assert_array_equal, again, second)
 
 
+@pytest.mark.slow
 def test_a_skipped_update_leaves_the_critic_too(tiny):
   spectral = {"u": jnp.ones(2)}
   network = dataclasses.replace(tiny.state.networks["feature_critic"], variables={"spectral": {"u": jnp.zeros(2)}})

@@ -107,6 +107,7 @@ def test_weights_and_statistics_afterwards_match_the_release(golden, replayed):
     assert golden.relative(before, theirs) > 1e-4, name  # it has moved by more than the comparison allows
 
 
+@pytest.mark.slow
 def test_batches_were_counted_in_all_four_passes(golden, replayed):
   _, after = replayed
   for file in ("G", "Gum"):

@@ -51,6 +51,7 @@ def test_the_generator_s_loss_and_gradients_match_the_release(golden, gradients,
   assert golden.check_gradients(ours, f"G.{kind}.grad.") == 3 * 14 + 2 + 10
 
 
+@pytest.mark.slow
 def test_the_balance_loss_and_its_gradients_match_the_release(golden, gradients):
   results, load = gradients
   loss, gradient, at_logits = results["balance"]

@@ -101,6 +101,7 @@ def test_a_latents_file_holds_both_latents(running, fixed_latents, tmp_path):
     latents_lib.fit(latents_lib.load(path), path, 1, draw_one)
 
 
+@pytest.mark.slow
 def test_drawn_latents_are_those_of_their_position(running):
   sampler, weights = running
   two, five = (sampler(weights, [""], latents_per_prompt=count, seed=4).images for count in (2, 5))

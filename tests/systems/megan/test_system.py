@@ -84,6 +84,7 @@ def test_losses_of_the_iteration_match_the_release(golden, iteration):
   assert all(metrics[name] == 0 for _, _, metrics in iteration for name in metrics if name.startswith("guard/"))
 
 
+@pytest.mark.slow
 def test_weights_and_statistics_match_the_release_as_soon_as_their_phase_is_done(golden, iteration):
   """After the rounds the discriminator's, after the generator's phase its weights, after all the gate's and the
   statistics.

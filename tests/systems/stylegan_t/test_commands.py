@@ -259,6 +259,7 @@ def test_wrong_configurations(changes, message):
   fail(message, "inspect", "--config", CONFIG, *(f"--config.{change}" for change in changes))
 
 
+@pytest.mark.slow
 def test_a_dino_of_another_width(home, tmp_path):
   """A file with DINO's names, and no file at all."""
   sizes = dino_lib.DinoConfig(image_size=16, patch=8, width=64, depth=2, heads=1, mlp_width=16)

@@ -75,6 +75,7 @@ def test_training_moves_the_spectral_vectors_once_per_call(golden):
   assert relative(again, io["out.logits_train_second_call"]) < goldens.OUTPUT
 
 
+@pytest.mark.slow
 def test_every_gradient(golden):
   io, (variables, image, text) = golden.io, golden.gradient
   assert abs(golden.value - io["grad.loss"]) < goldens.OUTPUT * np.abs(golden.cotangent).sum()
