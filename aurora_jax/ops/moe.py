@@ -1,6 +1,6 @@
 """Sparse mixture of experts: the experts' GEGLU feed-forward on each expert's tokens, and the router's losses.
 
-`expert_ffn` has three backends. All are exact; none drops a token.
+`expert_ffn` has four backends. All are exact; none drops a token.
 
   dense    every expert on every token, masked: the oracle, with E times the work;
   bucket   one bucket of C slots per expert and one batched product. C is the smallest of several capacities that holds
@@ -8,58 +8,28 @@
            balanced experts;
   grouped  tokens sorted by expert. Small experts: tiles of tokens of one expert each, the weights repeated per tile.
            Large experts: one after the other, each on its own tokens. The cost hardly depends on the balance of the
-           experts. Best on a CPU.
+           experts. Best on a CPU;
+  kernel   tokens sorted by expert, and the grouped products of tokamax (extra "kernels"): its kernels on GPUs and TPUs.
 
   G images (groups), N tokens of an image, T = G * N tokens, D width, F hidden width, E experts, C capacity
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from aurora_jax.errors import UserError
+from aurora_jax.ops.geglu import ExpertParams, gated, geglu_ffn
+from aurora_jax.ops.large_experts import one_after_the_other
+
 # Capacities of the bucket backend as multiples of the mean load T / E.
 CAPACITY_FACTORS = (1.25, 2.0)
 
-BACKENDS = ("dense", "bucket", "grouped")
-
-
-class ExpertParams(NamedTuple):
-  """The experts' stored weights, stacked. `geglu_ffn` applies the factors of the equalized learning rate."""
-
-  in_weight: jax.Array  # [E, D, 2 F]: value and gate
-  in_bias: jax.Array  # [E, 2 F]
-  out_weight: jax.Array  # [E, F, D]
-  out_bias: jax.Array  # [E, D]
-
-
-def geglu_ffn(x: jax.Array, params: ExpertParams) -> jax.Array:
-  """The feed-forward of one expert (GEGLU, arXiv 2002.05202), or of all experts on one bucket each.
-
-  Args:
-    x: [..., C, D].
-    params: weights with the same leading axes as x.
-
-  Returns:
-    [..., C, D].
-  """
-  return _project_out(_project_in(x, params.in_weight, params.in_bias), params.out_weight, params.out_bias)
-
-
-def _project_in(x, weight, bias):
-  """x [..., C, D], weight [..., D, 2 F], bias [..., 2 F] -> value and gate [..., C, 2 F]."""
-  # The factors 1 / sqrt(fan in) are applied to the activations, which are smaller than the weights.
-  return (x @ weight.astype(x.dtype)) / math.sqrt(x.shape[-1]) + bias[..., None, :].astype(x.dtype)
-
-
-def _project_out(hidden, weight, bias):
-  """hidden [..., C, 2 F], weight [..., F, D], bias [..., D] -> [..., C, D]."""
-  value, gate = jnp.split(hidden, 2, axis=-1)
-  hidden = value * jax.nn.gelu(gate, approximate=False)
-  return (hidden @ weight.astype(hidden.dtype)) / math.sqrt(weight.shape[-2]) + bias[..., None, :].astype(hidden.dtype)
+BACKENDS = ("dense", "bucket", "grouped", "kernel")
 
 
 def dense_ffn(x: jax.Array, expert: jax.Array, params: ExpertParams) -> jax.Array:
@@ -177,8 +147,13 @@ def grouped_ffn(
   tiles = _tiles(tokens, experts, _tile_size(tokens, experts))
   if sum(p.size * p.dtype.itemsize for p in params) // experts * tiles <= _REPEATED_BYTES:
     return _in_tiles(x, expert, position, load, params)
-  slot = (jnp.cumsum(load) - load)[expert] + position
-  return through_slots(x, slot, tokens, lambda rows: _one_after_the_other(rows, load, params))
+  slot = _sorted_slots(expert, position, load)
+  return through_slots(x, slot, tokens, lambda rows: one_after_the_other(rows, load, params))
+
+
+def _sorted_slots(expert, position, load):
+  """Each token's place if tokens are sorted by expert."""
+  return (jnp.cumsum(load) - load)[expert] + position
 
 
 def _tile_size(tokens, experts):
@@ -210,111 +185,50 @@ def _in_tiles(x, expert, position, load, params):
   return through_slots(x, slot, tiles * tile, feed_forward)
 
 
-# Numbers of rows for which the products of a large expert are compiled, as multiples of the mean load.
-_ROW_FACTORS = (0.5, 0.75, 1.0, 1.125, 1.25, 1.5, 2.0)
+def kernel_ffn(
+  x: jax.Array, expert: jax.Array, position: jax.Array, load: jax.Array, params: ExpertParams
+) -> jax.Array:
+  """Each token through its expert by `tokamax.ragged_dot`. Arguments and result as of `grouped_ffn`.
 
+  Without tuned tiles for a shape, tokamax takes those of its heuristics: the same in every run of one version of it.
 
-def _row_counts(tokens, experts):
-  return sorted({min(tokens, 8 * math.ceil(factor * tokens / experts / 8)) for factor in _ROW_FACTORS})
-
-
-def _for_each_expert(load, tokens, body, carry):
-  """Loops over the experts' rows, in pieces of at most the largest row count.
-
-  A piece takes the smallest row count that holds it. There is one loop per row count: loops change `carry` in place,
-  while a `lax.switch` over the row counts would copy it for every piece.
-
-  Args:
-    load: int32 [E].
-    tokens: T.
-    body: (expert, first row, mask [rows, 1] of the piece's own rows, carry) -> carry. The rows are contiguous.
-    carry: arrays.
-
-  Returns:
-    The last carry.
+  Raises:
+    UserError: tokamax is not installed.
   """
-  counts = _row_counts(tokens, load.size)
-  largest = counts[-1]
-  ends = jnp.cumsum(-(-load // largest))  # [E], in pieces
-  piece = jnp.arange(load.size + tokens // largest)  # enough for every load
-  owner = jnp.minimum(jnp.searchsorted(ends, piece, side="right"), load.size - 1)
-  skipped = (piece - ends[owner] - (-load // largest)[owner]) * largest  # rows of the expert's earlier pieces
-  start = (jnp.cumsum(load) - load)[owner] + skipped
-  length = jnp.clip(load[owner] - skipped, 0, largest)
-  order = jnp.argsort(length)  # so that the pieces of one row count follow each other
-  bounds = jnp.searchsorted(length[order], jnp.array([0, *counts]), side="right")
-  for count, begin, end in zip(counts, bounds[:-1], bounds[1:]):
+  ragged_dot = _grouped_product()
+  experts, width, inner = len(load), x.shape[1], params.out_weight.shape[1]
 
-    def step(place, carry, count=count):
-      chosen = order[place]
-      first = jnp.minimum(start[chosen], tokens - count)
-      row = first + jnp.arange(count)[:, None]
-      own = (start[chosen] <= row) & (row < start[chosen] + length[chosen])
-      return body(owner[chosen], first, own, carry)
+  def feed_forward(rows):
+    owner = jax.nn.one_hot(jnp.repeat(jnp.arange(experts), load, total_repeat_length=len(rows)), experts, dtype=x.dtype)
 
-    carry = jax.lax.fori_loop(begin, end, step, carry)
-  return carry
+    def linear(rows, weight, bias, fan_in):
+      # The gradient of a gather of biases would be a scatter.
+      bias = jnp.matmul(owner, bias.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+      return ragged_dot(rows, weight.astype(x.dtype), load) / math.sqrt(fan_in) + bias
+
+    hidden = linear(rows, params.in_weight, params.in_bias, width)
+    return linear(gated(hidden), params.out_weight, params.out_bias, inner)
+
+  return through_slots(x, _sorted_slots(expert, position, load), len(x), feed_forward)
 
 
-def _rows(array, first, count):
-  return jax.lax.dynamic_slice_in_dim(array, first, count)
+def _grouped_product():
+  """`tokamax.ragged_dot`: rows [T, K] sorted by group, [E, K, N], rows per group [E] -> [T, N]."""
+  try:
+    import tokamax
+  except ImportError as error:
+    raise UserError(f"generator.moe_backend='kernel': {error}; pip install 'aurora_jax[kernels]'") from None
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # tokamax would take the command line for flags of its own
+  logging.getLogger("absl").addFilter(_is_news)
+  return tokamax.ragged_dot
 
 
-def _write(array, first, own, rows):
-  rows = jnp.where(own, rows, _rows(array, first, own.size))
-  return jax.lax.dynamic_update_slice_in_dim(array, rows, first, 0)
-
-
-def _forward(x, load, params, keep):
-  """x [T, D], sorted by expert -> the output [T, D] and, if `keep`, value and gate [T, 2 F]."""
-
-  def body(expert, first, own, carry):
-    one = jax.tree.map(lambda p: p[expert], params)
-    hidden = _project_in(_rows(x, first, own.size), one.in_weight, one.in_bias)
-    made = _project_out(hidden, one.out_weight, one.out_bias), hidden
-    return tuple(_write(array, first, own, rows) for array, rows in zip(carry, made))
-
-  carry = (jnp.zeros_like(x),)
-  if keep:
-    carry += (jnp.zeros_like(x, shape=(x.shape[0], params.in_weight.shape[-1])),)
-  return _for_each_expert(load, x.shape[0], body, carry)
-
-
-@jax.custom_vjp
-def _one_after_the_other(x, load, params):
-  """`grouped_ffn` of large experts on tokens that are sorted by expert. x [T, D], load int32 [E] -> [T, D].
-
-  Automatic differentiation would add every expert's gradient to the sum of all of them, which is as large as all
-  weights.
-  """
-  return _forward(x, load, params, keep=False)[0]
-
-
-def _one_after_the_other_forward(x, load, params):
-  out, hidden = _forward(x, load, params, keep=True)
-  return out, (x, load, params, hidden)
-
-
-def _one_after_the_other_backward(residuals, cotangent):
-  x, load, params, hidden = residuals
-
-  def body(expert, first, own, carry):
-    d_x, d_params = carry
-    one = jax.tree.map(lambda p: p[expert], params)
-    rows = lambda array: _rows(array, first, own.size)
-    d_hidden, *d_out = jax.vjp(_project_out, rows(hidden), one.out_weight, one.out_bias)[1](
-      jnp.where(own, rows(cotangent), 0)
-    )
-    d_rows, *d_in = jax.vjp(_project_in, rows(x), one.in_weight, one.in_bias)[1](d_hidden)
-    add = lambda total, part: total.at[expert].add(part)
-    return _write(d_x, first, own, d_rows), jax.tree.map(add, d_params, ExpertParams(*d_in, *d_out))
-
-  carry = jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, params)
-  d_x, d_params = _for_each_expert(load, x.shape[0], body, carry)
-  return d_x, None, d_params
-
-
-_one_after_the_other.defvjp(_one_after_the_other_forward, _one_after_the_other_backward)
+def _is_news(record):
+  """Whether a log record is something else than tokamax's warning, at every product, that it has no tuned tiles."""
+  return not str(record.msg).startswith("Autotuning cache miss")
 
 
 def expert_ffn(
@@ -338,13 +252,14 @@ def expert_ffn(
 
   Raises:
     ValueError: an unknown backend.
+    UserError: the backend is "kernel", and tokamax is not installed.
   """
   if backend == "dense":
     return dense_ffn(x, expert, params)
   tokens, experts = x.shape[0], params.in_weight.shape[0]
-  if backend == "grouped":
+  if backend in ("grouped", "kernel"):
     position, load = position_in_expert(expert, experts)
-    return grouped_ffn(x, expert, position, load, params)
+    return (grouped_ffn if backend == "grouped" else kernel_ffn)(x, expert, position, load, params)
   if backend != "bucket":
     raise ValueError(f"no MoE backend {backend!r}; there are {', '.join(BACKENDS)}")
   capacities = [math.ceil(factor * tokens / experts) for factor in capacity_factors]

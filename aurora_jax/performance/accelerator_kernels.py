@@ -4,6 +4,7 @@ B images, N queries, M keys, T tokens, D width, F hidden width, E experts
 """
 
 import concurrent.futures
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,7 +72,8 @@ def _measure(run, cases, arguments, results):
 def measure_experts(run: inputs.Run) -> dict[str, Any]:
   """Times the backends of `ops.moe`, with balanced tokens and with all tokens on one expert.
 
-  A dense feed-forward over the same tokens is the floor. Parameters are float32, tokens bfloat16, as in training.
+  "kernel" is among them where tokamax is installed. A dense feed-forward over the same tokens is the floor.
+  Parameters are float32, tokens bfloat16, as in training.
   """
   width, hidden = _WIDTHS[run.toy]
   made: dict[tuple[int, int], dict[str, Any]] = {}
@@ -96,12 +98,14 @@ def measure_experts(run: inputs.Run) -> dict[str, Any]:
         made[group]["one expert"] = (x, one, params)
     return made[group]
 
+  installed = importlib.util.find_spec("tokamax") is not None
+  backends = [backend for backend in moe.BACKENDS if backend != "kernel" or installed]
   cases = []
   for tokens in _TOKENS[run.toy]:
     for experts in (1, *_EXPERTS[run.toy]):
       # Three products of T x D x F per token: value, gate, output.
       flops = 6 * tokens * width * hidden
-      for backend in ("dense feed-forward",) if experts == 1 else moe.BACKENDS:
+      for backend in ("dense feed-forward",) if experts == 1 else backends:
         forward = _dense if experts == 1 else _routed(backend)
         for name, function, factor in (("forward", forward, 1), ("forward and backward", _with_gradient(forward), 3)):
           row = {"tokens": tokens, "experts": experts, "backend": backend, "pass": name}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from aurora_jax.config import Experiment
+from aurora_jax.errors import UserError
 from aurora_jax.parallel import mesh as mesh_lib
 from aurora_jax.performance import collectives as collectives_lib
 from aurora_jax.performance import compiler_log, estimate, flop_count
@@ -60,12 +61,18 @@ def compile_program(step: step_lib.Step, index: int, frozen: Any, platform: str)
     platform: "cpu", "cuda" or "tpu".
 
   Raises:
+    UserError: the operations of the program cannot be counted (a library's kernels with loops).
     jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
   """
   started = time.monotonic()
-  with compiler_log.captured() as log:
+  device = step.system.layout.mesh.devices.flat[0]
+  # The default device: libraries of kernels choose theirs by it.
+  with compiler_log.captured() as log, jax.default_device(device):
     traced = step.trace(index, frozen)
-    precision = flop_count.by_precision(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
+    try:
+      precision = flop_count.by_precision(traced.jaxpr.jaxpr, flop_count.usual_branch, platform)
+    except ValueError as error:
+      raise UserError(f"program {step.programs[index].name}: its operations cannot be counted: {error}") from None
     worst = flop_count.of_jaxpr(traced.jaxpr.jaxpr, platform=platform)
     executable, refusal, used = None, "", None
     try:

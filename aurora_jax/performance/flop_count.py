@@ -6,6 +6,7 @@ operations are not counted, as is usual.
 
 import collections
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def by_precision(
 
 
 def _precision(equation):
-  dtype = np.result_type(*(operand.aval.dtype for operand in equation.invars))
+  dtype = np.result_type(*(operand.aval.dtype for operand in equation.invars[:2]))
   if dtype != np.float32:
     return dtype.name
   precision = equation.params["precision"]
@@ -95,6 +96,9 @@ def _of_equation(equation, branch, platform):
     (contracting, _), _ = params["dimension_numbers"]
     inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
     return collections.Counter({_precision(equation): 2 * inner * math.prod(equation.outvars[0].aval.shape)})
+  if name == "ragged_dot_general":  # rows by groups: [T, K] and [E, K, N] or [T, N]; each row meets one group
+    rows, last = equation.invars[0].aval.shape, equation.outvars[0].aval.shape[-1]
+    return collections.Counter({_precision(equation): 2 * math.prod(rows) * last})
   if name == "conv_general_dilated":
     kernel, layout = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
     per_output = math.prod(kernel) // kernel[layout[0]]  # inputs of one group times taps
@@ -110,6 +114,10 @@ def _of_equation(equation, branch, platform):
     costs = [by_precision(inner, branch, platform) for inner in branches]
     totals = [cost.total() for cost in costs]
     return costs[totals.index(branch(branches, totals))] if any(totals) else collections.Counter()
+  told = re.fullmatch(r"counts_(\d+)_flops", str(params.get("name", "")))  # see ops.large_experts
+  if told:
+    precision = "bfloat16" if equation.outvars[0].aval.dtype == "bfloat16" else "float32"
+    return collections.Counter({precision: int(told[1])})
   inner = sum((by_precision(jaxpr, branch, platform) for jaxpr in _inner_jaxprs(params)), collections.Counter())
   if name == "while" and inner:
     raise ValueError("a while loop with products in it: its number of trips is unknown")

@@ -2,13 +2,16 @@
 
 import functools
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_jax.ops import moe
+from aurora_jax.errors import UserError
+from aurora_jax.ops import large_experts, moe
 
 TOKENS, WIDTH, HIDDEN, EXPERTS = 200, 8, 12, 4
 expert_ffn = jax.jit(moe.expert_ffn, static_argnums=3)
@@ -272,7 +275,7 @@ def test_large_experts_take_every_row_once(tokens, experts):
   def body(expert, first, own, taken):
     return taken.at[first + jnp.arange(own.size)].add(jnp.where(own[:, 0], 1 + 1000 * expert, 0))
 
-  run = jax.jit(lambda load: moe._for_each_expert(load, tokens, body, jnp.zeros(tokens, jnp.int32)))
+  run = jax.jit(lambda load: large_experts._for_each_expert(load, tokens, body, jnp.zeros(tokens, jnp.int32)))
   rng = np.random.default_rng(0)
   for load in (
     rng.multinomial(tokens, np.full(experts, 1 / experts)),
@@ -280,6 +283,31 @@ def test_large_experts_take_every_row_once(tokens, experts):
     np.eye(experts, dtype=int)[-1] * tokens,
   ):
     np.testing.assert_array_equal(run(load), 1 + 1000 * np.repeat(np.arange(experts), load))
+
+
+def test_without_tokamax_the_line_says_what_to_install(params, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tokamax", None)
+  with pytest.raises(UserError, match=r"generator.moe_backend='kernel': .*pip install 'aurora_jax\[kernels\]'"):
+    moe.expert_ffn(jnp.zeros((4, WIDTH)), jnp.zeros(4, jnp.int32), params, "kernel")
+
+
+_COMMAND_LINE = """
+import jax, jax.numpy as jnp
+from aurora_jax.ops import moe
+params = moe.ExpertParams(jnp.ones((2, 4, 8)), jnp.ones((2, 8)), jnp.ones((2, 4, 4)), jnp.ones((2, 4)))
+print(moe.expert_ffn(jnp.ones((3, 4)), jnp.array([0, 1, 1]), params, "kernel").shape)
+"""
+
+
+@pytest.mark.slow
+def test_tokamax_leaves_the_command_line_alone():
+  done = subprocess.run(
+    [sys.executable, "-c", _COMMAND_LINE, "train", "--config", "x.py", "--config.data.path=y"],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout == "(3, 4)\n" and done.stderr == ""
 
 
 def test_unknown_backend_is_named(params):

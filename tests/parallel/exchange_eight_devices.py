@@ -40,7 +40,9 @@ CUTS = [
   ((1, 8), (2, 4, 8)),
 ]
 # "large": the grouped backend as for large experts.
-BACKENDS = [(*cut, "bucket") for cut in CUTS] + [(*cut, kind) for cut in CUTS[3::3] for kind in ("grouped", "large")]
+BACKENDS = [(*cut, "bucket") for cut in CUTS] + [
+  (*cut, kind) for cut in CUTS[3::3] for kind in ("grouped", "large", "kernel")
+]
 # Without an expert axis nothing is exchanged: both modes are the same program.
 EVERY = [(*case, mode) for case in BACKENDS for mode in ("tokens", "weights")[: 2 if case[0][1] > 1 else 1]]
 # Every cut, and both modes with both backends, on every mesh and with one, two and three sub-axes.
@@ -48,6 +50,7 @@ CHOSEN = [
   *((*cut, "bucket", "tokens") for cut in CUTS),
   *((*CUTS[i], "bucket", "weights") for i in (1, 3, 6)),
   (*CUTS[3], "grouped", "weights"),
+  (*CUTS[3], "kernel", "tokens"),
   (*CUTS[6], "large", "tokens"),
 ]
 EXCHANGES = EVERY if os.environ.get("ALL_MESHES") else CHOSEN

@@ -26,7 +26,7 @@ AURORA = ("exchange_eight_devices.py", "eight_devices.py")
 @pytest.mark.parametrize(
   "files, cases",
   [
-    pytest.param(AURORA, 46 if os.environ.get("ALL_MESHES") else 17, id="aurora", marks=pytest.mark.slow),
+    pytest.param(AURORA, 50 if os.environ.get("ALL_MESHES") else 18, id="aurora", marks=pytest.mark.slow),
     pytest.param(("megan_eight_devices.py",), 7, id="megan", marks=pytest.mark.slow),
     pytest.param(("stylegan_t_eight_devices.py",), 4, id="stylegan_t", marks=pytest.mark.slow),
   ],

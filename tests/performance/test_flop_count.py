@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from aurora_jax.ops import moe
 from aurora_jax.performance import flop_count
 
 
@@ -43,6 +44,28 @@ def test_loops_and_branches():
   assert flop_count.count(jax.jit(jax.checkpoint(lambda x: x @ x)), shape(4, 4)) == once
   gradient = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: jnp.sin(x @ x))(x)))
   assert flop_count.count(gradient, shape(4, 4)) == 4 * once  # forward, forward again, two products backward
+
+
+@pytest.mark.parametrize("backend", ["grouped", "kernel"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_experts_whose_loads_are_unknown(monkeypatch, dtype, backend):
+  """Forward three products of T x D x F, six more backward: what a dense layer does, whatever the loads are."""
+  monkeypatch.setattr(moe, "_REPEATED_BYTES", 0)
+  tokens, width, hidden, experts = 64, 8, 12, 4
+  params = moe.ExpertParams(
+    shape(experts, width, 2 * hidden), shape(experts, 2 * hidden), shape(experts, hidden, width), shape(experts, width)
+  )
+  arguments = jax.ShapeDtypeStruct((tokens, width), dtype), jax.ShapeDtypeStruct((tokens,), jnp.int32), params
+  run = lambda x, expert, params: jnp.sum(moe.expert_ffn(x, expert, params, backend))
+  once = 2 * 3 * tokens * width * hidden
+  biases = (
+    2 * tokens * experts * (2 * hidden + width) if backend == "kernel" else 0
+  )  # by a product with a one-hot matrix
+  assert flop_count.count(run, *arguments) == once + biases
+  jaxpr = jax.make_jaxpr(jax.grad(run, argnums=(0, 2), allow_int=True))(*arguments).jaxpr
+  assert flop_count.of_jaxpr(jaxpr) == 3 * once + 2 * biases
+  if backend == "grouped":
+    assert flop_count.by_precision(jaxpr) == {jnp.dtype(dtype).name: 3 * once}
 
 
 def test_by_precision():

@@ -74,7 +74,7 @@ class Generator:
   w_token: bool = False  # w, projected, is one more token that cross-attention sees (GigaGAN; released: not)
   deformable_max_resolution: int = 16  # modulated transformation module (MTM) up to here; 0 turns it off
   output_resolutions: tuple[int, ...] = (4, 8, 16, 32, 64)
-  # How the experts of a layer are evaluated: "bucket", "grouped" or "dense", see ops/moe.py.
+  # How the experts of a layer are evaluated: "bucket", "grouped", "kernel" or "dense", see ops/moe.py.
   moe_backend: str = "bucket"
   router_z_weight: float = 0.001  # released
   router_balance_weight: float = 0.001  # released
@@ -114,7 +114,7 @@ class Generator:
       f"generator.output_resolutions {self.output_resolutions} must run from 4 upward without a gap",
     )
     _require_choice(self, "generator", "text_attention", "uniform", "independent", "scaled")
-    _require_choice(self, "generator", "moe_backend", "dense", "bucket", "grouped")
+    _require_choice(self, "generator", "moe_backend", "dense", "bucket", "grouped", "kernel")
     _require_choice(self, "generator", "attention", "xla", "pallas")
     require(
       all(count > 0 for count in self.experts.values()),
