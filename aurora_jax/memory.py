@@ -8,7 +8,7 @@ def return_freed() -> None:
   """Gives freed memory back to the operating system, after work that allocated much for a short time.
 
   A compilation frees hundreds of megabytes in small pieces. The C library of most Linux systems keeps them for this
-  process, which then seems to need them: a third of the memory of the quickstart's training.
+  process: a third to a half of the memory of the quickstart's training.
   """
   if sys.platform == "linux":
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone

@@ -1,4 +1,4 @@
-"""Large experts on a CPU: one after the other, each on its own tokens, which lie together.
+"""The feed-forward of large experts on a CPU, one expert at a time. The tokens are sorted by expert.
 
 T tokens, D width, F hidden width, E experts
 """
@@ -36,10 +36,11 @@ def _for_each_expert(load, tokens, body, carry):
   """
   counts = _row_counts(tokens, load.size)
   largest = counts[-1]
-  ends = jnp.cumsum(-(-load // largest))  # [E], in pieces
+  pieces = -(-load // largest)  # [E]
+  ends = jnp.cumsum(pieces)
   piece = jnp.arange(load.size + tokens // largest)  # enough for every load
   owner = jnp.minimum(jnp.searchsorted(ends, piece, side="right"), load.size - 1)
-  skipped = (piece - ends[owner] - (-load // largest)[owner]) * largest  # rows of the expert's earlier pieces
+  skipped = (piece - (ends - pieces)[owner]) * largest  # rows of the expert's earlier pieces
   start = (jnp.cumsum(load) - load)[owner] + skipped
   length = jnp.clip(load[owner] - skipped, 0, largest)
   order = jnp.argsort(length)  # so that the pieces of one row count follow each other
@@ -67,7 +68,9 @@ def _write(array, first, own, rows):
 
 
 def _counted(products, x, params, function, *arguments):
-  """Calls a function under a name that tells `performance.flop_count` its operations: the trips of loops do not.
+  """Calls a function under a name from which `performance.flop_count` reads its operations.
+
+  Nothing can be counted in loops of unknown length.
 
   Args:
     products: how many products of T x D x F.

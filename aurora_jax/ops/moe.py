@@ -222,12 +222,12 @@ def _grouped_product():
 
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # tokamax would take the command line for flags of its own
-  logging.getLogger("absl").addFilter(_is_news)
+  logging.getLogger("absl").addFilter(_is_not_about_tiles)
   return tokamax.ragged_dot
 
 
-def _is_news(record):
-  """Whether a log record is something else than tokamax's warning, at every product, that it has no tuned tiles."""
+def _is_not_about_tiles(record):
+  """False for a log record in which tokamax warns, at every product, that it has no tuned tiles."""
   return not str(record.msg).startswith("Autotuning cache miss")
 
 

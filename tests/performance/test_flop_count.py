@@ -58,9 +58,8 @@ def test_experts_whose_loads_are_unknown(monkeypatch, dtype, backend):
   arguments = jax.ShapeDtypeStruct((tokens, width), dtype), jax.ShapeDtypeStruct((tokens,), jnp.int32), params
   run = lambda x, expert, params: jnp.sum(moe.expert_ffn(x, expert, params, backend))
   once = 2 * 3 * tokens * width * hidden
-  biases = (
-    2 * tokens * experts * (2 * hidden + width) if backend == "kernel" else 0
-  )  # by a product with a one-hot matrix
+  # The kernel backend adds biases by a product with a one-hot matrix.
+  biases = 2 * tokens * experts * (2 * hidden + width) if backend == "kernel" else 0
   assert flop_count.count(run, *arguments) == once + biases
   jaxpr = jax.make_jaxpr(jax.grad(run, argnums=(0, 2), allow_int=True))(*arguments).jaxpr
   assert flop_count.of_jaxpr(jaxpr) == 3 * once + 2 * biases
